@@ -1,0 +1,65 @@
+"""The backbone zoo: compact vision and language networks under the same few verbs.
+
+Public names are imported on first use, so that `import zoo` and everything that only reads facts stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Entry": "zoo.registry",
+    "ModelInfo": "zoo.registry",
+    "Paper": "zoo.registry",
+    "Reported": "zoo.registry",
+    "Weights": "zoo.registry",
+    "list_models": "zoo.registry",
+    "model_info": "zoo.registry",
+    "pareto": "zoo.registry",
+    "register": "zoo.registry",
+    "search": "zoo.registry",
+    "ZooError": "zoo.errors",
+    "create_model": "zoo.factory",
+    "load_checkpoint": "zoo.weights",
+    "convert_checkpoint": "zoo.weights",
+    "save_pretrained": "zoo.hub",
+    "profile": "zoo.profiling",
+    "benchmark": "zoo.profiling",
+    "register_with_timm": "zoo.compat.timm",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from zoo.compat.timm import register_with_timm
+    from zoo.errors import ZooError
+    from zoo.factory import create_model
+    from zoo.hub import save_pretrained
+    from zoo.profiling import benchmark, profile
+    from zoo.registry import (
+        Entry,
+        ModelInfo,
+        Paper,
+        Reported,
+        Weights,
+        list_models,
+        model_info,
+        pareto,
+        register,
+        search,
+    )
+    from zoo.weights import convert_checkpoint, load_checkpoint
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

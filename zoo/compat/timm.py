@@ -1,0 +1,76 @@
+"""The zoo's vision models under timm's own `create_model`, `list_models` and tools."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from zoo.factory import build_module
+from zoo.registry import Entry, get_entry, list_models
+
+__all__: list[str] = []  # timm's register_model adds the names it registers
+default_cfgs: dict[str, Any] = {}  # where timm's register_model looks for a function's weights
+
+
+def register_with_timm(override: bool = False) -> list[str]:
+    """Put every vision model of the zoo into timm's registry, and return the names that were put there.
+
+    Names that timm has stay timm's unless `override`. Afterwards `timm.create_model(name)` builds the zoo's model, with
+    timm's ways of loading weights. Calling it again adds what was registered with the zoo meanwhile.
+    """
+    registered = []
+    for name in list_models(task="vision"):
+        owner = timm.is_model(name) and timm.model_entrypoint(name).__module__
+        if owner and owner != __name__ and not override:
+            continue
+        _register(get_entry(name))
+        registered.append(name)
+    return registered
+
+
+def _register(entry: Entry) -> None:
+    tags = [weights.tag for weights in entry.weights]
+    configs = {f"{entry.name}.{tag}": entry.pretrained_cfg(tag) for tag in tags} or {entry.name: entry.pretrained_cfg()}
+    for config in configs.values():
+        config.pop("tag")  # timm takes it from the name
+    default_cfgs.update(generate_default_cfgs(configs))
+    entrypoint = _entrypoint(entry)
+    globals()[entry.name] = entrypoint
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f"Overwriting {entry.name} in registry")
+        register_model(entrypoint)
+
+
+def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
+    parameters = inspect.signature(entry.build).parameters
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        def build(
+            *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **args: Any
+        ) -> nn.Module:
+            args = {k: v for k, v in args.items() if k in parameters or k in kwargs}  # timm adds num_classes, in_chans
+            return build_module(entry, args, device=device, dtype=dtype)
+
+        if kwargs.get("features_only") and "out_indices" not in kwargs:
+            args = {k: v for k, v in kwargs.items() if k in parameters}
+            kwargs["out_indices"] = tuple(range(len(build_module(entry, args, device="meta").feature_info)))
+        return build_model_with_cfg(
+            build,
+            entry.name,
+            pretrained,
+            pretrained_filter_fn=entry.convert,
+            feature_cfg={"flatten_sequential": True},
+            **kwargs,
+        )
+
+    create.__name__ = create.__qualname__ = entry.name
+    create.__module__ = __name__
+    create.__doc__ = f"{entry.name}: {entry.compact}" if entry.compact else entry.name
+    return create

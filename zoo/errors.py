@@ -1,0 +1,46 @@
+"""Errors that a user can cause and mend. Commands print them without a traceback and exit with status 1."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ZooError(Exception):
+    """Base of every error that is a user's to mend."""
+
+    def __str__(self) -> str:  # KeyError and OSError subclasses would otherwise quote or drop the message
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownModelError(ZooError, LookupError):
+    """No model, or no weights, of that name."""
+
+
+class CheckpointError(ZooError, ValueError):
+    """A checkpoint that cannot be read, or does not fit its model."""
+
+
+class DownloadError(ZooError, OSError):
+    """Weights could not be fetched, or what was fetched is not what was promised."""
+
+
+class ConfigError(ZooError, ValueError):
+    """An argument or configuration value that makes no sense."""
+
+
+class DataError(ZooError, ValueError):
+    """A data set that is missing, empty or damaged."""
+
+
+class MissingDependencyError(ZooError, ImportError):
+    """An optional package is needed; the message says which extra installs it."""
+
+
+def did_you_mean(name: str, options: Iterable[str], count: int = 3) -> str:
+    """`" Did you mean a, b or c?"`, or the empty string when nothing is near."""
+    near = difflib.get_close_matches(name.lower(), list(options), n=count, cutoff=0.6)
+    if not near:
+        return ""
+    listed = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} or {near[-1]}"
+    return f" Did you mean {listed}?"

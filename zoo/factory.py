@@ -1,0 +1,262 @@
+"""`create_model`: from a name to an entry, from the entry to a module, from the module to its weights."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.errors import ConfigError, UnknownModelError, did_you_mean
+from zoo.layers.init import has_meta, materialize
+from zoo.registry import Entry, Weights, get_entry, split_name
+
+__all__ = ["build_module", "create_model"]
+
+_logger = logging.getLogger(__name__)
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str | None = None,
+    *,
+    checkpoint_path: str | Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    feature_cls: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    strict: bool = True,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    refresh: bool = False,
+    **model_args: Any,
+) -> nn.Module:
+    """Create a model by name, with or without weights.
+
+    Args:
+        name: `"poolformer_s12"`, with the tag of its weights (`"poolformer_s12.sail_in1k"`), pinned to a commit
+            (`"poolformer_s12.sail_in1k@<commit>"`), or a repository or folder in the Hub's layout
+            (`"hf-hub:owner/name@revision"`, `"local-dir:path"`).
+        pretrained: True or a tag loads published weights; False never does. By default they are loaded when `name`
+            says which: by a tag or by a repository.
+        checkpoint_path: load these weights instead: a file, a folder, or `hf-hub:owner/name@revision`.
+        num_classes: width of the classifier, 0 for none. Another width than the weights have leaves it freshly
+            initialised.
+        in_chans: input channels; the first convolution of the weights is adapted.
+        features_only: return a module that gives the maps of the stages in `out_indices` (all by default).
+        feature_cls: which of timm's feature wrappers ("list", "getter", "hook", "fx", "dict").
+        device: where the model goes; on "meta" it has neither weights nor memory.
+        dtype: of its parameters and buffers.
+        strict: whether missing, unexpected and misshapen tensors in the weights are an error.
+        cache_dir: where downloads are kept (the Hub's cache by default).
+        token: for private and gated repositories (the one of `hf auth login` by default).
+        refresh: ask the network whether cached weights are still current.
+        **model_args: any argument of the architecture, e.g. `depths=(1, 1, 2, 1)`.
+
+    Raises:
+        UnknownModelError: no model or no weights of that name; names the nearest.
+        ConfigError: an argument that the model does not have, or a value that cannot be.
+        CheckpointError, DownloadError: weights that do not fit, cannot be read or cannot be had.
+    """
+    entry, weights, source, cfg, saved_args = _resolve(
+        name, pretrained, checkpoint_path, cache_dir=cache_dir, token=token, refresh=refresh
+    )
+    on_meta = device is not None and torch.device(device).type == "meta"
+    if on_meta and source is not None:
+        if pretrained or checkpoint_path is not None:
+            raise ConfigError("A model on the meta device has no memory to load weights into: choose another device.")
+        source = None
+
+    args = {**saved_args, **{k: v for k, v in model_args.items() if v is not None}}
+    if features_only:
+        num_classes = 0 if "num_classes" in _parameters(entry.build) else None
+    chosen = {"num_classes": num_classes, "in_chans": in_chans}
+    args |= {key: value for key, value in chosen.items() if value is not None}
+    given = dict(args)
+    if weights is not None:
+        args = {**weights.args, **args}
+    for key, default in (("num_classes", cfg["num_classes"]), ("in_chans", cfg["input_size"][0])):
+        if key in _parameters(entry.build):
+            args.setdefault(key, default)
+    if entry.fixed_input_size:
+        args.setdefault("img_size", tuple(cfg["input_size"][1:]))
+    if features_only and "global_pool" in _parameters(entry.build):
+        args.pop("global_pool", None)
+    for key, least in (("num_classes", 0), ("in_chans", 1)):
+        if key in args and not (type(args[key]) is int and args[key] >= least):
+            raise ConfigError(f"{key} must be a whole number from {least} up, not {args[key]!r}.")
+
+    def finish(model: nn.Module) -> None:  # what weights.load_checkpoint and timm's tools look at
+        model.pretrained_cfg = model.default_cfg = cfg
+        model._model_args = {k: v for k, v in given.items() if _is_plain(v)}
+
+    if source is None:
+        model = build_module(entry, args, device=device, dtype=dtype)
+        finish(model)
+    else:
+        model = _build_with_weights(entry, args, source, finish, device, dtype, strict, cache_dir, token, refresh)
+    if entry.task != "vision":
+        return model
+    return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
+
+
+def _resolve(
+    name: str,
+    pretrained: bool | str | None,
+    checkpoint_path: str | Path | None,
+    **where: Any,
+) -> tuple[Entry, Weights | None, Any, dict[str, Any], dict[str, Any]]:
+    """(entry, weights entry, source for load_checkpoint or None, pretrained_cfg, saved model arguments)."""
+    if isinstance(pretrained, str) and isinstance(name, str) and ":" in name:
+        raise ConfigError(f"pretrained={pretrained!r} names a tag, but {name!r} is one checkpoint: leave it out.")
+    if isinstance(name, str) and name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        from zoo.hub import load_config
+
+        architecture, saved_args, saved_cfg = load_config(name, **where)
+        try:
+            entry = get_entry(architecture)
+        except UnknownModelError as error:
+            raise UnknownModelError(f"{name} holds a {architecture!r}. {error}") from None
+        cfg = {**entry.pretrained_cfg(), **saved_cfg, "architecture": entry.name}
+        wanted = pretrained is None or pretrained
+        return entry, None, checkpoint_path or (name if wanted else None), cfg, saved_args
+
+    base, tag, revision = split_name(name)
+    entry = get_entry(base)
+    if isinstance(pretrained, str):
+        if tag is not None and tag != pretrained:
+            raise ConfigError(f"The name says {tag!r} and pretrained says {pretrained!r}: which weights?")
+        tag = pretrained
+    wanted = pretrained or (pretrained is None and (tag is not None or revision is not None))
+    weights = entry.find_weights(tag) if wanted or tag is not None else (entry.weights or (None,))[0]
+    cfg = entry.pretrained_cfg(tag)
+    if checkpoint_path is not None:
+        return entry, weights, checkpoint_path, cfg, {}
+    return entry, weights, (weights, revision) if wanted else None, cfg, {}
+
+
+def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(build).parameters
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a model argument can be written to config.json."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def _check_args(entry: Entry, args: Mapping[str, Any]) -> None:
+    parameters = _parameters(entry.build)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in args:
+        if key not in parameters:
+            raise ConfigError(f"{entry.name} has no argument {key!r}.{did_you_mean(key, parameters)}")
+
+
+def build_module(
+    entry: Entry,
+    args: Mapping[str, Any],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The module of `entry` with `args` over its own, initialised as published. Raises ConfigError."""
+    model = _build_on_meta(entry, args, dtype)
+    on_meta = device is not None and torch.device(device).type == "meta"
+    if not on_meta and hasattr(model, "init_module"):
+        return materialize(model, device)
+    if on_meta:
+        return model
+    return _call(entry, args).to(device=device, dtype=dtype)
+
+
+def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
+    with torch.device("meta"):
+        return _call(entry, args).to(dtype=dtype)
+
+
+def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
+    args = {**entry.args, **args}
+    _check_args(entry, args)
+    return entry.build(**args)
+
+
+def _build_with_weights(
+    entry: Entry,
+    args: Mapping[str, Any],
+    source: Any,
+    finish: Callable[[nn.Module], None],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    strict: bool,
+    cache_dir: str | Path | None,
+    token: str | None,
+    refresh: bool,
+) -> nn.Module:
+    """Build on the meta device and assign, so that nothing is initialised only to be written over."""
+    from zoo.weights import fetch, load_checkpoint
+
+    where: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "refresh": refresh}
+    if isinstance(source, tuple):
+        source = fetch(source[0], revision=source[1], **where)
+    model = _build_on_meta(entry, args, dtype)
+    finish(model)
+    report = load_checkpoint(model, source, strict=strict, convert=entry.convert, **where)
+    if has_meta(model):
+        if hasattr(model, "init_module"):
+            materialize(model, "cpu")
+        else:  # what the weights left out only the constructor can initialise
+            model = _call(entry, args).to(dtype=dtype)
+            finish(model)
+            report = load_checkpoint(model, source, strict=strict, convert=entry.convert, **where)
+    _logger.log(logging.WARNING if report.dropped else logging.INFO, "%s: %s", entry.name, report)
+    model.load_report = report  # type: ignore[assignment]
+    return model.to(device=device)
+
+
+def _as_timm_model(
+    model: nn.Module,
+    entry: Entry,
+    cfg: dict[str, Any],
+    img_size: Any,
+    features_only: bool,
+    out_indices: Sequence[int] | None,
+    feature_cls: str | None,
+) -> nn.Module:
+    """Hand the module to timm, which attaches what its tools look for and wraps it for features."""
+    from timm.models import build_model_with_cfg
+
+    options: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if not features_only:
+        if out_indices is not None:
+            raise ConfigError("out_indices goes with features_only=True.")
+    else:
+        stages = getattr(model, "feature_info", None)
+        if not stages:
+            raise ConfigError(
+                f"{entry.name} describes no feature maps: it needs a `feature_info`, as timm's models have."
+            )
+        out_indices = tuple(range(len(stages))) if out_indices is None else tuple(out_indices)
+        bad = [i for i in out_indices if not -len(stages) <= i < len(stages)]
+        if bad or not out_indices:
+            raise ConfigError(
+                f"{entry.name} has {len(stages)} feature maps, 0 to {len(stages) - 1}: out_indices={out_indices}."
+            )
+        options |= {"features_only": True, "out_indices": tuple(i % len(stages) for i in out_indices)}
+        if feature_cls is not None:
+            options["feature_cls"] = feature_cls
+    model_args = model._model_args
+    wrapped = build_model_with_cfg(
+        lambda **_: model, entry.name, False, pretrained_cfg=cfg, feature_cfg={"flatten_sequential": True}, **options
+    )
+    wrapped._model_args = model_args
+    return wrapped

@@ -1,0 +1,940 @@
+"""MetaFormer: PoolFormer, PoolFormerV2, IdentityFormer, RandFormer, ConvFormer and CAFormer.
+
+Yu et al., "MetaFormer Is Actually What You Need for Vision", CVPR 2022, arXiv 2111.11418 (PoolFormer), and Yu et al.,
+"MetaFormer Baselines for Vision", TPAMI 2024, arXiv 2210.13452 (the others).
+
+What makes them compact: a transformer block stays strong when attention gives way to a mixer with few or no weights, so
+the token mixer is an argument here, and average pooling, nothing at all, a frozen random matrix, a separable
+convolution and attention are its published values.
+
+Where this file departs from the papers it follows their code: StarReLU starts at scale 1 and bias 0 (the paper derives
+0.8944 and -0.4472), and PoolFormer's stem and downsampling convolutions keep PyTorch's initialisation. The random
+matrices of RandFormer, frozen parameters there, are buffers here: no optimizer or gradient check stumbles over them.
+
+State-dict keys are timm's. Two things that timm computes otherwise than the authors are arguments: `head_norm_first`
+(PoolFormer normalises the last map and then averages; timm averages first) and `mlp_head_eps` (1e-5; timm 1e-6).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, use_fused_attn
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.init import init_weights
+from zoo.registry import Entry, Paper, Reported, Weights, register
+
+__all__ = ["Attention", "MetaFormer", "Pooling", "RandomMixing", "SepConv", "StarReLU"]
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map, (B, C, H, W), or of tokens, (B, N, C)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, bias: bool = True, tokens: bool = False) -> None:
+        super().__init__(dim, eps=eps, bias=bias)
+        self.tokens = tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tokens:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class GroupNorm(nn.GroupNorm):
+    """Normalisation over channels and space together: one group. (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6, bias: bool = True) -> None:
+        super().__init__(1, dim, eps=eps)
+        if not bias:
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Scale(nn.Module):
+    """Multiplication by a learned vector: LayerScale on a branch, ResScale on the shortcut."""
+
+    def __init__(self, dim: int, init: float, tokens: bool = False) -> None:
+        super().__init__()
+        self.init = init
+        self.shape = (dim,) if tokens else (dim, 1, 1)
+        self.scale = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.scale, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.view(self.shape)
+
+
+class StarReLU(nn.Module):
+    """`scale * relu(x)**2 + bias` with learned scalars (arXiv 2210.13452, section 3.3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(1))
+        self.bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.relu(x).square() + self.bias
+
+
+class PatchConv(nn.Conv2d):
+    """The strided convolution of stem and downsampling, padded so that (7, 4) and (3, 2) come out as published."""
+
+    def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int) -> None:
+        super().__init__(in_dim, dim, kernel_size, stride, padding=max(0, kernel_size - stride + 1) // 2)
+
+
+class Mlp(nn.Module):
+    """Two linear layers and an activation: 1x1 convolutions on maps, `nn.Linear` on tokens."""
+
+    def __init__(
+        self, dim: int, ratio: float, act: Callable[[], nn.Module], bias: bool, drop: float, tokens: bool
+    ) -> None:
+        super().__init__()
+        hidden = int(dim * ratio)
+        self.fc1 = nn.Linear(dim, hidden, bias) if tokens else nn.Conv2d(dim, hidden, 1, bias=bias)
+        self.act = act()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim, bias) if tokens else nn.Conv2d(hidden, dim, 1, bias=bias)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
+# --------------------------------------------------------------------------------------------------------- token mixers
+# A mixer is any callable that takes the width and returns a module from maps to maps, (B, C, H, W) -> (B, C, H, W).
+# One whose class sets `tokens = True` gets and returns (B, N, C) instead.
+
+
+class Pooling(nn.Module):
+    """Average over a neighbourhood, less the pixel itself (arXiv 2111.11418, equation 4). Padding is not counted."""
+
+    def __init__(self, dim: int, pool_size: int = 3) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(pool_size, stride=1, padding=pool_size // 2, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pool(x) - x
+
+
+@torch.fx.wrap
+def check_grid(height: int, width: int, grid_size: tuple[int, int]) -> None:
+    """Raise ConfigError unless a map is as large as the random matrix was made for."""
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
+        return
+    if (height, width) != grid_size:
+        raise ConfigError(
+            f"RandFormer mixes a {grid_size[0]}x{grid_size[1]} grid here but got {height}x{width}: its random matrices "
+            "hold for one input size. Create the model with img_size=(height, width) of your images, or resize them."
+        )
+
+
+class RandomMixing(nn.Module):
+    """Mixes tokens by one frozen random matrix, rows softmax-normalised (arXiv 2210.13452, equation 3)."""
+
+    frozen_weights = ("random_matrix",)
+
+    def __init__(self, dim: int, grid_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid_size = grid_size
+        tokens = grid_size[0] * grid_size[1]
+        self.register_buffer("random_matrix", torch.empty(tokens, tokens))
+        self.random_matrix: Tensor
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.random_matrix.copy_(torch.rand_like(self.random_matrix).softmax(dim=-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_grid(x.shape[2], x.shape[3], self.grid_size)
+        return (x.flatten(2) @ self.random_matrix.T).unflatten(2, self.grid_size)
+
+
+class SepConv(nn.Module):
+    """Inverted separable convolution: expand, StarReLU, depthwise 7x7, project (arXiv 2210.13452, equation 4)."""
+
+    def __init__(self, dim: int, expansion: float = 2.0, kernel_size: int = 7) -> None:
+        super().__init__()
+        hidden = int(expansion * dim)
+        self.pwconv1 = nn.Conv2d(dim, hidden, 1, bias=False)
+        self.act1 = StarReLU()
+        self.dwconv = nn.Conv2d(hidden, hidden, kernel_size, padding=kernel_size // 2, groups=hidden, bias=False)
+        self.pwconv2 = nn.Conv2d(hidden, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pwconv2(self.dwconv(self.act1(self.pwconv1(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all positions. (B, N, C) -> (B, N, C)."""
+
+    tokens = True
+
+    def __init__(self, dim: int, head_dim: int = 32) -> None:
+        super().__init__()
+        if dim % head_dim:
+            raise ConfigError(f"Attention splits the width into heads of {head_dim}, but {dim} is no multiple of it.")
+        self.num_heads = dim // head_dim
+        self.head_dim = head_dim
+        self.fused_attn = use_fused_attn()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = (q * self.head_dim**-0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+Mixer = str | Callable[[int], nn.Module]
+MIXERS: dict[str, Callable[..., nn.Module]] = {
+    "pool": Pooling,
+    "identity": nn.Identity,
+    "random": RandomMixing,
+    "sepconv": SepConv,
+    "attention": Attention,
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "star_relu": StarReLU, "relu": nn.ReLU}
+
+
+def choose(what: str, name: Any, options: dict[str, Any]) -> Any:
+    """`options[name]`; a callable stands for itself. Raises ConfigError that lists the options."""
+    if callable(name):
+        return name
+    if name not in options:
+        raise ConfigError(
+            f"{what} {name!r} is unknown.{did_you_mean(str(name), options)} "
+            f"Choose one of {', '.join(options)}, or pass a callable."
+        )
+    return options[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+class MetaFormerBlock(nn.Module):
+    """`x + mix(norm(x))`, then `x + mlp(norm(x))`; layer scales on the branches, residual scales on the shortcuts."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        token_mixer: nn.Module,
+        norm: Callable[[int], nn.Module],
+        mlp: Callable[[int], nn.Module],
+        drop_path: float,
+        layer_scale_init: float | None,
+        res_scale_init: float | None,
+        tokens: bool,
+    ) -> None:
+        super().__init__()
+
+        def scale(init: float | None) -> nn.Module:
+            return nn.Identity() if init is None else Scale(dim, init, tokens)
+
+        def drop() -> nn.Module:
+            return DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+        self.norm1 = norm(dim)
+        self.token_mixer = token_mixer
+        self.drop_path1 = drop()
+        self.layer_scale1 = scale(layer_scale_init)
+        self.res_scale1 = scale(res_scale_init)
+        self.norm2 = norm(dim)
+        self.mlp = mlp(dim)
+        self.drop_path2 = drop()
+        self.layer_scale2 = scale(layer_scale_init)
+        self.res_scale2 = scale(res_scale_init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x))))
+        return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class Stem(nn.Module):
+    """Strided convolution, then norm."""
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, norm: bool) -> None:
+        super().__init__()
+        self.conv = PatchConv(in_chans, dim, kernel_size, stride)
+        self.norm = LayerNorm(dim, bias=False) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class Downsample(nn.Module):
+    """Norm, then a 3x3 convolution of stride 2."""
+
+    def __init__(self, in_dim: int, dim: int, norm: bool) -> None:
+        super().__init__()
+        self.norm = LayerNorm(in_dim, bias=False) if norm else nn.Identity()
+        self.conv = PatchConv(in_dim, dim, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+
+class MetaFormerStage(nn.Module):
+    """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], tokens: bool) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        B, C, H, W = x.shape
+        if self.tokens:
+            x = x.flatten(2).transpose(1, 2)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        if self.tokens:
+            x = x.transpose(1, 2).reshape(B, C, H, W)
+        return x
+
+
+class MlpHead(nn.Module):
+    """Classifier of ConvFormer and CAFormer: linear, squared ReLU, norm, dropout, linear. (B, C) -> (B, num_classes)."""
+
+    def __init__(self, dim: int, num_classes: int, eps: float, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.norm = nn.LayerNorm(4 * dim, eps=eps)
+        self.drop = nn.Dropout(drop)
+        self.fc2 = nn.Linear(4 * dim, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.drop(self.norm(F.relu(self.fc1(x)).square())))
+
+
+class Head(nn.Module):
+    """Pooling and norm (in either order), then the classifier. (B, C, H, W) -> (B, num_classes)."""
+
+    def __init__(self, global_pool: str, norm: nn.Module, norm_first: bool, drop: float, fc: nn.Module) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.norm = norm
+        self.drop = nn.Dropout(drop)
+        self.fc = fc
+        self.set_pool(global_pool)
+
+    def set_pool(self, global_pool: str) -> None:
+        if global_pool not in POOLS:
+            raise ConfigError(f"global_pool is {global_pool!r}, but must be one of {', '.join(map(repr, POOLS))}.")
+        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.global_pool(self.norm(x)) if self.norm_first else self.norm(self.global_pool(x))
+        x = self.flatten(x)
+        return x if pre_logits else self.fc(self.drop(x))
+
+
+POOLS = ("avg", "max", "avgmax", "")
+
+
+class MetaFormer(nn.Module):
+    """A four-stage network of MetaFormer blocks. (B, in_chans, H, W) -> (B, num_classes).
+
+    The defaults are those of the basic baselines (IdentityFormer, RandFormer, PoolFormerV2). Any number of stages works.
+
+    Args:
+        in_chans: channels of the input.
+        num_classes: width of the classifier; 0 leaves it out.
+        global_pool: "avg", "max", "avgmax" (their mean), or "" for none (only without a classifier).
+        depths: blocks of each stage.
+        dims: width of each stage.
+        token_mixers: one for all stages or one for each: "pool", "identity", "random", "sepconv", "attention", or any
+            callable `mixer(dim) -> nn.Module` from maps to maps (from tokens to tokens if its class sets `tokens = True`).
+        mlp_ratio: hidden width of the MLP over the width.
+        mlp_act: "star_relu", "gelu", "relu", or a callable without arguments.
+        mlp_bias: whether the MLP's linear layers have biases.
+        norm: "group" (over channels and space) or "layer" (over channels), before mixer and MLP.
+        norm_bias: whether these norms have biases.
+        norm_eps: their epsilon.
+        downsample_norm: whether stem and downsampling have LayerNorms.
+        layer_scale_init: initial LayerScale of both branches; None for none.
+        res_scale_init: initial scale of the shortcuts, one for all stages or one for each; None for none.
+        mlp_head: whether the classifier is an MLP.
+        mlp_head_eps: epsilon of the norm in it.
+        head_norm_first: normalise the last map and then pool, instead of pooling first.
+        stem_kernel_size: of the first convolution; 3 with stride 1 or 2 suits 32x32 images.
+        stem_stride: of the first convolution.
+        drop_rate: dropout before the last linear layer.
+        proj_drop_rate: dropout in the MLPs.
+        drop_path_rate: stochastic depth, growing linearly from 0 at the first block to this at the last.
+        patch_conv_init: "normal" (as all else) or "default" (PyTorch's) for stem and downsampling convolutions.
+        img_size: input height and width, for mixers that are made for one size ("random").
+
+    Raises ConfigError for values that cannot be.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        *,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        dims: Sequence[int] = (64, 128, 320, 512),
+        token_mixers: Mixer | Sequence[Mixer] = "pool",
+        mlp_ratio: float = 4.0,
+        mlp_act: str | Callable[[], nn.Module] = "star_relu",
+        mlp_bias: bool = False,
+        norm: Literal["group", "layer"] = "group",
+        norm_bias: bool = False,
+        norm_eps: float = 1e-6,
+        downsample_norm: bool = True,
+        layer_scale_init: float | None = None,
+        res_scale_init: float | None | Sequence[float | None] = (None, None, 1.0, 1.0),
+        mlp_head: bool = False,
+        mlp_head_eps: float = 1e-5,
+        head_norm_first: bool = False,
+        stem_kernel_size: int = 7,
+        stem_stride: int = 4,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        patch_conv_init: Literal["normal", "default"] = "normal",
+        img_size: int | tuple[int, int] = 224,
+    ) -> None:
+        super().__init__()
+        depths, dims = _widths("depths", depths), _widths("dims", dims)
+        if len(depths) != len(dims):
+            raise ConfigError(f"depths has {len(depths)} stages and dims has {len(dims)}: they must be equally many.")
+        mixers = _per_stage("token_mixers", token_mixers, len(depths))
+        res_scales = _per_stage("res_scale_init", res_scale_init, len(depths))
+        norms = {"group": GroupNorm, "layer": LayerNorm}
+        choose("norm", norm, norms)
+        choose("patch_conv_init", patch_conv_init, {"normal": True, "default": True})
+        act = choose("mlp_act", mlp_act, ACTIVATIONS)
+        for what, count, least in (
+            ("in_chans", in_chans, 1),
+            ("num_classes", num_classes, 0),
+            ("stem_kernel_size", stem_kernel_size, 1),
+            ("stem_stride", stem_stride, 1),
+        ):
+            if not isinstance(count, int) or count < least:
+                raise ConfigError(f"{what} must be a whole number from {least} up, not {count!r}.")
+        if num_classes and global_pool == "":
+            raise ConfigError('global_pool="" leaves a map, which no classifier takes: use it with num_classes=0.')
+        if not mlp_ratio > 0:
+            raise ConfigError(f"mlp_ratio must be above zero, not {mlp_ratio!r}.")
+
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.drop_rate = drop_rate
+        self.mlp_head = mlp_head
+        self.mlp_head_eps = mlp_head_eps
+        self.patch_conv_init = patch_conv_init
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
+
+        self.stem = Stem(in_chans, dims[0], stem_kernel_size, stem_stride, downsample_norm)
+        grid = _grid_after(self.stem.conv, _pair(img_size))
+        drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
+        stages = []
+        for i, dim in enumerate(dims):
+            downsample = Downsample(dims[i - 1], dim, downsample_norm) if i else nn.Identity()
+            if i:
+                grid = _grid_after(downsample.conv, grid)
+            make_mixer = choose("token mixer", mixers[i], MIXERS)
+            tokens = getattr(make_mixer, "tokens", False)
+
+            def make_norm(dim: int, tokens: bool = tokens) -> nn.Module:
+                if norm == "layer" or tokens:  # on tokens only the width is left to normalise over
+                    return LayerNorm(dim, norm_eps, norm_bias, tokens)
+                return GroupNorm(dim, norm_eps, norm_bias)
+
+            def make_mlp(dim: int, tokens: bool = tokens) -> nn.Module:
+                return Mlp(dim, mlp_ratio, act, mlp_bias, proj_drop_rate, tokens)
+
+            blocks = [
+                MetaFormerBlock(
+                    dim,
+                    token_mixer=make_mixer(dim, grid) if make_mixer is RandomMixing else make_mixer(dim),
+                    norm=make_norm,
+                    mlp=make_mlp,
+                    drop_path=drop_path,
+                    layer_scale_init=layer_scale_init,
+                    res_scale_init=res_scales[i],
+                    tokens=tokens,
+                )
+                for drop_path in drop_paths[i]
+            ]
+            stages.append(MetaFormerStage(downsample, blocks, tokens))
+        self.stages = nn.Sequential(*stages)
+
+        head_norm = GroupNorm(dims[-1], norm_eps) if head_norm_first else LayerNorm(dims[-1], 1e-6)
+        self.head = Head(
+            global_pool, head_norm, head_norm_first, 0.0 if mlp_head else drop_rate, self._make_classifier(num_classes)
+        )
+        init_weights(self)
+
+    def _make_classifier(self, num_classes: int) -> nn.Module:
+        if num_classes == 0:
+            return nn.Identity()
+        if self.mlp_head:
+            return MlpHead(self.num_features, num_classes, self.mlp_head_eps, self.drop_rate)
+        return nn.Linear(self.num_features, num_classes)
+
+    def init_module(self, module: nn.Module) -> None:
+        """Initialise the tensors that `module` itself holds, as the authors' code does."""
+        if isinstance(module, PatchConv) and self.patch_conv_init == "default":
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.normal_(module.weight, std=0.02)  # published as truncated at +-2, which is 100 standard deviations
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+        else:
+            raise ConfigError(f"{type(module).__name__} holds weights: give it a reset_parameters() that sets them.")
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Norms, scales and biases are one-dimensional, which timm's optimizers leave undecayed anyway."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups in depth order, for layer-wise learning-rate decay: stages (`coarse`) or blocks."""
+        blocks: Any = (
+            r"^stages\.(\d+)"
+            if coarse
+            else [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^head", (99999,))]
+        )
+        return {"stem": r"^stem", "blocks": blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade computation for memory: recompute each block's activations in the backward pass."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
+        """A fresh classifier of another width (0: none), and another pooling; `reset_other` drops the head's norm."""
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        if num_classes > 0 and pool == "":
+            raise ConfigError('global_pool="" leaves a map, which no classifier takes: use it with num_classes=0.')
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.head.set_pool(global_pool)
+        if reset_other:
+            self.head.norm = nn.Identity()
+        reference = self.stem.conv.weight
+        self.head.fc = self._make_classifier(num_classes).to(device=reference.device, dtype=reference.dtype)
+        for module in self.head.fc.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                self.init_module(module)
+        self.head.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the stages in `indices` (the last n if a number, all if None), and the final map.
+
+        `norm` normalises the final stage's map with the head's norm where that norm works on maps.
+        """
+        if output_fmt != "NCHW":
+            raise ConfigError(f"MetaFormer's features are maps: output_fmt must be 'NCHW', not {output_fmt!r}.")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                final = norm and i == len(self.stages) - 1
+                intermediates.append(self.head.norm(x) if final else x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last one in `indices`, and the head; returns the indices of those kept."""
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last < len(self.stages) - 1
+        self.stages = self.stages[: last + 1]
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or shortened:
+            self.reset_classifier(0, "", reset_other=prune_norm or shortened)
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, dims[-1], H/32, W/32), not normalised."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, dims[-1], H/32, W/32) -> (B, num_classes); `pre_logits` gives (B, dims[-1])."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def _widths(what: str, values: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        raise ConfigError(f"{what} must be a sequence of whole numbers, one for each stage, not {values!r}.")
+    if not all(isinstance(v, int) and v > 0 for v in values):
+        raise ConfigError(f"{what} must be whole numbers above zero, not {tuple(values)!r}.")
+    return tuple(values)
+
+
+def _per_stage(what: str, value: Any, stages: int) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return (value,) * stages
+    if len(value) != stages:
+        raise ConfigError(f"{what} has {len(value)} items for {stages} stages: give one for each, or one for all.")
+    return tuple(value)
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise ConfigError(f"img_size must be a whole number above zero, or (height, width) of such, not {size!r}.")
+    return pair[0], pair[1]
+
+
+def _grid_after(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
+    def after(side: int) -> int:
+        return (side + 2 * int(conv.padding[0]) - conv.kernel_size[0]) // conv.stride[0] + 1
+
+    return after(size[0]), after(size[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A published checkpoint in our layout, which is timm's.
+
+    Takes sail-sg/poolformer's and sail-sg/metaformer's layouts, and ours. 1x1 convolutions, which the authors store as
+    linear layers, are reshaped to what the model holds.
+    """
+    if "network.0.0.mlp.fc1.weight" in state_dict:
+        rename = _rename_poolformer
+    elif "downsample_layers.0.conv.weight" in state_dict:
+        rename = _rename_baselines
+    else:
+        rename = str
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    converted = {}
+    for key, tensor in state_dict.items():
+        key = rename(key)
+        shape = shapes.get(key)
+        if (
+            shape is not None
+            and tensor.ndim in (2, 4)
+            and tensor.squeeze().shape == torch.Size(s for s in shape if s != 1)
+        ):
+            tensor = tensor.reshape(shape)
+        converted[key] = tensor
+    return converted
+
+
+def _rename_poolformer(key: str) -> str:
+    """sail-sg/poolformer: `network` alternates stages (even) and downsampling (odd)."""
+    key = key.replace("patch_embed.proj.", "stem.conv.")
+    if match := re.match(r"network\.(\d+)\.(.*)", key):
+        place, rest = int(match[1]), match[2]
+        if place % 2:
+            return f"stages.{place // 2 + 1}.downsample.{rest.replace('proj.', 'conv.')}"
+        block, rest = rest.split(".", 1)
+        rest = re.sub(r"layer_scale_(\d)", r"layer_scale\1.scale", rest)
+        return f"stages.{place // 2}.blocks.{block}.{rest}"
+    return _rename_head(key)
+
+
+def _rename_baselines(key: str) -> str:
+    """sail-sg/metaformer."""
+    if match := re.match(r"downsample_layers\.(\d+)\.(?:(conv)|(?:pre|post)_(norm))\.(.*)", key):
+        place = "stem" if match[1] == "0" else f"stages.{match[1]}.downsample"
+        return f"{place}.{match[2] or match[3]}.{match[4]}"
+    if match := re.match(r"stages\.(\d+)\.(\d+)\.(.*)", key):
+        return f"stages.{match[1]}.blocks.{match[2]}.{match[3]}"
+    return _rename_head(key)
+
+
+def _rename_head(key: str) -> str:
+    return re.sub(r"^norm\.", "head.norm.", re.sub(r"^head\.", "head.fc.", key))
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+POOLFORMER_PAPER = Paper(
+    title="MetaFormer Is Actually What You Need for Vision",
+    authors="Yu, Luo, Zhou, Si, Zhou, Wang, Feng, Yan",
+    venue="CVPR 2022",
+    arxiv="2111.11418",
+)
+BASELINES_PAPER = Paper(
+    title="MetaFormer Baselines for Vision",
+    authors="Yu, Si, Zhou, Luo, Zhou, Feng, Yan, Wang",
+    venue="TPAMI 46(2), 2024",
+    arxiv="2210.13452",
+)
+README_V1 = "README of sail-sg/poolformer"
+README_BASELINES = "README of sail-sg/metaformer"
+
+SIZES = {
+    "s12": {"depths": (2, 2, 6, 2), "dims": (64, 128, 320, 512)},
+    "s24": {"depths": (4, 4, 12, 4), "dims": (64, 128, 320, 512)},
+    "s36": {"depths": (6, 6, 18, 6), "dims": (64, 128, 320, 512)},
+    "m36": {"depths": (6, 6, 18, 6), "dims": (96, 192, 384, 768)},
+    "m48": {"depths": (8, 8, 24, 8), "dims": (96, 192, 384, 768)},
+}
+# ConvFormer and CAFormer have fewer shallow blocks, and a last width of 576 where the basic baselines' m has 768
+LARGE_SIZES = {
+    "s18": {"depths": (3, 3, 9, 3), "dims": (64, 128, 320, 512)},
+    "s36": {"depths": (3, 12, 18, 3), "dims": (64, 128, 320, 512)},
+    "m36": {"depths": (3, 12, 18, 3), "dims": (96, 192, 384, 576)},
+    "b36": {"depths": (3, 12, 18, 3), "dims": (128, 256, 512, 768)},
+}
+
+POOLFORMER = {
+    "token_mixers": "pool",
+    "mlp_act": "gelu",
+    "mlp_bias": True,
+    "norm_bias": True,
+    "norm_eps": 1e-5,
+    "downsample_norm": False,
+    "res_scale_init": None,
+    "head_norm_first": True,
+    "patch_conv_init": "default",
+}
+CONV_OR_ATTENTION = {"norm": "layer", "mlp_head": True}
+
+
+def _entry(
+    name: str,
+    args: dict[str, Any],
+    compact: str,
+    params: float,
+    macs: float,
+    weights: tuple[Weights, ...],
+    **fields: Any,
+) -> None:
+    """Register one variant; `params` in millions and `macs` in billions, as the authors state them."""
+    baselines = not name.startswith("poolformer_")
+    register(
+        Entry(
+            name=name,
+            build=MetaFormer,
+            family="metaformer",
+            args=args,
+            paper=BASELINES_PAPER if baselines else POOLFORMER_PAPER,
+            compact=compact,
+            code_license="apache-2.0",
+            code_url=f"https://github.com/sail-sg/{'metaformer' if baselines else 'poolformer'}",
+            reported=Reported(
+                params=round(params * 1e6), macs=round(macs * 1e9), source=README_BASELINES if baselines else README_V1
+            ),
+            weights=weights,
+            convert=convert,
+            first_conv="stem.conv",
+            classifier="head.fc.fc2" if args.get("mlp_head") else "head.fc",
+            **fields,
+        )
+    )
+
+
+TIMM_LICENSE_NOTE = "Licence as timm states it; the authors state none for the weights."
+NO_LICENSE_NOTE = "The authors state no licence for the weights; their code is Apache-2.0."
+
+# size: params (M), MACs (G), top-1 (%) as the authors state them, initial LayerScale, crop_pct
+for size, params, macs, top1, layer_scale_init, crop_pct in (
+    ("s12", 12, 1.8, 77.2, 1e-5, 0.9),
+    ("s24", 21, 3.4, 80.3, 1e-5, 0.9),
+    ("s36", 31, 5.0, 81.4, 1e-6, 0.9),
+    ("m36", 56, 8.8, 82.1, 1e-6, 0.95),
+    ("m48", 73, 11.6, 82.5, 1e-6, 0.95),
+):
+    _entry(
+        f"poolformer_{size}",
+        {**POOLFORMER, **SIZES[size], "layer_scale_init": layer_scale_init},
+        "3x3 average pooling, which has no weights, mixes the tokens.",
+        params,
+        macs,
+        (
+            Weights(
+                tag="sail_in1k",
+                hub_id=f"timm/poolformer_{size}.sail_in1k",
+                license="apache-2.0",
+                top1=top1,
+                accuracy_source=README_V1,
+                crop_pct=crop_pct,
+                note=TIMM_LICENSE_NOTE,
+            ),
+        ),
+        note="The authors' MACs are fvcore's total, which counts norms.",
+    )
+
+# family: token mixers, what makes it compact, {size: params (M), MACs (G), top-1 (%)}
+for family, mixers, compact, variants in (
+    (
+        "identityformer",
+        "identity",
+        "Nothing mixes the tokens but the downsampling convolutions.",
+        {
+            "s12": (11.9, 1.8, 74.6),
+            "s24": (21.3, 3.4, 78.2),
+            "s36": (30.8, 5.0, 79.3),
+            "m36": (56.1, 8.8, 80.0),
+            "m48": (73.3, 11.5, 80.4),
+        },
+    ),
+    (
+        "randformer",
+        ("identity", "identity", "random", "random"),
+        "Frozen random matrices mix the tokens of the last two stages; nothing mixes those of the first two.",
+        {
+            "s12": (12.1, 1.9, 76.6),
+            "s24": (21.8, 3.5, 78.2),
+            "s36": (31.5, 5.2, 79.5),
+            "m36": (56.8, 9.0, 81.2),
+            "m48": (74.2, 11.9, 81.4),
+        },
+    ),
+    (
+        "poolformerv2",
+        "pool",
+        "3x3 average pooling, which has no weights, mixes the tokens.",
+        {
+            "s12": (11.9, 1.8, 78.0),
+            "s24": (21.3, 3.4, 80.7),
+            "s36": (30.8, 5.0, 81.6),
+            "m36": (56.1, 8.8, 82.2),
+            "m48": (73.3, 11.5, 82.6),
+        },
+    ),
+):
+    for size, (params, macs, top1) in variants.items():
+        name = f"{family}_{size}"
+        in_timm = family == "poolformerv2"
+        _entry(
+            name,
+            {"token_mixers": mixers, **SIZES[size]},
+            compact,
+            params,
+            macs,
+            (
+                Weights(
+                    tag="sail_in1k",
+                    hub_id=f"timm/{name}.sail_in1k" if in_timm else "sail/dl",
+                    filename=None if in_timm else f"{family}/{name}.pth",
+                    license="apache-2.0" if in_timm else "unstated",
+                    top1=top1,
+                    accuracy_source=README_BASELINES,
+                    crop_pct=1.0,
+                    note=TIMM_LICENSE_NOTE if in_timm else NO_LICENSE_NOTE,
+                ),
+            ),
+            fixed_input_size=family == "randformer",
+            note="Parameters include the frozen random matrices." if family == "randformer" else "",
+        )
+
+# tag of the weights: input size, what they were trained on before, classes
+TRAINING = {
+    "sail_in1k": (224, None, 1000),
+    "sail_in1k_384": (384, None, 1000),
+    "sail_in22k_ft_in1k": (224, "imagenet-22k", 1000),
+    "sail_in22k_ft_in1k_384": (384, "imagenet-22k", 1000),
+    "sail_in22k": (224, None, 21841),
+}
+# family: token mixers, what makes it compact, {size: params (M), MACs (G), top-1 (%) in the order of TRAINING}
+for family, mixers, compact, large_variants in (
+    (
+        "convformer",
+        "sepconv",
+        "Depthwise separable 7x7 convolutions mix the tokens.",
+        {
+            "s18": (27, 3.9, (83.0, 84.4, 83.7, 85.0)),
+            "s36": (40, 7.6, (84.1, 85.4, 85.4, 86.4)),
+            "m36": (57, 12.8, (84.5, 85.6, 86.1, 86.9)),
+            "b36": (100, 22.6, (84.8, 85.7, 87.0, 87.6)),
+        },
+    ),
+    (
+        "caformer",
+        ("sepconv", "sepconv", "attention", "attention"),
+        "Separable convolutions mix the many tokens of the first two stages, attention the few of the last two.",
+        {
+            "s18": (26, 4.1, (83.6, 85.0, 84.1, 85.4)),
+            "s36": (39, 8.0, (84.5, 85.7, 85.8, 86.9)),
+            "m36": (56, 13.2, (85.2, 86.2, 86.6, 87.5)),
+            "b36": (99, 23.2, (85.5, 86.4, 87.4, 88.1)),
+        },
+    ),
+):
+    for size, (params, macs, claims) in large_variants.items():
+        name = f"{family}_{size}"
+        _entry(
+            name,
+            {**CONV_OR_ATTENTION, "token_mixers": mixers, **LARGE_SIZES[size]},
+            compact,
+            params,
+            macs,
+            tuple(
+                Weights(
+                    tag=tag,
+                    hub_id=f"timm/{name}.{tag}",
+                    license="apache-2.0",
+                    dataset="imagenet-1k" if num_classes == 1000 else "imagenet-22k",
+                    pretrained_on=pretrained_on,
+                    top1=claim,
+                    accuracy_source=README_BASELINES if claim else None,
+                    num_classes=num_classes,
+                    input_size=(3, side, side),
+                    crop_pct=1.0,
+                    note=TIMM_LICENSE_NOTE,
+                )
+                for (tag, (side, pretrained_on, num_classes)), claim in zip(
+                    TRAINING.items(), (*claims, None), strict=True
+                )
+            ),
+        )

@@ -1,0 +1,493 @@
+"""The registry: what models there are, and every fact about them. Imports no torch.
+
+A model file registers one `Entry` per variant. The facts that need arithmetic (parameters, MACs) are computed once and
+kept in `index.json`, which `python -m zoo.index` writes; listing, searching and reading facts use that file alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+from zoo.errors import ConfigError, UnknownModelError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    StateDict = dict[str, torch.Tensor]
+
+__all__ = [
+    "Entry",
+    "ModelInfo",
+    "Paper",
+    "Reported",
+    "Weights",
+    "list_models",
+    "model_info",
+    "pareto",
+    "register",
+    "search",
+]
+
+INDEX_PATH = Path(__file__).with_name("index.json")
+TASKS = ("vision", "language")
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Paper:
+    """Where an architecture was published."""
+
+    title: str
+    authors: str
+    venue: str
+    arxiv: str  # identifier, e.g. "2111.11418"
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """The costs that the authors state, in their own rounding, and where they state them."""
+
+    params: float
+    macs: float
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    source: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One published checkpoint: where it lies, what may be done with it, and what its authors claim for it.
+
+    Exactly one of `hub_id` and `url` is set. `filename` is the file in the Hub repository (None: the first of
+    `model.safetensors`, `pytorch_model.bin` that is there).
+    """
+
+    tag: str
+    license: str
+    hub_id: str | None = None
+    filename: str | None = None
+    revision: str | None = None
+    url: str | None = None
+    sha256: str | None = None
+    dataset: str = "imagenet-1k"
+    pretrained_on: str | None = None  # an earlier training stage, e.g. "imagenet-22k"
+    top1: float | None = None  # percent, on the data set's validation split
+    top5: float | None = None
+    accuracy_source: str | None = None
+    num_classes: int = 1000
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model arguments it was trained with
+    note: str | None = None
+
+    @property
+    def source(self) -> str:
+        if self.url:
+            return self.url
+        return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One architecture variant: how to build it and where it comes from.
+
+    `build(**args, num_classes=..., in_chans=...)` returns the module; every argument can be overridden at creation.
+    `convert(state_dict, model)` turns any published checkpoint layout into the model's own.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    family: str
+    task: Literal["vision", "language"] = "vision"
+    args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    paper: Paper | None = None
+    compact: str = ""  # what makes it compact, in one sentence
+    code_license: str = ""
+    code_url: str = ""
+    reported: Reported | None = None
+    weights: tuple[Weights, ...] = ()
+    convert: Callable[[StateDict, nn.Module], StateDict] | None = None
+    input_size: tuple[int, int, int] = (3, 224, 224)
+    fixed_input_size: bool = False  # the module takes `img_size` and runs at that size alone
+    first_conv: str = ""  # module names, as in timm's pretrained_cfg
+    classifier: str = ""
+    note: str = ""  # e.g. why our figures differ from the reported ones
+
+    @property
+    def module(self) -> str:
+        return self.build.__module__
+
+    def find_weights(self, tag: str | None = None) -> Weights:
+        """The weights called `tag`; the first, which is the default, without one."""
+        return _find_weights(self.name, self.weights, tag)
+
+    def pretrained_cfg(self, tag: str | None = None) -> dict[str, Any]:
+        """timm's description of weights and preprocessing: a plain dict that `timm.models.PretrainedCfg` takes."""
+        weights = self.find_weights(tag) if tag is not None or self.weights else Weights(tag="", license="")
+        size = weights.input_size if self.weights else self.input_size
+        cfg: dict[str, Any] = {
+            "architecture": self.name,
+            "tag": weights.tag,
+            "num_classes": weights.num_classes,
+            "input_size": size,
+            "pool_size": tuple(-(-side // 32) for side in size[1:]),
+            "crop_pct": weights.crop_pct,
+            "crop_mode": "center",
+            "interpolation": weights.interpolation,
+            "mean": weights.mean,
+            "std": weights.std,
+            "fixed_input_size": self.fixed_input_size,
+            "first_conv": self.first_conv,
+            "classifier": self.classifier,
+        }
+        if weights.license:
+            cfg["license"] = weights.license
+        if weights.hub_id:
+            cfg["hf_hub_id"] = weights.hub_id + (f"@{weights.revision}" if weights.revision else "")
+            if weights.filename:
+                cfg["hf_hub_filename"] = weights.filename
+        if weights.url:
+            cfg["url"] = weights.url
+        return cfg
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What is known of a model without building it. Costs are for one input of `input_size`, batch 1.
+
+    `macs`: multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts one).
+    `fvcore_total`: what fvcore counts, which adds norms. `activations`: output elements of those same operators, not
+    of norms. `params` holds frozen weights too; `trainable_params` does not.
+    """
+
+    name: str
+    family: str
+    task: str
+    module: str
+    input_size: tuple[int, int, int]
+    params: int
+    trainable_params: int
+    macs: int
+    fvcore_total: int
+    activations: int
+    paper: Paper | None = None
+    compact: str = ""
+    code_license: str = ""
+    code_url: str = ""
+    reported: Reported | None = None
+    weights: tuple[Weights, ...] = ()
+    note: str = ""
+
+    @property
+    def top1(self) -> float | None:
+        """The best ImageNet-1k top-1, in percent, that is claimed for any of its weights at `input_size`.
+
+        Weights for another input size do not count: what they reach, they reach at other costs than those given here.
+        """
+        rated = [w for w in self.weights if w.dataset == "imagenet-1k" and w.input_size == self.input_size]
+        return max((w.top1 for w in rated if w.top1 is not None), default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, facts: Mapping[str, Any]) -> ModelInfo:
+        fields = dict(facts)
+        fields["input_size"] = tuple(fields["input_size"])
+        if fields.get("paper"):
+            fields["paper"] = Paper(**fields["paper"])
+        if fields.get("reported"):
+            fields["reported"] = Reported(**_tuples(fields["reported"]))
+        fields["weights"] = tuple(Weights(**_tuples(w)) for w in fields.get("weights", ()))
+        return cls(**fields)
+
+
+def _find_weights(name: str, weights: tuple[Weights, ...], tag: str | None) -> Weights:
+    if not weights:
+        raise UnknownModelError(
+            f"{name} has no published weights. Load your own with checkpoint_path=, or leave out pretrained=True."
+        )
+    if tag is None:
+        return weights[0]
+    tags = [w.tag for w in weights]
+    if tag not in tags:
+        raise UnknownModelError(
+            f"{name} has no weights tagged {tag!r}.{did_you_mean(tag, tags)} There are: {', '.join(tags)}."
+        )
+    return weights[tags.index(tag)]
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- registering
+
+_entries: dict[str, Entry] = {}  # what this process has registered: model files that were imported, and a user's own
+_NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
+
+
+@overload
+def register(target: Entry, /, *, replace: bool = False) -> Entry: ...
+@overload
+def register(target: Builder, /) -> Builder: ...
+@overload
+def register(*, replace: bool = False, **fields: Any) -> Callable[[Builder], Builder]: ...
+def register(target: Any = None, /, *, replace: bool = False, **fields: Any) -> Any:
+    """Give a model every verb of the zoo.
+
+    Takes an `Entry`, or decorates a class or function that builds the module; the fields of `Entry` are keywords:
+
+        @zoo.register
+        def my_net(num_classes=1000, in_chans=3): ...
+
+        @zoo.register(name="my_net_large", family="mine", args={"width": 96})
+        class MyNet(nn.Module): ...
+
+    Raises ConfigError for a name that is taken (unless `replace`), or that is not lower-case letters, digits and `_`.
+    A model registered again by its own module (a notebook cell that is run twice) takes its own place.
+    """
+    if isinstance(target, Entry):
+        return _add(target, replace)
+    if target is not None and not callable(target):
+        raise ConfigError(f"register() takes an Entry, a class or a function, not {type(target).__name__}.")
+
+    def decorate(build: Builder) -> Builder:
+        name = fields.get("name") or getattr(build, "__name__", None)
+        known = {field.name for field in dataclasses.fields(Entry)}
+        for key in fields:
+            if key not in known:
+                raise ConfigError(f"register() has no field {key!r}.{did_you_mean(key, known)}")
+        _add(Entry(**{"family": name, **fields, "name": name, "build": build}), replace)
+        return build
+
+    return decorate if target is None else decorate(target)
+
+
+def _add(entry: Entry, replace: bool) -> Entry:
+    if not isinstance(entry.name, str) or not _NAME.fullmatch(entry.name):
+        raise ConfigError(
+            f"{entry.name!r} cannot name a model: use lower-case letters, digits and underscores, as in 'my_net_s12'."
+        )
+    if entry.task not in TASKS:
+        raise ConfigError(f"{entry.name}: task is {entry.task!r}, but must be one of {', '.join(TASKS)}.")
+    facts = _index().get(entry.name)
+    if facts and facts.module == entry.module and not replace and not _is_builtin(entry.name):
+        return _entries[entry.name]  # a user's model took this name before the file of the shipped one was imported
+    # a model file that is imported again (or reloaded) registers itself anew; anyone else must ask
+    taken_by = _entries[entry.name].module if entry.name in _entries else facts.module if facts else None
+    if taken_by is not None and taken_by != entry.module and not replace:
+        raise ConfigError(
+            f"A model called {entry.name!r} is registered already, by {taken_by}. "
+            "Choose another name, or pass replace=True."
+        )
+    _entries[entry.name] = entry
+    _measured_info.cache_clear()
+    return entry
+
+
+@functools.cache
+def _index() -> dict[str, ModelInfo]:
+    """The generated facts of the models that come with the package."""
+    if not INDEX_PATH.exists():  # only while it is generated for the first time
+        return {}
+    models = json.loads(INDEX_PATH.read_text(encoding="utf-8"))["models"]
+    return {facts["name"]: ModelInfo.from_dict(facts) for facts in models}
+
+
+def _is_builtin(name: str) -> bool:
+    """Whether the index speaks for `name`: not where a user has put a model of their own in its place."""
+    return name in _index() and (name not in _entries or _entries[name].module == _index()[name].module)
+
+
+# -------------------------------------------------------------------------------------------------------------- finding
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _all_names() -> list[str]:
+    return sorted(_index().keys() | _entries.keys(), key=_natural)
+
+
+def split_name(name: str) -> tuple[str, str | None, str | None]:
+    """`"poolformer_s12.sail_in1k@abc"` -> `("poolformer_s12", "sail_in1k", "abc")`."""
+    if not isinstance(name, str):
+        raise ConfigError(f"A model name is a string such as 'poolformer_s12', not {type(name).__name__}.")
+    name, _, revision = name.partition("@")
+    name, _, tag = name.partition(".")
+    return name, tag or None, revision or None
+
+
+def get_entry(name: str) -> Entry:
+    """The entry called `name` (a tag or revision behind it is passed over); imports its model file if need be.
+
+    Raises UnknownModelError with the closest names.
+    """
+    base, _, _ = split_name(name)
+    if base not in _entries and base in _index():
+        importlib.import_module(_index()[base].module)
+    if base not in _entries:
+        raise UnknownModelError(f"There is no model called {base!r}.{did_you_mean(base, _all_names())}")
+    return _entries[base]
+
+
+def model_info(name: str) -> ModelInfo:
+    """Every fact about a model: paper, costs, licences, weights.
+
+    A name with a tag keeps those weights alone. A model of the user's own is built on the meta device and measured at
+    the first call. Raises UnknownModelError with the closest names.
+    """
+    base, tag, _ = split_name(name)
+    info = _index()[base] if _is_builtin(base) else _measured_info(get_entry(base).name)
+    if tag is not None:
+        info = dataclasses.replace(info, weights=(_find_weights(base, info.weights, tag),))
+    return info
+
+
+@functools.cache
+def _measured_info(name: str) -> ModelInfo:
+    from zoo.index import measure
+
+    return measure(_entries[name])
+
+
+def list_models(
+    pattern: str | Sequence[str] = "",
+    *,
+    task: str | None = None,
+    family: str | None = None,
+    pretrained: bool = False,
+) -> list[str]:
+    """Names of the models, in natural order.
+
+    `pattern` is a shell-style wildcard, or several; plain text without a wildcard matches anywhere in a name; case
+    does not matter. With `pretrained`, names carry their tag, one for each published checkpoint
+    (`poolformer_s12.sail_in1k`), and a pattern may match with the tag or without. Raises ConfigError for a task or
+    family that does not exist.
+    """
+    _check_choice("task", task, TASKS)
+    given = [pattern] if isinstance(pattern, str) else pattern
+    if not isinstance(given, list | tuple) or not all(isinstance(p, str) for p in given):
+        raise ConfigError(f"A pattern is a string such as 'poolformer*', or a list of such strings, not {pattern!r}.")
+    patterns = [p.lower() if any(c in p for c in "*?[") else f"*{p.lower()}*" for p in given if p] or ["*"]
+    names = []
+    families = set()
+    for name in _all_names():
+        facts: ModelInfo | Entry = _index()[name] if _is_builtin(name) else _entries[name]
+        families.add(facts.family)
+        if (task and facts.task != task) or (family and facts.family != family):
+            continue
+        bare_match = _matches(name, patterns)
+        if pretrained:
+            tagged = [f"{name}.{w.tag}" for w in facts.weights]
+            names += [t for t in tagged if bare_match or _matches(t.lower(), patterns)]
+        elif bare_match:
+            names.append(name)
+    _check_choice("family", family, families)
+    return names
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_choice(what: str, value: str | None, choices: Any) -> None:
+    if value is not None and value not in choices:
+        raise ConfigError(
+            f"There is no {what} {value!r}.{did_you_mean(str(value), choices)} There are: {', '.join(sorted(choices))}."
+        )
+
+
+SORT_KEYS = ("name", "params", "macs", "activations", "top1")
+
+
+def search(
+    *,
+    task: str | None = None,
+    family: str | None = None,
+    max_params: float | None = None,
+    max_macs: float | None = None,
+    min_top1: float | None = None,
+    license: str | None = None,
+    sort: str = "params",
+) -> list[ModelInfo]:
+    """Models within a budget, as `ModelInfo`, smallest first (`sort="top1"`: best first).
+
+    `max_macs` holds at each model's own input size. `min_top1` (percent) asks for claimed ImageNet-1k accuracy, so
+    models without such a claim drop out. `license` must be that of the code and of at least one checkpoint, if there
+    are any; wildcards work (`"apache*"`), case does not matter.
+    """
+    _check_choice("sort key", sort, SORT_KEYS)
+    for what, value in (("max_params", max_params), ("max_macs", max_macs), ("min_top1", min_top1)):
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"{what} must be a number above zero, not {value!r}.")
+
+    def fits(info: ModelInfo) -> bool:
+        return (
+            (max_params is None or info.params <= max_params)
+            and (max_macs is None or info.macs <= max_macs)
+            and (min_top1 is None or (info.top1 or 0) >= min_top1)
+            and (license is None or _licensed(info, license))
+        )
+
+    found = [info for info in map(model_info, list_models(task=task, family=family)) if fits(info)]
+    if sort == "name":
+        return found
+    if sort == "top1":
+        return sorted(found, key=lambda info: -(info.top1 or 0))
+    return sorted(found, key=lambda info: getattr(info, sort))
+
+
+def _licensed(info: ModelInfo, pattern: str) -> bool:
+    def matches(text: str) -> bool:
+        return fnmatch.fnmatchcase(text.lower(), pattern.lower())
+
+    return matches(info.code_license) and (not info.weights or any(matches(w.license) for w in info.weights))
+
+
+PARETO_AXES = {"params": False, "macs": False, "activations": False, "fvcore_total": False, "top1": True}
+
+
+def pareto(x: str = "macs", y: str = "top1", **filters: Any) -> list[ModelInfo]:
+    """The models that no other beats on both axes, sorted by `x`; `filters` are those of `search`.
+
+    Costs (`params`, `macs`, `activations`, `fvcore_total`) count as better when smaller, `top1` when larger. A model
+    without a claimed accuracy is left out where an axis is `top1`.
+    """
+    for axis in (x, y):
+        _check_choice("axis", axis, PARETO_AXES)
+    if x == y:
+        raise ConfigError(f"pareto() needs two different axes, not {x!r} twice.")
+
+    def cost(info: ModelInfo, axis: str) -> float:
+        return -getattr(info, axis) if PARETO_AXES[axis] else getattr(info, axis)
+
+    rated = [info for info in search(**filters) if all(getattr(info, axis) is not None for axis in (x, y))]
+    front: list[ModelInfo] = []
+    for info in sorted(rated, key=lambda info: (cost(info, x), cost(info, y))):
+        ties = front and cost(info, x) == cost(front[-1], x) and cost(info, y) == cost(front[-1], y)
+        if not front or ties or cost(info, y) < cost(front[-1], y):
+            front.append(info)
+    return front
