@@ -1,0 +1,31 @@
+"""Which models a test over the registry takes: the smallest of each series always, all others with the slow tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import zoo
+from zoo.registry import get_entry
+
+SIZE = 64  # small images keep tests over the registry quick: the last map is 2x2
+
+
+def each_vision_model(everything: bool = False) -> list[Any]:
+    """Parameters for `pytest.mark.parametrize("name", ...)`."""
+    smallest: dict[str, str] = {}
+    for info in zoo.search(task="vision", sort="params"):
+        smallest.setdefault(info.name.rpartition("_")[0] or info.name, info.name)
+    quick = set(smallest.values())
+    return [
+        pytest.param(name, marks=() if everything or name in quick else pytest.mark.slow)
+        for name in zoo.list_models(task="vision")
+    ]
+
+
+def create(name: str, **arguments: Any) -> Any:
+    """The model for SIZE x SIZE images, without published weights."""
+    if get_entry(name).fixed_input_size:
+        arguments.setdefault("img_size", SIZE)
+    return zoo.create_model(name, pretrained=False, **arguments)

@@ -1,0 +1,298 @@
+"""timm's contract, held by every registered vision model: a new entry is covered by being registered.
+
+These are the checks of timm's own model suite (forward, backward, default configuration, classifier, features,
+intermediates, tracing, FX) and those of ours (export, compile, precision, layout, layer decay, meta device).
+"""
+
+import copy
+import math
+import sys
+
+import pytest
+import timm
+import torch
+from timm.models import group_parameters
+from timm.models._features_fx import FeatureGraphNet
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+import zoo
+from tests.models import SIZE, create, each_vision_model
+from zoo.registry import get_entry
+
+every_model = pytest.mark.parametrize("name", each_vision_model(everything=True))
+models = pytest.mark.parametrize("name", each_vision_model())
+
+
+def images(batch: int = 1, channels: int = 3) -> torch.Tensor:
+    return torch.randn(batch, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+@models
+def test_forward_and_gradient_checkpointing(name):
+    model = create(name).eval()
+    with torch.no_grad():
+        outputs = model(images(2))
+    assert outputs.shape == (2, model.num_classes)
+    assert outputs.isfinite().all()
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(model(images(2)), outputs, rtol=1e-4, atol=1e-5)
+
+
+@models
+def test_backward_reaches_every_parameter(name):
+    model = create(name, num_classes=42).train()
+    outputs = model(images(2))
+    assert outputs.shape == (2, 42)
+    outputs.mean().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+
+
+@every_model
+def test_default_configuration(name):
+    """pretrained_cfg tells the truth about the model; checked without memory, on the meta device, at its own size."""
+    model = zoo.create_model(name, pretrained=False, device="meta").eval()
+    cfg = model.default_cfg
+    assert cfg is model.pretrained_cfg
+    assert cfg["architecture"] == name
+    assert model.num_classes == cfg["num_classes"]
+    batch = torch.empty(1, *cfg["input_size"], device="meta")
+
+    features = model.forward_features(batch)
+    assert features.shape == (1, model.num_features, *cfg["pool_size"])
+    logits = model.forward_head(features)
+    pre_logits = model.forward_head(features, pre_logits=True)
+    assert logits.shape == (1, model.num_classes)
+    assert pre_logits.shape == (1, model.head_hidden_size)
+
+    keys = model.state_dict().keys()
+    for place in ("classifier", "first_conv"):
+        places = [cfg[place]] if isinstance(cfg[place], str) else cfg[place]
+        assert all(f"{p}.weight" in keys for p in places), place
+    assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == cfg["input_size"][0]
+    assert model.get_submodule(cfg["classifier"]).weight.shape[0] == cfg["num_classes"]
+
+    model.reset_classifier(0)
+    assert model(batch).shape == pre_logits.shape
+    model.reset_classifier(0, "")
+    assert model(batch).shape == features.shape
+    model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0)
+    assert model(batch).shape == pre_logits.shape
+    model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0, global_pool="")
+    assert model(batch).shape == features.shape
+
+
+@models
+def test_classifier_reset(name):
+    model = create(name, num_classes=5).eval()
+    before = model(images())
+    old = model.get_classifier()
+    model.reset_classifier(9)
+    assert model.num_classes == 9
+    assert model.get_classifier() is not old
+    assert model(images()).shape == (1, 9)
+    assert model(images()).isfinite().all()
+    assert not model.get_classifier().training
+    model.reset_classifier(9, "max")
+    assert not torch.equal(model(images()), before)
+    model.reset_classifier(0)
+    assert isinstance(model.get_classifier(), torch.nn.Identity)
+    wide = create(name, dtype=torch.float64)
+    wide.reset_classifier(3)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+
+
+@models
+@pytest.mark.parametrize("channels", [1, 4])
+def test_in_chans(name, channels):
+    assert create(name, in_chans=channels)(images(channels=channels)).shape[0] == 1
+
+
+@models
+@pytest.mark.parametrize("feature_cls", ["list", "getter"])
+def test_features(name, feature_cls):
+    model = create(name, features_only=True, feature_cls=feature_cls).eval()
+    info = model.feature_info
+    maps = model(images())
+    assert len(info.channels()) == len(maps)
+    for channels, reduction, found in zip(info.channels(), info.reduction(), maps, strict=True):
+        assert found.shape == (1, channels, math.ceil(SIZE / reduction), math.ceil(SIZE / reduction))
+        assert found.isfinite().all()
+    last = create(name, features_only=True, feature_cls=feature_cls, out_indices=(0, len(maps) - 1))(images())
+    assert [m.shape for m in last] == [maps[0].shape, maps[-1].shape]
+
+
+@models
+def test_intermediates(name):
+    model = create(name).eval()
+    expected = model.forward_features(images())
+    final, maps = model.forward_intermediates(images())
+    assert len(maps) == len(model.feature_info)
+    assert torch.equal(final, expected)
+    assert torch.equal(maps[-1], expected)
+    listed = create(name, features_only=True)
+    listed.load_state_dict({k: v for k, v in _flat(model).items() if k in listed.state_dict()})
+    for ours, theirs in zip(maps, listed.eval()(images()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for indices, count in ((1, 1), (2, 2), ([0], 1), ([0, 2], 2)):
+        some = model.forward_intermediates(images(), indices=indices, stop_early=True, intermediates_only=True)
+        assert len(some) == count
+    assert torch.equal(some[1], maps[2])
+    model.set_grad_checkpointing(True)
+    torch.testing.assert_close(model.forward_intermediates(images())[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def _flat(model):
+    """State of `model` under the names that timm's list wrapper gives: `stages.0.x` becomes `stages_0.x`."""
+    return {k.replace("stages.", "stages_", 1): v for k, v in model.state_dict().items()}
+
+
+@models
+def test_prune_intermediate_layers(name):
+    model = create(name).eval()
+    maps = model.forward_intermediates(images(), intermediates_only=True)
+    count = sum(p.numel() for p in model.parameters())
+    kept = model.prune_intermediate_layers([0, 1])
+    assert kept == [0, 1]
+    assert sum(p.numel() for p in model.parameters()) < count
+    assert model.num_features == maps[1].shape[1]
+    pruned = model.forward_intermediates(images(), indices=kept, intermediates_only=True)
+    assert torch.equal(pruned[1], maps[1])
+
+
+@models
+def test_torchscript(name):
+    model = create(name).eval()
+    with torch.no_grad():
+        expected = model(images(2))
+        torch.testing.assert_close(torch.jit.trace(model, images(1))(images(2)), expected)
+        torch.testing.assert_close(torch.jit.script(model)(images(2)), expected)
+
+
+@models
+def test_fx(name):
+    """FX features are bit-equal, train, and survive scripting, as timm's suite asks."""
+    model = create(name).eval()
+    with torch.no_grad():
+        expected = model(images())
+        nodes, eval_nodes = get_graph_node_names(model)
+        graph = create_feature_extractor(model, train_return_nodes=[nodes[-1]], eval_return_nodes=[eval_nodes[-1]])
+        (found,) = graph.eval()(images()).values()
+        assert torch.equal(found, expected)
+        assert torch.equal(torch.jit.script(torch.fx.symbolic_trace(model))(images()), expected)
+    graph.train()
+    (found,) = graph(images(2)).values()
+    found.mean().backward()
+    assert all(p.grad is not None for p in graph.parameters())
+    maps = create(name, features_only=True, feature_cls="fx", out_indices=(0, 1))
+    assert isinstance(maps, FeatureGraphNet)
+    assert len(maps(images())) == 2
+
+
+@models
+def test_export_with_dynamic_batch(name):
+    model = create(name).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (images(2),), dynamic_shapes=({0: batch},)).module()
+    for size in (1, 3):
+        torch.testing.assert_close(exported(images(size)), model(images(size)), rtol=1e-4, atol=1e-5)
+
+
+@models
+def test_compile_without_graph_breaks(name):
+    model = create(name).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(images(2)), model(images(2)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@models
+def test_compile_to_machine_code(name):
+    model = create(name).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(images(2)), model(images(2)), rtol=1e-3, atol=1e-4)
+
+
+@models
+def test_precision_layout_and_device(name):
+    model = create(name, dtype=torch.float64).eval()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    with torch.no_grad():
+        expected = model(images().double())
+        single = copy.deepcopy(model).float()
+        torch.testing.assert_close(single(images()).double(), expected, rtol=1e-3, atol=1e-4)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        torch.testing.assert_close(last(images().double().to(memory_format=torch.channels_last)), expected)
+        half = single.to(torch.bfloat16)
+        found = half(images().bfloat16())
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).abs().max() < 0.1 * expected.abs().max()
+    on_meta = create(name, device="meta")
+    assert all(t.is_meta for t in on_meta.state_dict().values())
+
+
+@models
+def test_seed_decides_the_initial_weights(name):
+    torch.manual_seed(1)
+    first = create(name).state_dict()
+    torch.manual_seed(1)
+    second = create(name).state_dict()
+    torch.manual_seed(2)
+    third = create(name).state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], third[k]) for k in first)
+    assert all(t.isfinite().all() for t in first.values())
+
+
+@every_model
+@pytest.mark.parametrize("coarse", [False, True])
+def test_layer_groups(name, coarse):
+    """Every parameter is in one group, the groups run from the stem to the head, and blocks keep together."""
+    model = zoo.create_model(name, pretrained=False, device="meta")
+    groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=False)
+    keys = [key for group in groups.values() for key in group]
+    assert sorted(keys) == sorted(key for key, _ in model.named_parameters())
+    order = sorted(groups)
+    first_conv = f"{model.default_cfg['first_conv']}.weight"
+    classifier = f"{model.default_cfg['classifier']}.weight"
+    assert first_conv in groups[order[0]]
+    assert classifier in groups[order[-1]]
+    stages = len(model.feature_info)
+    assert len(groups) >= (stages if coarse else 2 * stages)
+
+
+@every_model
+def test_layer_decay_optimizer(name):
+    from timm.optim import create_optimizer_v2
+
+    model = zoo.create_model(name, pretrained=False, device="meta")
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.9)
+    scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
+    assert scales[-1] == 1.0
+    assert len(scales) > len(model.feature_info)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1)
+
+
+@every_model
+def test_timm_layout_and_configuration_where_timm_has_the_model(name):
+    builder = getattr(timm.models, name, None)  # timm's own, whatever its registry holds by now
+    if builder is None:
+        pytest.skip(f"timm has no {name}")
+    with torch.device("meta"):
+        theirs = builder().state_dict()
+    ours = zoo.create_model(name, pretrained=False, device="meta").state_dict()
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+
+    configs = sys.modules[builder.__module__].default_cfgs[name].cfgs
+    assert [w.tag for w in get_entry(name).weights] == list(configs)
+    for tag, config in configs.items():
+        expected = {**config.to_dict(), "hf_hub_id": f"timm/{name}.{tag}"}
+        found = get_entry(name).pretrained_cfg(tag)
+        for key in ("hf_hub_id", "num_classes", "input_size", "pool_size", "crop_pct", "crop_mode", "interpolation"):
+            assert found[key] == expected[key], key
+        for key in ("mean", "std", "first_conv", "classifier", "license", "fixed_input_size"):
+            assert found[key] == expected[key], key
