@@ -94,8 +94,8 @@ def create_model(
             raise ConfigError(f"{key} must be a whole number from {least} up, not {args[key]!r}.")
 
     def finish(model: nn.Module) -> None:  # what weights.load_checkpoint and timm's tools look at
-        model.pretrained_cfg = model.default_cfg = cfg
-        model._model_args = {k: v for k, v in given.items() if _is_plain(v)}
+        plain = {k: v for k, v in given.items() if _is_plain(v)}
+        model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=plain)
 
     if source is None:
         model = build_module(entry, args, device=device, dtype=dtype)
@@ -219,7 +219,7 @@ def _build_with_weights(
             finish(model)
             report = load_checkpoint(model, source, strict=strict, convert=entry.convert, **where)
     _logger.log(logging.WARNING if report.dropped else logging.INFO, "%s: %s", entry.name, report)
-    model.load_report = report  # type: ignore[assignment]
+    model.__dict__["load_report"] = report
     return model.to(device=device)
 
 

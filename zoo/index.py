@@ -11,6 +11,7 @@ import os
 import pkgutil
 import sys
 from dataclasses import asdict
+from typing import Any
 
 from zoo.registry import INDEX_PATH, Entry, ModelInfo, _entries, get_entry
 
@@ -20,7 +21,7 @@ def measure(entry: Entry) -> ModelInfo:
     from zoo.factory import create_model
     from zoo.profiling import profile
 
-    model = create_model(entry.name, pretrained=False, device="meta")
+    model: Any = create_model(entry.name, pretrained=False, device="meta")
     costs = profile(model, input_size=tuple(model.pretrained_cfg["input_size"]))
     return ModelInfo(
         name=entry.name,
@@ -54,7 +55,7 @@ def generate() -> str:
     return '{"models": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _without_empty(facts: dict) -> dict:
+def _without_empty(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts without those that are not known: the reader has the defaults."""
     kept = {key: value for key, value in facts.items() if value not in (None, "", (), {})}
     kept["weights"] = [_without_empty(weights) for weights in facts.get("weights", ())]

@@ -10,8 +10,10 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
+import inspect
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -129,19 +131,27 @@ class Entry:
     first_conv: str = ""  # module names, as in timm's pretrained_cfg
     classifier: str = ""
     note: str = ""  # e.g. why our figures differ from the reported ones
-
-    @property
-    def module(self) -> str:
-        return self.build.__module__
+    module: str = ""  # that registered it; register() fills it in
 
     def find_weights(self, tag: str | None = None) -> Weights:
         """The weights called `tag`; the first, which is the default, without one."""
         return _find_weights(self.name, self.weights, tag)
 
+    def default(self, argument: str, otherwise: Any) -> Any:
+        """The value that `argument` of the architecture has where none is given."""
+        parameter = inspect.signature(self.build).parameters.get(argument)
+        if argument in self.args:
+            return self.args[argument]
+        return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
+
     def pretrained_cfg(self, tag: str | None = None) -> dict[str, Any]:
         """timm's description of weights and preprocessing: a plain dict that `timm.models.PretrainedCfg` takes."""
-        weights = self.find_weights(tag) if tag is not None or self.weights else Weights(tag="", license="")
-        size = weights.input_size if self.weights else self.input_size
+        if tag is not None or self.weights:
+            weights = self.find_weights(tag)
+        else:
+            classes = self.default("num_classes", 1000)
+            weights = Weights(tag="", license="", input_size=self.input_size, num_classes=classes)
+        size = weights.input_size
         cfg: dict[str, Any] = {
             "architecture": self.name,
             "tag": weights.tag,
@@ -267,18 +277,19 @@ def register(target: Any = None, /, *, replace: bool = False, **fields: Any) -> 
     Raises ConfigError for a name that is taken (unless `replace`), or that is not lower-case letters, digits and `_`.
     A model registered again by its own module (a notebook cell that is run twice) takes its own place.
     """
+    module = sys._getframe(1).f_globals.get("__name__", "__main__")
     if isinstance(target, Entry):
-        return _add(target, replace)
+        return _add(dataclasses.replace(target, module=module), replace)
     if target is not None and not callable(target):
         raise ConfigError(f"register() takes an Entry, a class or a function, not {type(target).__name__}.")
 
     def decorate(build: Builder) -> Builder:
         name = fields.get("name") or getattr(build, "__name__", None)
-        known = {field.name for field in dataclasses.fields(Entry)}
+        known = {field.name for field in dataclasses.fields(Entry)} - {"build", "module"}
         for key in fields:
             if key not in known:
                 raise ConfigError(f"register() has no field {key!r}.{did_you_mean(key, known)}")
-        _add(Entry(**{"family": name, **fields, "name": name, "build": build}), replace)
+        _add(Entry(**{"family": name, **fields, "name": name, "build": build, "module": module}), replace)
         return build
 
     return decorate if target is None else decorate(target)

@@ -60,7 +60,8 @@ def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
 
         if kwargs.get("features_only") and "out_indices" not in kwargs:
             args = {k: v for k, v in kwargs.items() if k in parameters}
-            kwargs["out_indices"] = tuple(range(len(build_module(entry, args, device="meta").feature_info)))
+            stages: Any = build_module(entry, args, device="meta").feature_info
+            kwargs["out_indices"] = tuple(range(len(stages)))
         return build_model_with_cfg(
             build,
             entry.name,

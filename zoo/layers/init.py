@@ -25,6 +25,11 @@ def init_weights(model: nn.Module) -> None:
             model.init_module(module)  # type: ignore[operator]
 
 
+def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device=device)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+
+
 @torch.no_grad()
 def materialize(model: nn.Module, device: torch.device | str | None = None) -> nn.Module:
     """Allocate and initialise every tensor of `model` that is still on the meta device, and no other.
@@ -40,18 +45,12 @@ def materialize(model: nn.Module, device: torch.device | str | None = None) -> n
             continue
         loaded = [(holder, key, tensor) for holder, key, tensor in tensors if not tensor.is_meta]
         for holder, key, tensor in tensors:
-            if tensor.is_meta and id(tensor) not in allocated:
-                empty = torch.empty_like(tensor, device=device)
-                allocated[id(tensor)] = (
-                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                )
-            elif not tensor.is_meta:  # init_module writes all of a module's tensors: keep it off the loaded ones
-                scratch = torch.empty_like(tensor)
-                holder[key] = (
-                    nn.Parameter(scratch, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else scratch
-                )
-            if tensor.is_meta:
-                holder[key] = allocated[id(tensor)]
+            if not tensor.is_meta:  # init_module writes all of a module's tensors: keep it off the loaded ones
+                holder[key] = _empty_like(tensor, tensor.device)
+                continue
+            if id(tensor) not in allocated:
+                allocated[id(tensor)] = _empty_like(tensor, device)
+            holder[key] = allocated[id(tensor)]
         model.init_module(module)  # type: ignore[operator]
         for holder, key, tensor in loaded:
             holder[key] = tensor

@@ -326,7 +326,7 @@ class MetaFormerStage(nn.Module):
 
 
 class MlpHead(nn.Module):
-    """Classifier of ConvFormer and CAFormer: linear, squared ReLU, norm, dropout, linear. (B, C) -> (B, num_classes)."""
+    """ConvFormer's and CAFormer's classifier, with squared ReLU. (B, C) -> (B, num_classes)."""
 
     def __init__(self, dim: int, num_classes: int, eps: float, drop: float) -> None:
         super().__init__()
@@ -368,7 +368,7 @@ POOLS = ("avg", "max", "avgmax", "")
 class MetaFormer(nn.Module):
     """A four-stage network of MetaFormer blocks. (B, in_chans, H, W) -> (B, num_classes).
 
-    The defaults are those of the basic baselines (IdentityFormer, RandFormer, PoolFormerV2). Any number of stages works.
+    The defaults are those of PoolFormerV2. Any number of stages works.
 
     Args:
         in_chans: channels of the input.
@@ -377,7 +377,7 @@ class MetaFormer(nn.Module):
         depths: blocks of each stage.
         dims: width of each stage.
         token_mixers: one for all stages or one for each: "pool", "identity", "random", "sepconv", "attention", or any
-            callable `mixer(dim) -> nn.Module` from maps to maps (from tokens to tokens if its class sets `tokens = True`).
+            callable `mixer(dim) -> nn.Module` from maps to maps (from tokens to tokens if it has `tokens = True`).
         mlp_ratio: hidden width of the MLP over the width.
         mlp_act: "star_relu", "gelu", "relu", or a callable without arguments.
         mlp_bias: whether the MLP's linear layers have biases.
@@ -418,7 +418,7 @@ class MetaFormer(nn.Module):
         norm_eps: float = 1e-6,
         downsample_norm: bool = True,
         layer_scale_init: float | None = None,
-        res_scale_init: float | None | Sequence[float | None] = (None, None, 1.0, 1.0),
+        res_scale_init: float | Sequence[float | None] | None = (None, None, 1.0, 1.0),
         mlp_head: bool = False,
         mlp_head_eps: float = 1e-5,
         head_norm_first: bool = False,
@@ -469,8 +469,9 @@ class MetaFormer(nn.Module):
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
-            downsample = Downsample(dims[i - 1], dim, downsample_norm) if i else nn.Identity()
+            downsample: nn.Module = nn.Identity()
             if i:
+                downsample = Downsample(dims[i - 1], dim, downsample_norm)
                 grid = _grid_after(downsample.conv, grid)
             make_mixer = choose("token mixer", mixers[i], MIXERS)
             tokens = getattr(make_mixer, "tokens", False)
@@ -520,10 +521,12 @@ class MetaFormer(nn.Module):
             nn.init.normal_(module.weight, std=0.02)  # published as truncated at +-2, which is 100 standard deviations
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
         else:
-            raise ConfigError(f"{type(module).__name__} holds weights: give it a reset_parameters() that sets them.")
+            reset = getattr(module, "reset_parameters", None)
+            if reset is None:
+                name = type(module).__name__
+                raise ConfigError(f"{name} holds weights: give it a reset_parameters() that initialises them.")
+            reset()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -544,7 +547,7 @@ class MetaFormer(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade computation for memory: recompute each block's activations in the backward pass."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -656,22 +659,17 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     Takes sail-sg/poolformer's and sail-sg/metaformer's layouts, and ours. 1x1 convolutions, which the authors store as
     linear layers, are reshaped to what the model holds.
     """
+    rename: Callable[[str], str] = str
     if "network.0.0.mlp.fc1.weight" in state_dict:
         rename = _rename_poolformer
     elif "downsample_layers.0.conv.weight" in state_dict:
         rename = _rename_baselines
-    else:
-        rename = str
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     converted = {}
     for key, tensor in state_dict.items():
         key = rename(key)
-        shape = shapes.get(key)
-        if (
-            shape is not None
-            and tensor.ndim in (2, 4)
-            and tensor.squeeze().shape == torch.Size(s for s in shape if s != 1)
-        ):
+        shape = shapes.get(key, tensor.shape)
+        if tensor.ndim != len(shape) and tensor.shape[:2] == shape[:2] and tensor.numel() == shape.numel():
             tensor = tensor.reshape(shape)
         converted[key] = tensor
     return converted
@@ -788,11 +786,11 @@ NO_LICENSE_NOTE = "The authors state no licence for the weights; their code is A
 
 # size: params (M), MACs (G), top-1 (%) as the authors state them, initial LayerScale, crop_pct
 for size, params, macs, top1, layer_scale_init, crop_pct in (
-    ("s12", 12, 1.8, 77.2, 1e-5, 0.9),
-    ("s24", 21, 3.4, 80.3, 1e-5, 0.9),
-    ("s36", 31, 5.0, 81.4, 1e-6, 0.9),
-    ("m36", 56, 8.8, 82.1, 1e-6, 0.95),
-    ("m48", 73, 11.6, 82.5, 1e-6, 0.95),
+    ("s12", 12.0, 1.8, 77.2, 1e-5, 0.9),
+    ("s24", 21.0, 3.4, 80.3, 1e-5, 0.9),
+    ("s36", 31.0, 5.0, 81.4, 1e-6, 0.9),
+    ("m36", 56.0, 8.8, 82.1, 1e-6, 0.95),
+    ("m48", 73.0, 11.6, 82.5, 1e-6, 0.95),
 ):
     _entry(
         f"poolformer_{size}",
@@ -893,10 +891,10 @@ for family, mixers, compact, large_variants in (
         "sepconv",
         "Depthwise separable 7x7 convolutions mix the tokens.",
         {
-            "s18": (27, 3.9, (83.0, 84.4, 83.7, 85.0)),
-            "s36": (40, 7.6, (84.1, 85.4, 85.4, 86.4)),
-            "m36": (57, 12.8, (84.5, 85.6, 86.1, 86.9)),
-            "b36": (100, 22.6, (84.8, 85.7, 87.0, 87.6)),
+            "s18": (27.0, 3.9, (83.0, 84.4, 83.7, 85.0)),
+            "s36": (40.0, 7.6, (84.1, 85.4, 85.4, 86.4)),
+            "m36": (57.0, 12.8, (84.5, 85.6, 86.1, 86.9)),
+            "b36": (100.0, 22.6, (84.8, 85.7, 87.0, 87.6)),
         },
     ),
     (
@@ -904,10 +902,10 @@ for family, mixers, compact, large_variants in (
         ("sepconv", "sepconv", "attention", "attention"),
         "Separable convolutions mix the many tokens of the first two stages, attention the few of the last two.",
         {
-            "s18": (26, 4.1, (83.6, 85.0, 84.1, 85.4)),
-            "s36": (39, 8.0, (84.5, 85.7, 85.8, 86.9)),
-            "m36": (56, 13.2, (85.2, 86.2, 86.6, 87.5)),
-            "b36": (99, 23.2, (85.5, 86.4, 87.4, 88.1)),
+            "s18": (26.0, 4.1, (83.6, 85.0, 84.1, 85.4)),
+            "s36": (39.0, 8.0, (84.5, 85.7, 85.8, 86.9)),
+            "m36": (56.0, 13.2, (85.2, 86.2, 86.6, 87.5)),
+            "b36": (99.0, 23.2, (85.5, 86.4, 87.4, 88.1)),
         },
     ),
 ):
