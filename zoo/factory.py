@@ -74,7 +74,7 @@ def create_model(
             raise ConfigError("A model on the meta device has no memory to load weights into: choose another device.")
         source = None
 
-    args = {**saved_args, **{k: v for k, v in model_args.items() if v is not None}}
+    args = {**saved_args, **model_args}
     if features_only:
         num_classes = 0 if "num_classes" in _parameters(entry.build) else None
     chosen = {"num_classes": num_classes, "in_chans": in_chans}
