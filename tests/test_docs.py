@@ -146,3 +146,17 @@ def test_links_to_files_lead_somewhere(document):
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def test_the_worked_example_holds_the_contract_of_a_vision_model(tmp_path):
+    """The model file of CONTRIBUTING.md, as a file, under every check that shipped models are held to."""
+    (example,) = [source for _, source in blocks("CONTRIBUTING.md", "python") if source.startswith('"""PlainNet')]
+    (tmp_path / "plainnet.py").write_text(example, encoding="utf-8")
+    env = environment()
+    env["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    contract = ["tests/test_vision_contract.py", "-k", "plainnet", "-p", "plainnet", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *contract], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    assert run.returncode == 0, run.stdout
+    assert re.search(r"\d\d passed", run.stdout)

@@ -1,0 +1,879 @@
+"""Weights: fetched over real HTTP from a Hub on loopback, read from real files, loaded whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models import adapt_input_conv
+from torch import nn
+
+import zoo
+from tests.hub_stub import Hub, corrupt, cut_at, shorten, status
+from zoo.errors import CheckpointError, ConfigError, UnknownModelError
+from zoo.hub import load_config
+from zoo.weights import LoadReport, locate, read_state_dict
+
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+
+
+def small(**args: Any) -> nn.Module:
+    return zoo.create_model("poolformer_s12", **SMALL, **args)
+
+
+def report_of(model: nn.Module) -> LoadReport:
+    report = model.load_report
+    assert isinstance(report, LoadReport)
+    return report
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def published(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """PoolFormer's tensors under the names of its authors."""
+
+    def rename(key: str) -> str:
+        key = re.sub(r"^stages\.(\d)\.blocks\.", lambda m: f"network.{2 * int(m[1])}.", key)
+        key = re.sub(r"^stages\.(\d)\.downsample\.conv", lambda m: f"network.{2 * int(m[1]) - 1}.proj", key)
+        key = re.sub(r"layer_scale(\d)\.scale", r"layer_scale_\1", key)
+        key = key.replace("stem.conv", "patch_embed.proj")
+        return key.replace("head.norm", "norm").replace("head.fc", "head")
+
+    return {rename(key): tensor for key, tensor in state_dict.items()}
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A model whose every tensor is random, so that none can be mistaken for an initial one."""
+    torch.manual_seed(0)
+    model = small(num_classes=10)
+    for tensor in model.state_dict().values():
+        tensor.normal_()
+    return model
+
+
+@pytest.fixture
+def folder(trained: nn.Module, tmp_path: Path) -> Path:
+    return zoo.save_pretrained(trained, tmp_path / "saved")
+
+
+# ------------------------------------------------------------------------------------------------------------ downloads
+
+PRELUDE = """
+import json, os, resource, sys, urllib.error, urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from zoo.errors import ZooError
+from zoo.registry import Weights
+from zoo.weights import fetch, fetch_from_hub
+
+URL, HOME = os.environ["HUB_URL"], Path(os.environ["HF_HOME"])
+
+def mark(name):
+    try:
+        urllib.request.urlopen(f"{URL}/mark/{name}")
+    except urllib.error.HTTPError:
+        pass
+
+def repo(name, revision=None, filename=None, sha256=None, **where):
+    return fetch(Weights(tag="", license="", hub_id=name, filename=filename, sha256=sha256), revision=revision, **where)
+
+def link(path, sha256=None, revision=None, **where):
+    url = path if "://" in path else URL + path
+    return fetch(Weights(tag="", license="", url=url, sha256=sha256), revision=revision, **where)
+
+def outcome(get, *args, **where):
+    try:
+        return get(*args, **where).read_bytes().decode("latin1")
+    except ZooError as error:
+        return f"{type(error).__name__}: {error}"
+
+def files(root=HOME):
+    # what a later run would find; not the locks, references and directories around it
+    paths = [p for p in Path(root).rglob("*") if p.is_file() and not {".locks", "refs", ".no_exist"} & set(p.parts)]
+    return sorted(p.name for p in paths if p.name not in ("CACHEDIR.TAG", ".agent_harnesses.json"))
+"""
+
+ERRORS = """
+def cases():
+    yield "private", repo, ("me/private",), {}
+    yield "private, with a token", repo, ("me/private",), {"token": "hf_member"}
+    yield "gated", repo, ("me/gated",), {}
+    yield "gated, outsider", repo, ("me/gated",), {"token": "hf_outsider"}
+    yield "gated, member", repo, ("me/gated",), {"token": "hf_member", "cache_dir": HOME / "member"}
+    yield "no repository", repo, ("me/nothing",), {}
+    yield "no revision", repo, ("me/small", "v9"), {}
+    yield "no file", repo, ("me/small",), {"filename": "other.bin"}
+    yield "no weights", repo, ("me/empty",), {}
+    yield "bad name", repo, ("me/small/more",), {}
+    yield "refused", repo, ("me/refused",), {}
+    yield "trouble at once", repo, ("me/down",), {}
+    yield "not a hub", repo, ("me/strange",), {}
+    yield "shorter", repo, ("me/shorter",), {}
+    yield "cut once", repo, ("me/cut-once",), {}
+    yield "cut", repo, ("me/cut",), {}
+    yield "corrupt", repo, ("me/corrupt",), {}
+    yield "other hash", repo, ("me/bin",), {"sha256": "0" * 64, "cache_dir": HOME / "other"}
+    yield "cache is a file", repo, ("me/bin",), {"cache_dir": __file__}
+    yield "url", link, ("/files/net.pth",), {}
+    yield "url, moved", link, ("/moved/net.pth",), {}
+    yield "url, no file", link, ("/files/none.pth",), {}
+    yield "url, trouble", link, ("/files/trouble.pth",), {}
+    yield "url, other hash", link, ("/files/hash.pth", "0" * 64), {}
+    yield "url, cut once", link, ("/files/cut-once.pth",), {}
+    yield "url, cut", link, ("/files/cut.pth",), {}
+    yield "url, not one", link, ("ftp://host/net.pth",), {}
+    yield "url, revision", link, ("/files/net.pth",), {"revision": "v1"}
+    yield "url, spaces", link, ("/files/my net.pth",), {}
+
+if __name__ == "__main__":
+    found = {"first": outcome(repo, "me/small"), "pinned": outcome(repo, "me/small", os.environ["FIRST_COMMIT"])}
+    found["bin"] = outcome(repo, "me/bin")
+    mark("cached")
+    found["again"] = outcome(repo, "me/small")
+    outcome(repo, "me/small", os.environ["FIRST_COMMIT"])
+    outcome(repo, "me/bin")
+    mark("errors")
+    with ThreadPoolExecutor(16) as pool:
+        futures = {name: pool.submit(outcome, get, *args, **where) for name, get, args, where in cases()}
+        found |= {name: future.result() for name, future in futures.items()}
+    found["files"] = files()
+    found["corrupt, again"] = outcome(repo, "me/corrupt")
+    mark("url-cached")
+    outcome(link, "/files/net.pth")
+    mark("url-refreshed")
+    outcome(link, "/files/net.pth", refresh=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))  # no file may grow larger: what a full disk does
+    found["full disk"] = outcome(repo, "me/bin", cache_dir=HOME / "full")
+    found["url, full disk"] = outcome(link, "/files/net.pth", cache_dir=HOME / "full")
+    found["full files"] = files(HOME / "full")
+    print(json.dumps(found))
+"""
+
+CACHED = """
+found = {"cached": outcome(repo, "me/small"), "url": outcome(link, "/files/net.pth")}
+with ThreadPoolExecutor() as pool:
+    uncached = pool.submit(outcome, repo, "me/other"), pool.submit(outcome, repo, "me/other", "v2")
+    found["uncached"], found["uncached, pinned"] = [future.result() for future in uncached]
+found["url, uncached"] = outcome(link, "/files/other.pth")
+print(json.dumps(found))
+"""
+
+REFRESH = """
+found = {"stale": outcome(repo, "me/small")}
+mark("refresh")
+found["refreshed"] = outcome(repo, "me/small", refresh=True)
+mark("after")
+found["new"] = outcome(repo, "me/small")
+print(json.dumps(found))
+"""
+
+NO_LINKS = """
+found = {"corrupt": outcome(repo, "me/corrupt"), "files": files(), "again": outcome(repo, "me/corrupt")}
+found["trouble"] = outcome(repo, "me/trouble")
+print(json.dumps(found))
+"""
+
+
+def start(script: str, path: Path, home: Path, hub_url: str, **env: str) -> subprocess.Popen[str]:
+    """Run a script in a process of its own, as huggingface_hub reads its environment once, at import."""
+    path.write_text(PRELUDE + script)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    root = str(Path(zoo.__file__).parents[1])
+    clean |= {"HF_ENDPOINT": hub_url, "HUB_URL": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    clean |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    clean |= {"PYTHONPATH": root, **env}
+    return subprocess.Popen([sys.executable, str(path)], env=clean, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return json.loads(out.splitlines()[-1])
+
+
+def between(hub: Hub, mark: str) -> list[str]:
+    """The requests after one mark and before the next, as "METHOD path"."""
+    lines = [f"{method} {path}" for method, path, _, _ in hub.requests]
+    rest = lines[lines.index(f"GET /mark/{mark}") + 1 :]
+    return list(itertools.takewhile(lambda line: not line.startswith("GET /mark/"), rest))
+
+
+BODY = bytes(range(256)) * 256  # 64 KiB
+TEXT = BODY.decode("latin1")
+
+
+@dataclasses.dataclass
+class Network:
+    hub: Hub
+    online: dict[str, Any]
+    refreshed: dict[str, Any]
+    offline: dict[str, Any]
+    unreachable: dict[str, Any]
+    no_links: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Everything that needs a network, in five processes; what takes long there is waiting."""
+    tmp = tmp_path_factory.mktemp("network")
+    home = tmp / "home"
+    with Hub() as hub:
+        first = hub.repo("me/small", {"model.safetensors": BODY[::-1]}).refs["main"]
+        hub.repos["me/small"].commit({"model.safetensors": BODY, "pytorch_model.bin": b"not this one"})
+        hub.repo("me/bin", {"pytorch_model.bin": BODY})
+        hub.repo("me/private", {"model.safetensors": BODY}, private=True)
+        hub.repo("me/gated", {"model.safetensors": BODY}, gated=True)
+        hub.repo("me/empty", {"README.md": b"nothing yet"})
+        for name in ("refused", "trouble", "down", "strange", "shorter", "cut-once", "cut", "corrupt"):
+            hub.repo(f"me/{name}", {"model.safetensors": BODY})
+        hub.fault("HEAD", "me/refused/", status(403))
+        hub.fault("HEAD", "me/trouble/", status(503))
+        hub.fault("GET", "me/down/", status(503))
+        hub.fault("HEAD", "me/strange/", lambda reply: reply.headers.clear())
+        hub.fault("GET", "me/shorter/", shorten)
+        hub.fault("GET", "me/cut-once/", cut_at(1000), times=1)
+        hub.fault("GET", "me/cut/", cut_at(1000))
+        hub.fault("GET", "me/corrupt/", corrupt, times=1)
+        hub.files |= {f"/files/{name}.pth": BODY for name in ("net", "trouble", "hash", "cut-once", "cut")}
+        hub.moved["/moved/net.pth"] = f"{hub.url}/files/net.pth"
+        hub.fault("GET", "/files/trouble", status(500))
+        hub.fault("GET", "/files/cut-once", cut_at(1000), times=1)
+        hub.fault("GET", "/files/cut.pth", cut_at(1000))
+
+        online = finish(start(ERRORS, tmp / "online.py", home, hub.url, FIRST_COMMIT=first))
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+            address = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+            hub.repos["me/small"].commit({"model.safetensors": b"new"})
+            hub.fault("GET", "me/corrupt/", corrupt, times=1)
+            no_links = start(NO_LINKS, tmp / "links.py", tmp / "plain", hub.url, HF_HUB_DISABLE_SYMLINKS="1")
+            unreachable = start(CACHED, tmp / "unreachable.py", home, hub.url, HF_ENDPOINT=address)
+            offline = start(CACHED, tmp / "offline.py", home, hub.url, HF_HUB_OFFLINE="1")
+            offline_found = finish(offline)
+            refreshed = finish(start(REFRESH, tmp / "refresh.py", home, hub.url))
+            yield Network(hub, online, refreshed, offline_found, finish(unreachable), finish(no_links))
+
+
+@pytest.mark.parametrize("case", ["first", "bin", "again", "private, with a token", "gated, member", "cut once"])
+def test_fetch(network: Network, case: str) -> None:
+    assert network.online[case] == TEXT
+
+
+def test_fetch_pins_a_revision(network: Network) -> None:
+    assert network.online["pinned"] == TEXT[::-1]
+
+
+def test_what_is_cached_needs_no_request(network: Network) -> None:
+    assert between(network.hub, "cached") == []
+    assert between(network.hub, "url-cached") == []
+    assert between(network.hub, "url-refreshed") == ["GET /files/net.pth"]
+    assert between(network.hub, "after") == []
+
+
+def test_refresh_asks(network: Network) -> None:
+    assert network.refreshed == {"stale": TEXT, "refreshed": "new", "new": "new"}
+    path = "/me/small/resolve/main/model.safetensors"
+    assert between(network.hub, "refresh") == [f"HEAD {path}", f"GET {path}"]
+
+
+def test_the_token_is_sent_to_the_hub_alone(network: Network) -> None:
+    tokens = {path: token for _, path, token, _ in network.hub.requests}
+    assert tokens["/me/private/resolve/main/model.safetensors"] in ("", Hub.TOKEN)
+    assert Hub.TOKEN in {token for _, path, token, _ in network.hub.requests if path.startswith("/me/private/")}
+    assert {token for _, path, token, _ in network.hub.requests if path.startswith("/files/")} == {""}
+
+
+@pytest.mark.parametrize(
+    ("case", "fragments"),
+    [
+        ("private", ["no repository me/private", "private", "HF_TOKEN"]),
+        ("gated", ["me/gated is gated", "https://huggingface.co/me/gated", "hf auth login"]),
+        ("gated, outsider", ["your account", "https://huggingface.co/me/gated"]),
+        ("no repository", ["no repository me/nothing", "Check the name"]),
+        ("no revision", ["me/small has no revision 'v9'"]),
+        ("no file", ["me/small has no other.bin"]),
+        ("no weights", ["me/empty has no model.safetensors or pytorch_model.bin"]),
+        ("bad name", ["'me/small/more'", "owner/name"]),
+        ("refused", ["refuses access", "403"]),
+        ("trouble at once", ["has trouble", "503", "try again later"]),
+        ("not a hub", ["does not answer as a Hub", "HF_ENDPOINT"]),
+        ("shorter", ["another length", "Try again"]),
+        ("cut", ["broke again and again", "Try again later"]),
+        ("corrupt", ["damaged", "SHA-256", "removed from the cache"]),
+        ("other hash", ["SHA-256", "0" * 64]),
+        ("cache is a file", ["Cannot write", "cache_dir="]),
+        ("full disk", ["does not fit on the disk", "cache_dir="]),
+        ("url, no file", ["/files/none.pth", "404"]),
+        ("url, trouble", ["has trouble", "500"]),
+        ("url, other hash", ["SHA-256", "0" * 64]),
+        ("url, cut", ["broke again and again", "nothing was kept"]),
+        ("url, not one", ["not the URL of a file"]),
+        ("url, spaces", ["not the URL of a file"]),
+        ("url, revision", ["without revisions", "@v1"]),
+        ("url, full disk", ["does not fit on the disk", "cache_dir="]),
+    ],
+)
+def test_a_download_that_fails_says_why(network: Network, case: str, fragments: list[str]) -> None:
+    message = network.online[case]
+    assert message.startswith("DownloadError: ")
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_a_hub_in_trouble_is_asked_again_before_giving_up(network: Network) -> None:
+    assert "DownloadError: 127.0.0.1" in network.no_links["trouble"]
+    assert "has trouble (HTTP 503)" in network.no_links["trouble"]
+
+
+def test_nothing_half_written_stays(network: Network) -> None:
+    def of(name: str) -> list[str]:
+        return [file for file in network.online["files"] if name in file]
+
+    kept = {"me/small": 2, "me/private": 1, "me/gated": 1, "me/bin": 1, "me/cut-once": 1}  # a blob and a link each
+    assert len(of("model.safetensors")) == kept["me/small"] + 3
+    assert of("incomplete") == of("tmp") == []
+    assert of("hash.pth") == of("cut.pth") == []
+    assert network.online["full files"] == []
+    assert network.online["corrupt, again"] == TEXT
+
+
+def test_a_url_is_taken_up_where_it_broke(network: Network) -> None:
+    assert network.online["url"] == network.online["url, moved"] == network.online["url, cut once"] == TEXT
+    ranges = [part for _, path, _, part in network.hub.requests if path == "/files/cut-once.pth"]
+    assert ranges == ["", "bytes=1000-"]
+
+
+def test_offline(network: Network) -> None:
+    found = network.offline
+    assert found["cached"] == found["url"] == TEXT
+    assert "`hf download me/other model.safetensors`" in found["uncached"]
+    assert "checkpoint_path=" in found["uncached"]
+    assert "HF_HUB_OFFLINE" in found["uncached"]
+    assert "`hf download me/other model.safetensors --revision v2`" in found["uncached, pinned"]
+    assert "HF_HUB_OFFLINE" in found["url, uncached"]
+
+
+def test_no_network(network: Network) -> None:
+    assert network.unreachable["cached"] == TEXT
+    assert "DownloadError: Cannot reach 127.0.0.1" in network.unreachable["uncached"]
+    assert "checkpoint_path=" in network.unreachable["uncached"]
+
+
+def test_the_hash_is_checked_without_symbolic_links_too(network: Network) -> None:
+    assert "SHA-256" in network.no_links["corrupt"]
+    assert network.no_links["files"] == []
+    assert network.no_links["again"] == TEXT
+
+
+# ------------------------------------------------------------------------------------------------------------- locating
+
+
+def test_locate_a_folder(folder: Path, tmp_path: Path) -> None:
+    assert locate(folder) == locate(f"local-dir:{folder}") == folder / "model.safetensors"
+    only = tmp_path / "only"
+    only.mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*empty"):
+        locate(only)
+    (only / "notes.txt").touch()
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint.*notes\.txt"):
+        locate(only)
+    (only / "last.pth.tar").touch()
+    assert locate(str(only)) == only / "last.pth.tar"
+    (only / "best.pt").touch()
+    with pytest.raises(CheckpointError, match=r"several checkpoints.*best\.pt, last\.pth\.tar"):
+        locate(only)
+
+
+def test_locate_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "poolformer.pth").touch()
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* Did you mean poolformer\.pth\?"):
+        locate(tmp_path / "poolfromer.pth")
+    with pytest.raises(CheckpointError, match="write hf-hub:timm/poolformer_s12"):
+        locate("timm/poolformer_s12.sail_in1k")
+    with pytest.raises(ConfigError, match="not int"):
+        locate(3)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "state_dict_ema", "model_ema"])
+def test_read_what_training_scripts_write(
+    trained: nn.Module, tmp_path: Path, wrapper: str | None, legacy: bool
+) -> None:
+    tensors = trained.state_dict()
+    wrapped = {f"module._orig_mod.{key}": tensor for key, tensor in tensors.items()}
+    content = wrapped if wrapper is None else {wrapper: wrapped, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "last.pth.tar", _use_new_zipfile_serialization=not legacy)
+    assert equal(read_state_dict(tmp_path / "last.pth.tar"), tensors)
+
+
+def test_averaged_weights_are_preferred(trained: nn.Module, tmp_path: Path) -> None:
+    last, averaged = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    torch.save({"state_dict": last, "state_dict_ema": averaged}, tmp_path / "both.pth")
+    assert equal(read_state_dict(tmp_path / "both.pth"), averaged)
+    assert equal(read_state_dict(tmp_path / "both.pth", use_ema=False), last)
+
+
+class Attack:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_that_runs_code_is_read(trained: nn.Module, tmp_path: Path) -> None:
+    for legacy in (False, True):
+        torch.save({"w": Attack(tmp_path / "made")}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(CheckpointError, match=r"would run code \((posix|nt)\.mkdir\)"):
+            read_state_dict(tmp_path / "a.pth")
+    assert not (tmp_path / "made").exists()
+    torch.save(trained, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"zoo\.models\.metaformer\.MetaFormer"):
+        read_state_dict(tmp_path / "model.pth")
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
+    with pytest.raises(CheckpointError, match="TorchScript"):
+        read_state_dict(tmp_path / "script.pt")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth", "legacy.pth"])
+@pytest.mark.parametrize("part", [0, 4, 100, 0.5, 0.99])
+def test_a_truncated_file(trained: nn.Module, tmp_path: Path, name: str, part: float) -> None:
+    path = tmp_path / name
+    if name == "model.safetensors":
+        safetensors.torch.save_file(trained.state_dict(), path)
+    else:
+        torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=name == "model.pth")
+    body = path.read_bytes()
+    path.write_bytes(body[: int(part * len(body)) if part < 1 else int(part)])
+    with pytest.raises(CheckpointError, match="empty" if part == 0 else "cut short|header") as caught:
+        read_state_dict(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "web page"),
+        (b"GIF89a" + bytes(500), "cut short, or is something else"),
+        (b"just some text, quite a lot of it", "cut short, or is something else"),
+        (pickle.dumps([1, 2, 3]), "cut short, or is something else|no state dict"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_a_foreign_file(tmp_path: Path, content: bytes, message: str, suffix: str) -> None:
+    path = tmp_path / f"net{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        read_state_dict(path)
+
+
+def test_the_content_decides_and_not_the_suffix(trained: nn.Module, tmp_path: Path) -> None:
+    safetensors.torch.save_file(trained.state_dict(), tmp_path / "net.bin")
+    assert equal(read_state_dict(tmp_path / "net.bin"), trained.state_dict())
+    torch.save(trained.state_dict(), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        read_state_dict(tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list and no state dict"),
+        ({}, "holds no tensors, but nothing at all"),
+        ({"epoch": 3, "lr": 0.1}, "holds no tensors, but epoch, lr"),
+        ({"w": torch.zeros(1), "epoch": 3}, "not tensors among its tensors: epoch"),
+    ],
+)
+def test_no_state_dict(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(CheckpointError, match=message):
+        read_state_dict(tmp_path / "net.pth")
+
+
+def test_an_unreadable_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"Cannot read.*directory"):
+        read_state_dict(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture(params=["safetensors", "pth", "pth.tar", "folder", "local-dir", "state dict", "published"])
+def source(request: pytest.FixtureRequest, trained: nn.Module, folder: Path, tmp_path: Path) -> Any:
+    """The same weights, however they come."""
+    tensors = trained.state_dict()
+    match request.param:
+        case "safetensors":
+            return folder / "model.safetensors"
+        case "pth":
+            torch.save(tensors, tmp_path / "net.pth")
+            return str(tmp_path / "net.pth")
+        case "pth.tar":
+            torch.save({"epoch": 1, "state_dict": tensors}, tmp_path / "net.pth.tar")
+            return tmp_path / "net.pth.tar"
+        case "folder":
+            return str(folder)
+        case "local-dir":
+            return f"local-dir:{folder}"
+        case "published":
+            torch.save(published(tensors), tmp_path / "published.pth")
+            return tmp_path / "published.pth"
+        case _:
+            return tensors
+
+
+def test_load_from_every_source(trained: nn.Module, source: Any) -> None:
+    model = small(num_classes=10)
+    assert not equal(model.state_dict(), trained.state_dict())
+    report = zoo.load_checkpoint(model, source)
+    assert equal(model.state_dict(), trained.state_dict())
+    assert report.loaded == len(model.state_dict())
+    assert report.dropped == report.adapted == report.fresh == ()
+    assert report.converted == ("published" in str(source))
+    assert ("published layout" in str(report)) == report.converted
+
+
+def test_other_classes_and_channels_from_every_source(trained: nn.Module, source: Any) -> None:
+    wanted = trained.state_dict()
+    for channels in (1, 5):
+        model = small(num_classes=7, in_chans=channels)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        report = zoo.load_checkpoint(model, source)
+        after = model.state_dict()
+        head = ["head.fc.bias", "head.fc.weight"]
+        assert sorted(report.dropped) == sorted(report.fresh) == head
+        assert report.adapted == ("stem.conv.weight",)
+        assert "10 classes and the model 7" in str(report)
+        assert f"from 3 to {channels} input channels" in str(report)
+        stem = adapt_input_conv(channels, wanted["stem.conv.weight"])
+        torch.testing.assert_close(after["stem.conv.weight"], stem, rtol=0, atol=0)
+        for key, tensor in after.items():
+            if key != "stem.conv.weight":
+                assert torch.equal(tensor, before[key] if key in head else wanted[key]), key
+
+
+def test_no_classifier(trained: nn.Module, source: Any) -> None:
+    model = small(num_classes=0)
+    report = zoo.load_checkpoint(model, source)
+    assert sorted(report.dropped) == ["head.fc.bias", "head.fc.weight"]
+    assert report.fresh == ()
+    images = torch.randn(1, 3, 64, 64)
+    trained.eval()
+    expected = trained.forward_head(trained.forward_features(images), pre_logits=True)  # type: ignore[operator]
+    assert torch.equal(model.eval()(images), expected)
+
+
+def test_everything_of_an_mlp_head_goes_with_it() -> None:
+    args: dict[str, Any] = {"depths": (1, 1), "dims": (16, 32), "token_mixers": "sepconv", "res_scale_init": None}
+    tensors = zoo.create_model("caformer_s18", num_classes=10, **args).state_dict()
+    head = {key for key in tensors if key.startswith("head.fc.")}
+    assert len(head) > 4
+    assert set(zoo.load_checkpoint(zoo.create_model("caformer_s18", num_classes=0, **args), tensors).dropped) == head
+    model = zoo.create_model("caformer_s18", num_classes=3, **args)
+    report = zoo.load_checkpoint(model, tensors)  # only the last layer knows the classes
+    assert set(report.dropped) == {"head.fc.fc2.weight", "head.fc.fc2.bias"}
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict", "hook", "getter", "fx"])
+def test_models_wrapped_for_features(trained: nn.Module, folder: Path, feature_cls: str) -> None:
+    model = small(features_only=True, out_indices=(0, 2), feature_cls=feature_cls)
+    report = zoo.load_checkpoint(model, folder)
+    assert {"head.fc.weight", "stages.3.downsample.conv.weight"} <= set(report.dropped)
+    images = torch.randn(1, 3, 64, 64)
+    maps = model.eval()(images)
+    expected = trained.eval().forward_intermediates(images, indices=[0, 2], intermediates_only=True)  # type: ignore[operator]
+    for got, want in zip(list(maps.values()) if isinstance(maps, dict) else maps, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_timm_models_load_the_same_way() -> None:
+    ours, theirs = (
+        zoo.create_model("poolformer_s12", num_classes=10),
+        timm.create_model("poolformer_s12", num_classes=5),
+    )
+    report = zoo.load_checkpoint(theirs, published(ours.state_dict()))
+    assert report.converted
+    assert sorted(report.dropped) == ["head.fc.bias", "head.fc.weight"]
+    kept = {key for key in ours.state_dict() if not key.startswith("head.fc.")}
+    assert all(torch.equal(theirs.state_dict()[key], ours.state_dict()[key]) for key in kept)
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+def test_what_does_not_fit_is_listed_and_nothing_changes(trained: nn.Module, on_meta: bool) -> None:
+    tensors = dict(trained.state_dict())
+    del tensors["stem.conv.bias"], tensors["head.fc.bias"]
+    tensors["stages.0.blocks.0.extra"] = torch.zeros(1)
+    tensors["stages.1.downsample.conv.bias"] = torch.zeros(3)
+    model = small(num_classes=10, device="meta" if on_meta else None)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        zoo.load_checkpoint(model, tensors)
+    message = str(caught.value)
+    assert "2 missing: stem.conv.bias, head.fc.bias" in message
+    assert "1 unexpected: stages.0.blocks.0.extra" in message
+    assert "1 misshapen: stages.1.downsample.conv.bias (3, the model has 16)" in message
+    if on_meta:
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+        return
+    assert equal(model.state_dict(), before)
+    report = zoo.load_checkpoint(model, tensors, strict=False)
+    assert set(report.fresh) == {"stem.conv.bias", "head.fc.bias", "stages.1.downsample.conv.bias"}
+    assert set(report.dropped) == {"stages.0.blocks.0.extra", "stages.1.downsample.conv.bias"}
+    assert "1 unexpected" in str(report)
+    assert torch.equal(model.state_dict()["stem.conv.weight"], tensors["stem.conv.weight"])
+
+
+def test_long_lists_are_counted(trained: nn.Module) -> None:
+    with pytest.raises(CheckpointError, match=r"49 missing: .* and 29 more"):
+        zoo.load_checkpoint(small(num_classes=10), {"stem.conv.bias": torch.zeros(8)})
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_checkpoint_of_another_model(trained: nn.Module, strict: bool) -> None:
+    wider = zoo.create_model("poolformer_s12")
+    for tensors in ({"layer1.weight": torch.zeros(2)}, trained.state_dict()):
+        with pytest.raises(CheckpointError, match=r"Nothing in the state dict fits poolformer_s12.*another model"):
+            zoo.load_checkpoint(wider, tensors, strict=strict)
+
+
+def test_load_into_wrong_things(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="not str"):
+        zoo.load_checkpoint("poolformer_s12", folder)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not int"):
+        zoo.load_checkpoint(small(), 3)  # type: ignore[arg-type]
+
+
+class Tied(nn.Module):
+    """Two names for one parameter, a frozen one, and a batch norm with its counter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2)
+        self.b.weight = self.a.weight
+        self.a.bias.requires_grad_(False)
+
+
+def test_on_meta_tensors_keep_dtype_ties_and_gradients(tmp_path: Path) -> None:
+    source = Tied()
+    safetensors.torch.save_file({k: v.clone() for k, v in source.state_dict().items()}, tmp_path / "tied.safetensors")
+    with torch.device("meta"):
+        model = Tied().to(torch.float16)
+    zoo.load_checkpoint(model, tmp_path / "tied.safetensors")
+    assert model.a.weight is model.b.weight
+    assert not model.a.bias.requires_grad
+    assert model.b.bias.requires_grad
+    assert model.a.weight.dtype == torch.float16
+    assert torch.equal(model.a.weight, source.a.weight.to(torch.float16))
+    assert model.state_dict()["norm.num_batches_tracked"].dtype == torch.int64
+    # the model owns its memory: neither the file nor a part of the model drags the whole along
+    assert model.a.weight.untyped_storage().nbytes() == model.a.weight.nbytes
+    before = model.a.weight.clone()
+    (tmp_path / "tied.safetensors").write_bytes(bytes(1000))
+    assert torch.equal(model.a.weight, before)
+
+
+def test_batch_norm_counters_may_be_missing() -> None:
+    model = Tied()
+    tensors = {key: tensor for key, tensor in Tied().state_dict().items() if "num_batches" not in key}
+    assert zoo.load_checkpoint(model, tensors).fresh == ()
+
+
+# ----------------------------------------------------------------------------------------- creating, saving, converting
+
+
+def test_create_model_takes_every_source(trained: nn.Module, source: Any) -> None:
+    if isinstance(source, dict):
+        pytest.skip("create_model takes paths")
+    model = small(checkpoint_path=source, num_classes=10)
+    assert equal(model.state_dict(), trained.state_dict())
+    other = small(checkpoint_path=source, num_classes=4, in_chans=1)
+    assert sorted(report_of(other).dropped) == ["head.fc.bias", "head.fc.weight"]
+    assert torch.isfinite(other(torch.randn(1, 1, 64, 64))).all()
+
+
+def test_saved_models_open_here_and_in_timm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "classes": {"num_classes": 3},
+        "grey": {"in_chans": 1, "num_classes": 2},
+    }
+    for name, args in variants.items():
+        model = zoo.create_model("poolformer_s12", head_norm_first=False, **args).eval()
+        assert zoo.save_pretrained(model, tmp_path / name) == tmp_path / name
+        assert sorted(os.listdir(tmp_path / name)) == ["config.json", "model.safetensors"]
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["model_args"].pop("head_norm_first")  # an argument that timm's class does not know
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        ours = zoo.create_model(f"local-dir:{tmp_path / name}", head_norm_first=False).eval()
+        theirs = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        images = torch.randn(1, args.get("in_chans", 3), 64, 64)
+        assert torch.equal(ours(images), model(images))
+        torch.testing.assert_close(theirs(images), model(images))
+        assert ours.pretrained_cfg["num_classes"] == theirs.pretrained_cfg["num_classes"] == model.num_classes  # type: ignore[index]
+    with safetensors.safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_saved_arguments_come_back(trained: nn.Module, tmp_path: Path) -> None:
+    labels = [f"class {i}" for i in range(10)]
+    folder = zoo.save_pretrained(trained, tmp_path / "it", labels=labels, note="one epoch")
+    architecture, args, cfg = load_config(f"local-dir:{folder}")
+    assert architecture == "poolformer_s12"
+    assert args["depths"] == SMALL["depths"]
+    assert cfg["label_names"] == labels
+    assert cfg["num_classes"] == 10
+    assert json.loads((folder / "config.json").read_text())["note"] == "one epoch"
+    model = zoo.create_model(f"local-dir:{folder}")
+    assert equal(model.state_dict(), trained.state_dict())
+    model.reset_classifier(4)  # type: ignore[operator]
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'again')}")
+    assert equal(again.state_dict(), model.state_dict())
+    assert "label_names" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+def test_a_saved_model_without_classifier_gets_one(tmp_path: Path) -> None:
+    folder = zoo.save_pretrained(small(num_classes=0), tmp_path / "headless")
+    model = zoo.create_model(f"local-dir:{folder}", num_classes=5)
+    assert report_of(model).fresh == ("head.fc.weight", "head.fc.bias")  # type: ignore[union-attr]
+    assert "has no classifier" in str(report_of(model))
+
+
+def test_channels_last_and_shared_memory_are_saved(tmp_path: Path) -> None:
+    model = small(num_classes=10).to(memory_format=torch.channels_last)
+    stem = model.get_submodule("stages.0.blocks.0")
+    stem.layer_scale2.scale = stem.layer_scale1.scale  # type: ignore[union-attr]
+    folder = zoo.save_pretrained(model, tmp_path / "it")
+    assert equal(read_state_dict(folder / "model.safetensors"), {k: v.clone() for k, v in model.state_dict().items()})
+
+
+def test_saving_never_writes_over_unasked(trained: nn.Module, folder: Path) -> None:
+    before = (folder / "model.safetensors").read_bytes()
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match=r"not empty.*overwrite=True"):
+        zoo.save_pretrained(small(), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    zoo.save_pretrained(small(num_classes=2), folder, overwrite=True)
+    assert len(read_state_dict(folder / "model.safetensors")["head.fc.bias"]) == 2
+    assert (folder / "README.md").read_text() == "mine"
+    assert os.listdir(folder.parent) == [folder.name]
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "message"),
+    [
+        ("none/it", {}, "no folder"),
+        ("file", {}, "is a file"),
+        ("it", {"labels": ["a", "b"]}, "10 classes.*not 2"),
+        ("it", {"labels": ["a"] * 10}, "10 classes.*1 different"),
+    ],
+)
+def test_saving_where_or_what_will_not_do(
+    trained: nn.Module, tmp_path: Path, where: str, options: Any, message: str
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=message):
+        zoo.save_pretrained(trained, tmp_path / where, **options)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_saving_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="create_model made"):
+        zoo.save_pretrained(nn.Linear(2, 2), tmp_path / "it")
+    with pytest.raises(ConfigError, match="meta device"):
+        zoo.save_pretrained(small(device="meta"), tmp_path / "it")
+
+
+def test_saving_to_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    script = f"""
+import os, resource, zoo
+from zoo.errors import ZooError
+model = zoo.create_model("poolformer_s12", **{SMALL!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
+try:
+    zoo.save_pretrained(model, {str(tmp_path / "it")!r})
+except ZooError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert "Cannot write" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "a list where a JSON object should be"),
+        ("{}", "names no architecture"),
+        ('{"architecture": "poolformer_s13", "pretrained_cfg": {}}', "Did you mean"),
+        (None, r"has no config\.json"),
+    ],
+)
+def test_a_bad_config(folder: Path, config: str | None, message: str) -> None:
+    (folder / "config.json").unlink()
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    with pytest.raises((CheckpointError, UnknownModelError), match=message):
+        zoo.create_model(f"local-dir:{folder}")
+
+
+def test_no_folder() -> None:
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        zoo.create_model("local-dir:nowhere")
+
+
+def test_convert(trained: nn.Module, folder: Path, tmp_path: Path) -> None:
+    torch.save({"state_dict": published(trained.state_dict())}, folder / "net.pth.tar")
+    out = tmp_path / "out.safetensors"
+    report = zoo.convert_checkpoint(folder / "net.pth.tar", out)  # config.json beside it says what it is
+    assert report.converted
+    assert equal(safetensors.torch.load_file(out), trained.state_dict())
+    with pytest.raises(ConfigError, match=r"exists.*overwrite"):
+        zoo.convert_checkpoint(folder, out)
+    assert not zoo.convert_checkpoint(folder, out, overwrite=True).converted
+    assert equal(safetensors.torch.load_file(out), trained.state_dict())
+
+
+def test_convert_asks_for_what_it_needs(trained: nn.Module, tmp_path: Path) -> None:
+    torch.save(trained.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(ConfigError, match="Which architecture"):
+        zoo.convert_checkpoint(tmp_path / "net.pth", tmp_path / "out.safetensors")
+    with pytest.raises(ConfigError, match=r"net\.safetensors"):
+        zoo.convert_checkpoint(tmp_path / "net.pth", tmp_path / "net.bin", "poolformer_s12")
+    with pytest.raises(CheckpointError, match="Nothing was written"):
+        zoo.convert_checkpoint(tmp_path / "net.pth", tmp_path / "out.safetensors", "poolformer_s12")
+    with pytest.raises(UnknownModelError, match="poolformer_s12"):
+        zoo.convert_checkpoint(tmp_path / "net.pth", tmp_path / "out.safetensors", "poolformer_s13")
+    assert os.listdir(tmp_path) == ["net.pth"]
+
+
+def test_convert_keeps_every_class_and_channel(tmp_path: Path) -> None:
+    for classes in (3, 0):
+        model = zoo.create_model("poolformer_s12", num_classes=classes, in_chans=2)
+        torch.save(published(model.state_dict()), tmp_path / "net.pth")
+        zoo.convert_checkpoint(tmp_path / "net.pth", tmp_path / "out.safetensors", "poolformer_s12", overwrite=True)
+        assert equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), model.state_dict())

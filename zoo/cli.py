@@ -1,0 +1,545 @@
+"""The `zoo` command: every verb of the package from a shell.
+
+Facts (list, search, info, pareto, card) load neither torch nor timm; the other commands import what they need.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from zoo import __version__
+from zoo.errors import ZooError, did_you_mean
+from zoo.files import check_writable, whole_file
+from zoo.registry import (
+    PARETO_AXES,
+    SORT_KEYS,
+    TASKS,
+    ModelInfo,
+    Weights,
+    list_models,
+    model_info,
+    pareto,
+    search,
+)
+from zoo.units import humanize, parse_quantity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+CONVENTION = (
+    "MACs: multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts one), "
+    "for one input of the size given."
+)
+TOP1 = "top-1: best ImageNet-1k accuracy claimed for any of a model's weights at that size, percent."
+
+
+# -------------------------------------------------------------------------------------------------------------- parsing
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with whole option names only, and the nearest right one for a name that is wrong."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.option_names: list[str] = []
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        action = super().add_argument(*args, **kwargs)
+        self.option_names += action.option_strings
+        return action
+
+    def reject(self, unknown: list[str]) -> NoReturn:
+        first = unknown[0]
+        if first.startswith("-"):
+            option = first.partition("=")[0]
+            self.error(f"there is no option {option!r}.{did_you_mean(option, self.option_names)}")
+        self.error(f"{first!r} is one argument too many.")
+
+
+def quantity(text: str) -> float:
+    try:
+        return parse_quantity(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The parser of `zoo`, and those of its commands by name."""
+    parser = Parser(
+        prog="zoo",
+        description="Compact vision and language networks: find, create, load, profile, train, publish.",
+        epilog="`zoo COMMAND --help` shows the options and examples of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"zoo {__version__}")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands: dict[str, Parser] = {}
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], summary: str, examples: str) -> Parser:
+        listed = "\n".join(f"  {line}" for line in examples.strip().splitlines())
+        sub = subparsers.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=f"examples:\n{listed}"
+        )
+        sub.set_defaults(run=run)
+        commands[name] = sub
+        return sub
+
+    def filters(sub: Parser) -> None:
+        sub.add_argument("--task", metavar="TASK", help=f"{' or '.join(TASKS)}")
+        sub.add_argument("--family", metavar="FAMILY", help="models of one family, such as metaformer")
+
+    def budget(sub: Parser) -> None:
+        filters(sub)
+        sub.add_argument("--max-params", type=quantity, metavar="N", help="parameters at most: 6e6 or 6M")
+        sub.add_argument("--max-macs", type=quantity, metavar="N", help="MACs at most, at a model's own size: 1.2G")
+        sub.add_argument("--min-top1", type=float, metavar="PERCENT", help="claimed ImageNet-1k top-1 at least")
+        sub.add_argument("--license", metavar="PATTERN", help="licence of code and weights: apache-2.0, or 'apache*'")
+
+    def as_json(sub: Parser) -> None:
+        sub.add_argument("--json", action="store_true", help="print JSON, with exact numbers, instead of a table")
+
+    def input_shape(sub: Parser) -> None:
+        sub.add_argument("--input-size", nargs=3, type=int, metavar=("C", "H", "W"), help="default: the model's own")
+
+    sub = command(
+        "list",
+        run_list,
+        "list models by name",
+        """
+zoo list
+zoo list 'poolformer*' '*_s36'
+zoo list caformer --pretrained
+zoo list --task vision --json""",
+    )
+    sub.add_argument("patterns", nargs="*", metavar="PATTERN", help="wildcard, or text that the name contains")
+    filters(sub)
+    sub.add_argument("--pretrained", action="store_true", help="one row for each published checkpoint, by name.tag")
+    as_json(sub)
+
+    sub = command(
+        "search",
+        run_search,
+        "find models within a budget",
+        """
+zoo search --max-params 30M --max-macs 4.5G --min-top1 80
+zoo search --license 'apache*' --sort top1
+zoo search --max-macs 2e9 --json""",
+    )
+    budget(sub)
+    sub.add_argument("--sort", metavar="KEY", default="params", help=f"{', '.join(SORT_KEYS)} (default: params)")
+    as_json(sub)
+
+    sub = command(
+        "info",
+        run_info,
+        "show every fact about a model: paper, costs, licences, weights",
+        """
+zoo info poolformer_s12
+zoo info caformer_s18.sail_in22k_ft_in1k_384
+zoo info poolformer_s12 --json""",
+    )
+    sub.add_argument("name", metavar="NAME", help="a model, or a model and the tag of its weights")
+    as_json(sub)
+
+    sub = command(
+        "pareto",
+        run_pareto,
+        "show the models that no other beats on cost and accuracy together",
+        """
+zoo pareto
+zoo pareto --x params --max-params 60M
+zoo pareto --plot pareto.png""",
+    )
+    sub.add_argument("--x", metavar="AXIS", default="macs", help=f"{', '.join(PARETO_AXES)} (default: macs)")
+    sub.add_argument("--y", metavar="AXIS", default="top1", help="as --x (default: top1)")
+    budget(sub)
+    sub.add_argument("--plot", metavar="FILE", help="also draw it, as PNG, SVG or PDF by the ending of FILE")
+    as_json(sub)
+
+    sub = command(
+        "profile",
+        run_profile,
+        "count parameters, MACs and activations, by module and by operator",
+        """
+zoo profile poolformer_s12
+zoo profile caformer_s18 --input-size 3 384 384 --depth 3
+zoo profile poolformer_s12 --plot cost.png
+zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
+    )
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
+    input_shape(sub)
+    sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    sub.add_argument("--depth", type=int, default=2, metavar="N", help="levels of modules to show (default: 2)")
+    sub.add_argument("--plot", metavar="FILE", help="also draw where the cost lies, for a single NAME")
+    as_json(sub)
+
+    sub = command(
+        "benchmark",
+        run_benchmark,
+        "measure latency, throughput and peak memory side by side",
+        """
+zoo benchmark poolformer_s12 timm/poolformer_s12
+zoo benchmark poolformer_s12 convformer_s18 --batch-size 1 32 --threads 2
+zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --compile""",
+    )
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
+    sub.add_argument("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="one or several (default: 1)")
+    input_shape(sub)
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps (default: cpu)")
+    sub.add_argument("--dtype", default="float32", metavar="T", help="float32, bfloat16, float16 (default: float32)")
+    sub.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
+    sub.add_argument("--compile", action="store_true", help="torch.compile the models first")
+    sub.add_argument("--repeats", type=int, metavar="N", help="measurements of each model")
+    as_json(sub)
+
+    sub = command(
+        "convert",
+        run_convert,
+        "turn a published checkpoint into safetensors with the zoo's (and timm's) keys",
+        """
+zoo convert poolformer_s12.pth.tar poolformer_s12.safetensors --model poolformer_s12
+zoo convert hf-hub:timm/poolformer_s12.sail_in1k poolformer_s12.safetensors --overwrite""",
+    )
+    sub.add_argument("source", metavar="IN", help="a checkpoint file, a folder, or hf-hub:owner/name@revision")
+    sub.add_argument("out", metavar="OUT.safetensors", help="the file to write")
+    sub.add_argument("--model", metavar="NAME", help="the architecture, where IN does not say it")
+    sub.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
+
+    sub = command(
+        "card",
+        run_card,
+        "write the model card of a family from the facts of the index",
+        """
+zoo card metaformer
+zoo card metaformer --output metaformer.md""",
+    )
+    sub.add_argument("family", metavar="FAMILY", help="such as metaformer")
+    sub.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
+
+    return parser, commands
+
+
+# ------------------------------------------------------------------------------------------------------------- commands
+
+
+def run_list(args: argparse.Namespace) -> None:
+    names = list_models(args.patterns, task=args.task, family=args.family, pretrained=args.pretrained)
+    if args.json:
+        print_json(names)
+    elif not names:
+        note("No model matches." + "".join(did_you_mean(p, list_models()) for p in args.patterns))
+    elif args.pretrained:
+        print_weights([model_info(name) for name in names])
+    else:
+        print_models([model_info(name) for name in names])
+
+
+def run_search(args: argparse.Namespace) -> None:
+    found = search(**budget_of(args), sort=args.sort)
+    if args.json:
+        print_json([info.to_dict() for info in found])
+    elif not found:
+        note("No model fits.")
+    else:
+        print_models(found)
+
+
+def run_info(args: argparse.Namespace) -> None:
+    info = model_info(args.name)
+    if args.json:
+        print_json(info.to_dict())
+    else:
+        print_info(info)
+
+
+def run_pareto(args: argparse.Namespace) -> None:
+    if args.plot:
+        check_writable(args.plot)
+    front = pareto(args.x, args.y, **budget_of(args))
+    if args.plot:
+        from zoo.plots import plot_pareto
+
+        rated = [m for m in search(**budget_of(args)) if None not in (getattr(m, args.x), getattr(m, args.y))]
+        plot_pareto(rated, front, args.x, args.y, args.plot)
+    if args.json:
+        print_json([info.to_dict() for info in front])
+    elif not front:
+        note("No model fits.")
+    else:
+        print_models(front)
+    if args.plot:
+        note(f"Plot: {args.plot}")
+
+
+def run_profile(args: argparse.Namespace) -> None:
+    if args.plot:
+        check_writable(args.plot)
+    import zoo
+
+    size = None if args.input_size is None else tuple(args.input_size)
+    profiles = [zoo.profile(name, input_size=size, batch_size=args.batch_size) for name in args.names]
+    if args.json:
+        print_json([profile.to_dict() for profile in profiles])
+    else:
+        print("\n\n".join(profile.table(depth=args.depth) for profile in profiles))
+    if args.plot:
+        profiles[0].plot(args.plot, depth=args.depth)
+        note(f"Plot: {args.plot}")
+
+
+def run_benchmark(args: argparse.Namespace) -> None:
+    import zoo
+    from zoo.profiling import benchmark_table
+
+    repeats = {} if args.repeats is None else {"repeats": args.repeats}
+    results = zoo.benchmark(
+        args.names,
+        batch_sizes=args.batch_size,
+        input_size=None if args.input_size is None else tuple(args.input_size),
+        threads=args.threads,
+        device=args.device,
+        dtype=args.dtype,
+        channels_last=args.channels_last,
+        compile=args.compile,
+        **repeats,
+    )
+    if args.json:
+        print_json([result.to_dict() for result in results])
+    else:
+        print(benchmark_table(results))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    check_writable(args.out)
+    import zoo
+
+    print(zoo.convert_checkpoint(args.source, args.out, name=args.model, overwrite=args.overwrite))
+    note(f"Written: {args.out}")
+
+
+def run_card(args: argparse.Namespace) -> None:
+    from zoo.cards import render_card
+
+    card = render_card(args.family)
+    if args.output is None:
+        print(card, end="")
+        return
+    with whole_file(args.output) as file:
+        file.write(card.encode())
+    note(f"Written: {args.output}")
+
+
+def budget_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {key: getattr(args, key) for key in ("task", "family", "max_params", "max_macs", "min_top1", "license")}
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def note(text: str) -> None:
+    """A word to the reader that is not part of the result."""
+    print(text, file=sys.stderr)
+
+
+def print_models(infos: Sequence[ModelInfo]) -> None:
+    table = new_table("name", ">params", ">MACs", "input", ">top-1", "weights", "licence", "paper")
+    for info in infos:
+        table.add_row(
+            info.name,
+            humanize(info.params),
+            humanize(info.macs),
+            shape(info.input_size),
+            percent(info.top1),
+            ", ".join(w.tag for w in info.weights) if len(info.weights) < 2 else f"{len(info.weights)} tags",
+            info.code_license,
+            f"arXiv {info.paper.arxiv}" if info.paper else "",
+        )
+    print_table(table, f"{models(len(infos))}. {CONVENTION} {TOP1}")
+
+
+def print_weights(infos: Sequence[ModelInfo]) -> None:
+    table = new_table("name", ">params", "input", ">classes", "data", ">top-1", "licence", "source")
+    for info in infos:
+        (weights,) = info.weights
+        table.add_row(
+            f"{info.name}.{weights.tag}",
+            humanize(info.params),
+            shape(weights.input_size),
+            str(weights.num_classes),
+            weights.dataset,
+            percent(weights.top1),
+            weights.license,
+            origin(weights),
+        )
+    caption = "params: with the model's own classifier. top-1: as claimed for the data named, percent."
+    print_table(table, f"{len(infos)} checkpoint{'s' if len(infos) > 1 else ''}. {caption}")
+
+
+def print_info(info: ModelInfo) -> None:
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True, style="bold")
+    facts.add_column(overflow="fold")
+    frozen = info.params - info.trainable_params
+    paper = info.paper
+    rows = [
+        ("name", f"{info.name} ({info.task}, family {info.family})"),
+        ("compact", info.compact),
+        ("paper", f"{paper.title}. {paper.authors}. {paper.venue}. {paper.url}" if paper else ""),
+        ("code", ", ".join(filter(None, (info.code_license, info.code_url)))),
+        ("params", f"{info.params:,}" + (f", of which {frozen:,} are frozen" if frozen else "")),
+        ("MACs", f"{info.macs:,} at {shape(info.input_size)}"),
+        ("fvcore total", f"{info.fvcore_total:,}"),
+        ("activations", f"{info.activations:,}"),
+        ("reported", reported(info)),
+        ("note", info.note),
+    ]
+    for label, text in rows:
+        if text:
+            facts.add_row(label, text)
+    print_table(facts)
+    if not info.weights:
+        print_text("No published weights.")
+    else:
+        print()
+        columns = ("weights", "trained on", ">top-1", "claimed by", "input", ">crop", ">classes", "licence", "source")
+        table = new_table(*columns)
+        for w in info.weights:
+            table.add_row(
+                w.tag,
+                w.dataset + (f" after {w.pretrained_on}" if w.pretrained_on else ""),
+                percent(w.top1),
+                w.accuracy_source or "",
+                shape(w.input_size),
+                f"{w.crop_pct:g}",
+                str(w.num_classes),
+                w.license,
+                origin(w),
+            )
+        print_table(table)
+        for text in unique(w.note for w in info.weights):
+            print_text(text)
+    print_text(
+        f"{CONVENTION} fvcore total: what fvcore counts, norms included. Activations: output elements of the same "
+        "operators as MACs. crop: the share of the resized image's side that is kept."
+    )
+
+
+def reported(info: ModelInfo) -> str:
+    if info.reported is None:
+        return ""
+    r = info.reported
+    return f"{humanize(r.params)} params, {humanize(r.macs)} MACs at {shape(r.input_size)} ({r.source})"
+
+
+def origin(weights: Weights) -> str:
+    """The repository or URL, and the file in the repository where it is not the usual one."""
+    return " ".join(filter(None, (weights.source, weights.filename)))
+
+
+def new_table(*columns: str) -> Table:
+    """A table; `>` before a column's name aligns it right."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for position, column in enumerate(columns):
+        justify = "right" if column.startswith(">") else "left"
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=position == 0, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def print_table(table: Table, caption: str = "") -> None:
+    from rich.console import Console
+
+    # no terminal, no width to keep to: whatever reads the output gets every name whole and one row a line
+    width = None if sys.stdout.isatty() else 10_000
+    console = Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    with console.capture() as capture:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
+    if caption:
+        print_text(caption)
+
+
+def print_text(text: str) -> None:
+    import textwrap
+
+    print("\n" + textwrap.fill(text, min(shutil.get_terminal_size((120, 24)).columns, 120)))
+
+
+def shape(size: Iterable[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def models(count: int) -> str:
+    return "1 model" if count == 1 else f"{count} models"
+
+
+def unique(texts: Iterable[str | None]) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command. Raises SystemExit with status 2, and the nearest right name, for wrong usage."""
+    parser, commands = build_parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        hint = did_you_mean(arguments[0], commands) or f" There are: {', '.join(commands)}."
+        parser.error(f"there is no command {arguments[0]!r}.{hint}")
+    args, unknown = parser.parse_known_args(arguments)
+    command = commands[args.command]
+    if unknown:
+        command.reject(unknown)
+    if args.command == "profile" and args.plot and len(args.names) > 1:
+        command.error("--plot draws one model: give a single NAME.")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `zoo`; returns the exit status: 0, 1 after an error, 2 for wrong usage, 130 after Ctrl-C."""
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a letter in a paper's title must not end the command
+    warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")  # libraries below us, not the user's
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except ZooError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return fail(": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename)))))
+    except KeyboardInterrupt:
+        note("Interrupted.")
+        return 130
+    return 0
+
+
+def fail(message: str) -> int:
+    note(f"error: {message}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

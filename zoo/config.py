@@ -1,0 +1,194 @@
+"""Configurations: frozen dataclasses are the schema; YAML and dotted flags fill them.
+
+A mistyped key or flag is an error that names the nearest right one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from zoo.errors import ConfigError, MissingDependencyError, ZooError, did_you_mean
+
+__all__ = ["UsageError", "load_config", "parse_config", "plain_flags", "run_command", "to_plain", "to_yaml"]
+
+
+class UsageError(ConfigError):
+    """A flag that does not exist, or one without its value: commands exit with status 2."""
+
+
+Config = TypeVar("Config")
+
+
+def parse_config(schema: type[Config], argv: Sequence[str] | None = None, *, prog: str, description: str) -> Config:
+    """`schema` filled from `--config file.yaml` and dotted flags, the later over the earlier.
+
+    Raises UsageError for a flag that does not exist or one that is missing, ConfigError for a file that cannot be
+    read, a mistyped key in it (both name the nearest), and a value of the wrong type. `--help` prints and exits.
+    """
+    try:
+        from jsonargparse import ArgumentError, ArgumentParser
+    except ImportError as error:
+        raise MissingDependencyError('Configurations need jsonargparse: pip install "backbone-zoo[train]".') from error
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    _check_flags(schema, argv)
+    for path in _config_files(argv):
+        _check_keys(schema, _read_yaml(path), path, [name for name, _ in _fields(schema)])
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file to start from; flags go over it.")
+    parser.add_class_arguments(schema)
+    try:
+        parsed = parser.parse_args(argv)
+        fields = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(error)) from None
+    return schema(**{field.name: fields[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+
+
+def run_command(main: Callable[[], object]) -> int:
+    """Exit status of `main()`: 0, 2 for wrong usage, 1 for what else the user can mend; its message goes to stderr."""
+    try:
+        main()
+    except UsageError as error:
+        return _complain(error, 2)
+    except ZooError as error:
+        return _complain(error, getattr(error, "exit_status", 1))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _complain(error: ZooError, status: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return status
+
+
+def load_config(schema: type[Config], path: str | Path, **changes: Any) -> Config:
+    """`schema` filled from a YAML file, with whole sections of `changes` over it as nested dicts.
+
+    Raises ConfigError as `parse_config` does.
+    """
+    return parse_config(schema, ["--config", str(path), *plain_flags(changes)], prog="config", description="")
+
+
+def plain_flags(values: Mapping[str, Any]) -> list[str]:
+    """Nested `values` as dotted flags, for `parse_config`."""
+    return [f"--{key}={_flag_value(value)}" for key, value in _leaves(values)]
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Nested dicts and lists, for YAML, JSON and checkpoints."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_plain(config), sort_keys=False, width=120)
+
+
+def _check_flags(schema: type, argv: Sequence[str]) -> None:
+    """argparse names no nearest flag, so that is done before it parses."""
+    names, open_ended = ["config", "help", "print_config"], []
+    for key, kind in _fields(schema):
+        names.append(key)
+        if typing.get_origin(kind) is dict:
+            open_ended.append(f"{key}.")
+    for position, token in enumerate(argv):
+        if token == "-h":
+            continue
+        if token.startswith("--"):
+            key = token[2:].partition("=")[0]
+            if key not in names and not key.startswith(tuple(open_ended)):
+                raise UsageError(f"There is no option --{key}.{_nearest(key, names)}")
+            is_last = position == len(argv) - 1 or argv[position + 1].startswith("--")
+            if is_last and "=" not in token and key not in ("help", "print_config"):
+                raise UsageError(f"--{key} needs a value.")
+        elif position == 0 or not argv[position - 1].startswith("--") or "=" in argv[position - 1]:
+            raise UsageError(f"{token!r} stands alone: every value follows an option, as in --config {token}.")
+
+
+def _check_keys(schema: type, values: Any, path: str, names: Sequence[str], prefix: str = "") -> None:
+    if not isinstance(values, dict):
+        what = f"{prefix.rstrip('.')} in {path}" if prefix else path
+        raise ConfigError(f"{what} must hold names and values, as in `key: value`, not {values!r}.")
+    kinds = typing.get_type_hints(schema)
+    for key, value in values.items():
+        if key not in kinds:
+            raise ConfigError(f"{path}: there is no key {prefix}{key}.{_nearest(f'{prefix}{key}', names)}")
+        if dataclasses.is_dataclass(kinds[key]):
+            _check_keys(typing.cast(type, kinds[key]), value, path, names, f"{prefix}{key}.")
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    """The key that has the same last part, as `optimizer.lr` for `lr`; else the one most alike."""
+    same_leaf = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f" Did you mean {' or '.join(same_leaf)}?" if same_leaf else did_you_mean(key, names, count=1)
+
+
+def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            yield from _fields(typing.cast(type, kind), f"{prefix}{key}.")
+        yield prefix + key, kind
+
+
+def _config_files(argv: Sequence[str]) -> Iterator[str]:
+    for token, following in zip(argv, [*argv[1:], ""], strict=True):
+        if token == "--config":
+            yield following
+        elif token.startswith("--config="):
+            yield token.partition("=")[2]
+
+
+def _read_yaml(path: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = [str(p) for p in Path(path).parent.glob("*.yaml")] if Path(path).parent.is_dir() else []
+        raise ConfigError(f"There is no configuration {path!r}.{did_you_mean(path, near)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path!r} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_one_line(error)}") from None
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _flag_value(value: Any) -> str:
+    return (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """jsonargparse's message without its Python: types and choices as a YAML writer knows them."""
+    text = " ".join(str(error).split()).replace("Parser key ", "").replace('"', "")
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(
+        r"Does not validate .*? Errors: - (.*) - Expected a NoneType Given value type: .*? Given value:",
+        r"\1. Got:",
+        text,
+    )
+    return text.rstrip(".") + "."

@@ -1,0 +1,38 @@
+"""Writing files whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from zoo.errors import ConfigError
+
+
+def check_writable(path: str | Path) -> Path:
+    """`path` as a Path, or a ConfigError that says why no file can be written there. To ask before long work."""
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"Cannot write {str(path)!r}: it is a folder. Give the name of a file.")
+    if not path.parent.is_dir():
+        raise ConfigError(f"Cannot write {str(path)!r}: there is no folder {str(path.parent)!r}. Make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"Cannot write {str(path)!r}: the folder {str(path.parent)!r} is not yours to write to.")
+    return path
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that takes its place at `path` only when the block ends without an error."""
+    path = check_writable(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,216 @@
+"""Models as folders in the Hub's layout: `config.json` and `model.safetensors`, as timm writes and reads them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import CheckpointError, ConfigError, UnknownModelError
+from zoo.files import whole_file
+from zoo.registry import get_entry
+from zoo.weights import DEFAULT_FILES, HUB_PREFIXES, fetch_from_hub, read_json, split_hub_id, write_safetensors
+
+__all__ = ["load_config", "save_pretrained"]
+
+CONFIG = "config.json"
+WEIGHTS = DEFAULT_FILES[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    note: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model that `create_model` made to a folder that `create_model("local-dir:...")`, ours and timm's, opens.
+
+    The folder is written whole or not at all, and read back and compared before this returns.
+
+    Args:
+        model: any vision model of the zoo, trained or not.
+        folder: new or empty; its parent must exist.
+        labels: the names of the classes, in order.
+        note: what there is to say about the weights, kept in `config.json`.
+        overwrite: replace the model in a folder that is not empty; other files in it stay.
+
+    Returns the folder. Raises ConfigError for a model, labels or folder that will not do, CheckpointError.
+    """
+    config = _config_of(model, labels, note)
+    folder = Path(folder).expanduser().absolute()
+    _check_folder(folder, overwrite)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        tensors = model.state_dict()
+        write_safetensors(tensors, fresh / WEIGHTS)
+        with whole_file(fresh / CONFIG) as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
+        _compare(tensors, fresh / WEIGHTS)
+        _put_in_place(fresh, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {str(folder)!r}: {error.strerror or error}. Nothing was left behind."
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None) -> dict[str, Any]:
+    """timm's description of a model and of the weights it holds."""
+    from timm.models._hub import save_config_for_hf
+
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"save_pretrained takes a torch.nn.Module, not {type(model).__name__}.")
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg or "architecture" not in cfg or not hasattr(model, "num_features"):
+        raise ConfigError("save_pretrained takes a whole model that create_model made, whose architecture has a name.")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ConfigError("The model is on the meta device, so it has no weights to save.")
+    extra: dict[str, Any] = {}
+    if labels is not None:
+        names = [str(label) for label in labels]
+        if len(names) != model.num_classes or len(set(names)) != len(names):
+            raise ConfigError(
+                f"The model has {model.num_classes} classes: give as many labels, all different, not {len(names)} "
+                f"({len(set(names))} different)."
+            )
+        extra["label_names"] = names
+    if note is not None:
+        extra["note"] = str(note)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / CONFIG
+        save_config_for_hf(model, str(path), model_config=extra)
+        config = read_json(path)
+    config["model_args"] = _known_args(cfg["architecture"], config.get("model_args", {}))
+    return config
+
+
+def _known_args(architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """`args` without those, such as `global_pool`, that timm adds to every model and this one does not take."""
+    try:
+        parameters = inspect.signature(get_entry(architecture).build).parameters
+    except UnknownModelError:  # one of timm's
+        return dict(args)
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(args)
+    return {key: value for key, value in args.items() if key in parameters}
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if not folder.parent.is_dir():
+        raise ConfigError(f"Cannot make {str(folder)!r}: there is no folder {str(folder.parent)!r}. Make it first.")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"Cannot make {str(folder)!r}: the folder {str(folder.parent)!r} is not yours to write to.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another, or pass overwrite=True.")
+
+
+def _compare(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Hold what was written to what was meant, bit for bit."""
+    written = safetensors.torch.load_file(path)
+
+    def bits(tensor: Tensor) -> Tensor:  # NaNs differ from themselves, their bits do not
+        return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+    if written.keys() != tensors.keys() or not all(torch.equal(bits(written[k]), bits(t)) for k, t in tensors.items()):
+        raise CheckpointError(
+            f"What was written for {str(path.parent)!r} does not read back as the model: the disk may be failing."
+        )
+
+
+def _put_in_place(fresh: Path, folder: Path) -> None:
+    """Rename `fresh` to `folder`; what else the old folder held moves along."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(fresh, folder)
+        return
+    for path in folder.iterdir():
+        if path.name in (CONFIG, WEIGHTS):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, fresh / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+    old = fresh.with_suffix(".old")
+    os.rename(folder, old)
+    try:
+        os.rename(fresh, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old)
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def load_config(
+    source: str,
+    *,
+    cache_dir: str | Path | None = None,
+    token: str | None = None,
+    refresh: bool = False,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """`(architecture, model_args, pretrained_cfg)` from the `config.json` of a repository or folder.
+
+    `source` is `"hf-hub:owner/name@revision"` or `"local-dir:path"`. The `pretrained_cfg` describes the weights that
+    lie there: their classes, input channels, preprocessing. Raises CheckpointError, DownloadError.
+    """
+    origin: dict[str, Any] = {"url": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
+    if source.startswith(HUB_PREFIXES):
+        repo, revision = split_hub_id(source)
+        path = fetch_from_hub(repo, (CONFIG,), revision=revision, cache_dir=cache_dir, token=token, refresh=refresh)
+        origin |= {"source": "hf-hub", "hf_hub_id": source.split(":", 1)[1]}
+    else:
+        folder = Path(source.removeprefix("local-dir:")).expanduser()
+        if not folder.is_dir():
+            raise CheckpointError(f"There is no folder {str(folder)!r}.")
+        path = folder / CONFIG
+        if not path.is_file():
+            raise CheckpointError(
+                f"The folder {str(folder)!r} has no {CONFIG}: name the architecture, "
+                "and give the folder as checkpoint_path=."
+            )
+        origin |= {"source": "local-dir", "file": str(folder)}
+    return _parse_config(read_json(path), source, origin)
+
+
+def _parse_config(
+    config: dict[str, Any], source: str, origin: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    # early timm repositories keep everything in one flat object
+    saved = config.get("pretrained_cfg", {k: v for k, v in config.items() if k not in ("architecture", "num_features")})
+    args = config.get("model_args") or {}
+    architecture = config.get("architecture")
+    if not isinstance(architecture, str) or not isinstance(saved, dict) or not isinstance(args, dict):
+        raise CheckpointError(f"The {CONFIG} of {source} names no architecture: it was not written by timm or the zoo.")
+    cfg = {key: _tuple(value) for key, value in saved.items()} | dict(origin)
+    if "labels" in cfg:
+        cfg["label_names"] = cfg.pop("labels")
+    cfg |= {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
+    if args.get("in_chans") is not None:
+        cfg["input_size"] = (args["in_chans"], *cfg.get("input_size", (3, 224, 224))[1:])
+    return architecture, {key: _tuple(value) for key, value in args.items()}, cfg
+
+
+def _tuple(value: Any) -> Any:
+    """JSON has no tuples, and the facts and arguments of models are tuples."""
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value

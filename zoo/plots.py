@@ -1,0 +1,75 @@
+"""Pictures of the registry's facts. Needs matplotlib, which comes with the `train` extra."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from zoo.errors import ConfigError, MissingDependencyError
+from zoo.files import whole_file
+from zoo.registry import ModelInfo
+
+_AXES = {
+    "params": "parameters (M)",
+    "macs": "MACs at each model's own input size (G, one fused multiply-add counts one)",
+    "activations": "activations (M output elements of convolution, linear, matmul and attention)",
+    "fvcore_total": "fvcore total (G, multiply-adds and norms)",
+    "top1": "claimed ImageNet-1k top-1 (%)",
+}
+_SCALES = {"params": 1e6, "macs": 1e9, "activations": 1e6, "fvcore_total": 1e9, "top1": 1.0}
+
+
+def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str, y: str, path: str | Path) -> Path:
+    """Draw `models` in grey and their Pareto `front` in colour, by name, into `path` (PNG, SVG or PDF).
+
+    Raises MissingDependencyError without matplotlib, ConfigError for a kind of file it cannot write.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+    except ImportError as error:
+        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+
+    def values(infos: Sequence[ModelInfo], axis: str) -> list[float]:
+        return [getattr(info, axis) / _SCALES[axis] for info in infos]
+
+    path = Path(path)
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ConfigError(f"Cannot draw into {str(path)!r}: give it one of the endings {', '.join(sorted(formats))}.")
+
+    axes = figure.add_subplot()
+    names = {info.name for info in front}
+    others = [info for info in models if info.name not in names]
+    axes.scatter(values(others, x), values(others, y), s=22, color="0.72", label=f"other models ({len(others)})")
+    axes.plot(values(front, x), values(front, y), color="C0", linewidth=1, alpha=0.6)
+    axes.scatter(values(front, x), values(front, y), s=40, color="C0", zorder=3, label=f"Pareto front ({len(front)})")
+
+    for name, set_scale, axis in (("x", axes.set_xscale, axes.xaxis), ("y", axes.set_yscale, axes.yaxis)):
+        if (x if name == "x" else y) != "top1":
+            set_scale("log")
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_formatter(NullFormatter())
+    # names above the front lean left and those below it lean right, so that neighbours do not cover each other
+    for position, info in enumerate(front):
+        above = position % 2 == 0
+        axes.annotate(
+            info.name,
+            (getattr(info, x) / _SCALES[x], getattr(info, y) / _SCALES[y]),
+            xytext=(-6, 6) if above else (6, -12),
+            textcoords="offset points",
+            horizontalalignment="right" if above else "left",
+            fontsize=8,
+        )
+    axes.set_xlabel(_AXES[x])
+    axes.set_ylabel(_AXES[y])
+    axes.margins(x=0.18, y=0.08)
+    axes.grid(True, which="major", color="0.92")
+    axes.set_axisbelow(True)
+    axes.legend(loc="lower right", frameon=False)
+
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=150)
+    return path

@@ -1,0 +1,59 @@
+"""The curves of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import MissingDependencyError
+from zoo.files import whole_file
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def plot_curves(runs: Mapping[str, Rows], metric: str, title: str, path: str | Path) -> Path:
+    """Draw losses (left) and `metric` in percent (right) over epochs for each named run, into a PNG at `path`.
+
+    `runs` maps a name to the rows of its history. Raises MissingDependencyError without matplotlib, ConfigError for a
+    path that cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    several = len(runs) > 1
+    for number, (name, rows) in enumerate(runs.items()):
+        colour = f"C{number}"
+        prefix = f"{name}: " if several else ""
+        for key, style, label in (("train_loss", "--", "training"), ("val_loss", "-", "evaluation")):
+            left.plot(*_points(rows, key), style, color=colour, marker=_marker(rows), label=f"{prefix}{label}")
+        epochs, values = _points(rows, f"val_{metric}")
+        label = f"{prefix}{metric}" + (f" (best {max(values):.2f})" if values else "")
+        right.plot(epochs, values, color=colour, marker=_marker(rows), label=label)
+    left.set_ylabel("loss")
+    left.set_ylim(bottom=0)
+    right.set_ylabel(f"{metric} on the evaluation split (%)")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(True, color="0.92")
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    return Path(path)
+
+
+def _points(rows: Rows, key: str) -> tuple[list[int], list[float]]:
+    known = [(row["epoch"], row[key]) for row in rows if row.get(key) is not None]
+    return [epoch for epoch, _ in known], [value for _, value in known]
+
+
+def _marker(rows: Rows) -> str:
+    return "." if len(rows) <= 30 else ""
