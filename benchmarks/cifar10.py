@@ -45,7 +45,7 @@ def timm_poolformer_s12(num_classes: int = 10, in_chans: int = 3, drop_path_rate
     )
     stem = nn.Conv2d(in_chans, model.stem.conv.out_channels, kernel_size=3, stride=2, padding=1)
     nn.init.trunc_normal_(stem.weight, std=0.02)  # as timm initialises every convolution of this model
-    nn.init.zeros_(stem.bias)
+    nn.init.zeros_(stem.bias)  # type: ignore[arg-type]
     model.stem.conv = stem
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ import pytest
 
 import zoo
 from zoo import cli
-from zoo.units import humanize, parse_quantity
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
@@ -71,7 +71,7 @@ def test_list_of_checkpoints_has_one_row_for_each_tag():
     output = succeed("list", "caformer_s18", "--pretrained")
     _, *rows = table(output)
     assert [row[0] for row in rows] == zoo.list_models("caformer_s18", pretrained=True)
-    assert "hf-hub:timm/caformer_s18.sail_in22k_ft_in1k_384" in output
+    assert ["caformer_s18.sail_in22k_ft_in1k_384", "3x384x384", "imagenet-1k", "85.4", "apache-2.0"] in rows
     assert json.loads(succeed("list", "caformer_s18", "--pretrained", "--json")) == [row[0] for row in rows]
 
 
@@ -108,7 +108,28 @@ def test_info_shows_every_fact():
 def test_info_of_a_tag_and_of_frozen_weights():
     (weights,) = json.loads(succeed("info", "caformer_s18.sail_in1k_384", "--json"))["weights"]
     assert weights["tag"] == "sail_in1k_384"
-    assert "of which 235,298 are frozen" in succeed("info", "randformer_s12")
+    output = succeed("info", "randformer_s12")
+    assert "of which 235,298 are frozen" in output
+    assert "hf-hub:sail/dl randformer/randformer_s12.pth" in output
+    assert "licence unstated" in output
+
+
+def test_tables_fit_a_terminal_of_80_columns():
+    pty = pytest.importorskip("pty")
+    parent, child = pty.openpty()
+    arguments = ["list", "--pretrained"]
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=child, stderr=child, env={**ENVIRONMENT, "NO_COLOR": "1"})
+    os.close(child)
+    output = b""
+    with contextlib.suppress(OSError):  # how a terminal says that it was closed
+        while chunk := os.read(parent, 65536):
+            output += chunk
+    os.close(parent)
+    assert process.wait() == 0
+    lines = output.decode().replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = [line.split()[0] for line in lines if line.startswith(tuple(zoo.list_models()))]
+    assert shown == zoo.list_models(pretrained=True)
 
 
 def test_pareto_prints_the_front():
@@ -323,40 +344,3 @@ def test_output_that_cannot_spell_a_name_is_still_output():
     result = subprocess.run([*COMMAND, "info", "poolformer_s12"], capture_output=True, env=env)
     assert result.returncode == 0, result.stderr
     assert b"11,915,176" in result.stdout
-
-
-# ---------------------------------------------------------------------------------------------------------------- units
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [
-        (0, "0"),
-        (999, "999"),
-        (999.6, "1.00K"),
-        (1000, "1.00K"),
-        (9999, "10.0K"),
-        (11_915_176, "11.9M"),
-        (99_960_000, "100M"),
-        (999_700_000, "1.00G"),
-        (1_812_267_008, "1.81G"),
-        (2.3e14, "230T"),
-        (2.3e15, "2300T"),
-    ],
-)
-def test_large_numbers_for_people(number, text):
-    assert humanize(number) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("6e6", 6e6), ("6M", 6e6), ("1.2G", 1.2e9), ("1.2g", 1.2e9), (".5k", 500), ("7", 7), ("-1T", -1e12), (" 3 ", 3)],
-)
-def test_large_numbers_from_people(text, number):
-    assert parse_quantity(text) == pytest.approx(number)
-
-
-@pytest.mark.parametrize("text", ["", "M", "6B", "6 M", "1,200", "nan", "inf", "1e", "0x10"])
-def test_what_is_no_number(text):
-    with pytest.raises(ValueError, match="is not a number such as"):
-        parse_quantity(text)

@@ -90,19 +90,24 @@ ALL_COMMANDS = [command for document in DOCUMENTS for command in commands(docume
 
 
 @pytest.mark.parametrize("command", sorted({command for command, _ in ALL_COMMANDS}))
-def test_commands_exist(command):
+def test_commands_exist(command, monkeypatch):
+    from zoo.config import parse_config
+    from zoo.evaluation.config import parse_evaluation
+    from zoo.training import TrainingConfig
+
     program, *arguments = shlex.split(command)
     if program == "zoo":
         assert callable(cli.parse(arguments).run)
     elif program == "make":
         run = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-    elif program in ("python", "ruff", "pytest", "pip", ".ci/run", "mypy"):
-        paths = [a for a in arguments if a.endswith((".py", ".yaml"))]
-        assert all((ROOT / path).exists() for path in paths), f"{command}: no such file"
-        if "-m" in arguments:
-            module = arguments[arguments.index("-m") + 1]
-            assert (ROOT / (module.replace(".", "/") + ".py")).exists(), f"{command}: no such module"
+    elif arguments[:1] == ["-m"]:
+        assert (ROOT / (arguments[1].replace(".", "/") + ".py")).exists(), f"{command}: no such module"
+    elif arguments[:1] == ["train.py"]:
+        monkeypatch.chdir(ROOT)
+        parse_config(TrainingConfig, arguments[1:], prog="train.py", description="")
+    elif arguments[:1] == ["eval.py"]:
+        assert parse_evaluation(arguments[1:]).model
     else:
         pytest.fail(f"{program} is no command of this project")
 

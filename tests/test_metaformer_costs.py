@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 import zoo
+from tests.profiles import profiled
 from zoo.profiling.flops import NORMS
 
 
@@ -85,12 +86,12 @@ def einsum_rounding(profile) -> int:
 
 def test_the_rounding_of_einsum():
     # stage 3: 12,295,000 for 12,293,120, 12 blocks; stage 4: 1,229,500 for 49 * 49 * 512 = 1,229,312, 4 blocks
-    assert einsum_rounding(zoo.profile("randformer_s24")) == 12 * 1_880 + 4 * 188
+    assert einsum_rounding(profiled("randformer_s24", (3, 224, 224))) == 12 * 1_880 + 4 * 188
 
 
 @pytest.mark.parametrize("name", BASIC)
 def test_basic_models(name):
-    figures, profile = BASIC[name], zoo.profile(name, (3, 224, 224))
+    figures, profile = BASIC[name], profiled(name, (3, 224, 224))
     assert profile.params == figures.params
     assert profile.trainable_params == TRAINABLE.get(name, profile.params)
     assert giga(profile.macs + einsum_rounding(profile)) == figures.macs
@@ -103,7 +104,7 @@ def test_basic_models(name):
 
 @pytest.mark.parametrize(("name", "size"), MIXED)
 def test_convolution_and_attention_models(name, size):
-    figures, profile = MIXED[name, size], zoo.profile(name, (3, size, size))
+    figures, profile = MIXED[name, size], profiled(name, (3, size, size))
     assert profile.params == profile.trainable_params == figures.params
     assert giga(profile.macs) == figures.macs
     # Here the authors write out the norms of stem and downsampling alone; those of the blocks are layer norms.
@@ -115,7 +116,7 @@ def test_convolution_and_attention_models(name, size):
 
 def test_caformer_counts_the_attention_that_fvcore_alone_would_miss():
     for size, attention in ((224, "0.229"), (384, "1.975")):
-        operators = {operator.name: operator for operator in zoo.profile("caformer_s18", (3, size, size)).operators}
+        operators = {operator.name: operator for operator in profiled("caformer_s18", (3, size, size)).operators}
         assert f"{operators['scaled_dot_product_attention'].macs / 1e9:.3f}" == attention
 
 

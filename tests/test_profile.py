@@ -19,6 +19,7 @@ from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from tests.profiles import profiled
 from zoo.errors import ConfigError, UnknownModelError
 from zoo.profiling.flops import FREE, HANDLES, NORMS, einsum_contractions
 
@@ -63,6 +64,14 @@ def costs(module, size=(3, 8, 8), batch=1):
         (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), (3, 8, 8), 1, 64 * 5 * 27, 64 * 5),
         # an image without a batch dimension
         (Apply(lambda x: F.conv2d(x[0], torch.ones(5, 3, 3, 3))), (3, 8, 8), 1, 36 * 5 * 27, 36 * 5),
+        # padding worked out from the shape of the weights, as (3 - 1) / 2
+        (
+            Apply(lambda x, c: F.conv2d(x, c.weight, padding=c.weight.shape[-1] // 2), c=nn.Conv2d(3, 5, 3)),
+            (3, 8, 8),
+            1,
+            64 * 5 * 27,
+            64 * 5,
+        ),
         # a line of 64 pixels, 62 output pixels
         (nn.Sequential(nn.Flatten(2), nn.Conv1d(3, 5, 3)), (3, 8, 8), 1, 62 * 5 * 9, 62 * 5),
         # the channels as depth: 1x6x6 output voxels of one 3x3x3 filter
@@ -233,7 +242,7 @@ def test_no_operator_is_both_counted_and_free():
 @pytest.mark.parametrize("name", zoo.list_models(task="vision"))
 def test_every_model_is_counted_whole(name):
     info = zoo.model_info(name)
-    profile = zoo.profile(name, info.input_size)
+    profile = profiled(name, info.input_size)
     assert profile.unknown_operators == {}
     assert profile.uncalled_modules == ()
     assert profile.traced_on == "meta"
@@ -493,6 +502,8 @@ def test_sizes_that_a_model_does_not_take():
         zoo.profile(nn.Conv2d(3, 4, 3))
     with pytest.raises(ConfigError, match="lazy"):
         zoo.profile(nn.LazyConv2d(4, 3), (3, 8, 8))
+    with pytest.raises(ConfigError, match="scripted modules"):
+        zoo.profile(torch.jit.trace(nn.Linear(8, 8), torch.zeros(3, 8, 8)), (3, 8, 8))
 
 
 def test_names_that_are_none():

@@ -384,6 +384,19 @@ def test_register_decorates_a_class(own_models):
     assert isinstance(zoo.create_model("tiny_class"), TinyClass)
 
 
+def test_register_takes_a_model_whose_constructor_reads_values(own_models):
+    """Which nothing on the meta device can do: such a model is built in memory."""
+
+    @zoo.register(family="tiny", input_size=(3, 8, 8))
+    def reading_net(num_classes=10, in_chans=3):
+        import torch
+
+        (width,) = [int(value.item()) for value in torch.linspace(4, 4, 1)]
+        return tiny(num_classes, in_chans, width)
+
+    has_every_verb("reading_net", "tiny")
+
+
 def test_register_takes_an_entry(own_models):
     entry = register_here(name="tiny_entry")
     assert entry.module == __name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -159,6 +160,7 @@ if __name__ == "__main__":
     outcome(link, "/files/net.pth")
     mark("url-refreshed")
     outcome(link, "/files/net.pth", refresh=True)
+    mark("full-disk")
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))  # no file may grow larger: what a full disk does
     found["full disk"] = outcome(repo, "me/bin", cache_dir=HOME / "full")
     found["url, full disk"] = outcome(link, "/files/net.pth", cache_dir=HOME / "full")
@@ -181,12 +183,48 @@ mark("refresh")
 found["refreshed"] = outcome(repo, "me/small", refresh=True)
 mark("after")
 found["new"] = outcome(repo, "me/small")
+mark("end")
 print(json.dumps(found))
 """
 
 NO_LINKS = """
 found = {"corrupt": outcome(repo, "me/corrupt"), "files": files(), "again": outcome(repo, "me/corrupt")}
 found["trouble"] = outcome(repo, "me/trouble")
+print(json.dumps(found))
+"""
+
+
+CREATE = """
+import torch, timm, zoo
+
+def logits(model):
+    channels = model.pretrained_cfg["input_size"][0]
+    return model.eval()(torch.linspace(-1, 1, channels * 64 * 64).view(1, channels, 64, 64)).flatten()[:5].tolist()
+
+def create(*args, **where):
+    try:
+        return logits(zoo.create_model(*args, **where))
+    except ZooError as error:
+        return f"{type(error).__name__}: {error}"
+
+COMMIT = os.environ["ENTRY_COMMIT"]
+found = {"tag": create("poolformer_s12.sail_in1k", pretrained=True)}
+found["pinned"] = create(f"poolformer_s12.sail_in1k@{COMMIT}")
+mark("created")
+found["again"] = create("poolformer_s12", pretrained=True)
+found["pinned again"] = create(f"poolformer_s12.sail_in1k@{COMMIT}")
+mark("adapted")
+torch.manual_seed(0)
+grey = zoo.create_model("poolformer_s12", pretrained=True, num_classes=2, in_chans=1)
+found["report"] = str(grey.load_report)
+found["hub"] = create("hf-hub:me/trained")
+args = {"num_classes": 10, **json.loads(os.environ["SMALL"])}
+found["path"] = create("poolformer_s12", checkpoint_path="hf-hub:me/trained@main", **args)
+found["hub, other revision"] = create("hf-hub:me/trained@v2")
+found["bare"] = create("hf-hub:me/bin")
+out = HOME / "out.safetensors"
+zoo.convert_checkpoint("hf-hub:me/trained", out)
+found["converted"] = out.is_file()
 print(json.dumps(found))
 """
 
@@ -209,8 +247,8 @@ def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def between(hub: Hub, mark: str) -> list[str]:
-    """The requests after one mark and before the next, as "METHOD path"."""
-    lines = [f"{method} {path}" for method, path, _, _ in hub.requests]
+    """The requests after one mark and before the next, as "METHOD path"; not those of the process that runs beside."""
+    lines = [f"{method} {path}" for method, path, _, _ in hub.requests if not re.match("/me/(corrupt|trouble)/", path)]
     rest = lines[lines.index(f"GET /mark/{mark}") + 1 :]
     return list(itertools.takewhile(lambda line: not line.startswith("GET /mark/"), rest))
 
@@ -227,11 +265,17 @@ class Network:
     offline: dict[str, Any]
     unreachable: dict[str, Any]
     no_links: dict[str, Any]
+    created: dict[str, Any]
+
+
+def pretrained_file(seed: int) -> bytes:
+    torch.manual_seed(seed)
+    return safetensors.torch.save(zoo.create_model("poolformer_s12").state_dict())
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Everything that needs a network, in five processes; what takes long there is waiting."""
+def network(tmp_path_factory: pytest.TempPathFactory, trained: nn.Module) -> Any:
+    """Everything that needs a network, in six processes; what takes long there is waiting."""
     tmp = tmp_path_factory.mktemp("network")
     home = tmp / "home"
     with Hub() as hub:
@@ -267,8 +311,14 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Any:
             unreachable = start(CACHED, tmp / "unreachable.py", home, hub.url, HF_ENDPOINT=address)
             offline = start(CACHED, tmp / "offline.py", home, hub.url, HF_HUB_OFFLINE="1")
             offline_found = finish(offline)
+            saved = zoo.save_pretrained(trained, tmp / "trained")
+            hub.repo("me/trained", {path.name: path.read_bytes() for path in saved.iterdir()})
+            entry = hub.repo("timm/poolformer_s12.sail_in1k", {"model.safetensors": pretrained_file(1)})
+            env = {"ENTRY_COMMIT": entry.refs["main"], "SMALL": json.dumps(SMALL)}
+            entry.commit({"model.safetensors": pretrained_file(2)})
+            created = finish(start(CREATE, tmp / "create.py", home, hub.url, **env))
             refreshed = finish(start(REFRESH, tmp / "refresh.py", home, hub.url))
-            yield Network(hub, online, refreshed, offline_found, finish(unreachable), finish(no_links))
+            yield Network(hub, online, refreshed, offline_found, finish(unreachable), finish(no_links), created)
 
 
 @pytest.mark.parametrize("case", ["first", "bin", "again", "private, with a token", "gated, member", "cut once"])
@@ -382,6 +432,27 @@ def test_the_hash_is_checked_without_symbolic_links_too(network: Network) -> Non
     assert network.no_links["again"] == TEXT
 
 
+def logits(model: nn.Module) -> list[float]:
+    return model.eval()(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).flatten()[:5].tolist()
+
+
+def test_create_pretrained(network: Network) -> None:
+    torch.manual_seed(2)
+    assert network.created["tag"] == network.created["again"] == logits(zoo.create_model("poolformer_s12"))
+    torch.manual_seed(1)
+    assert network.created["pinned"] == network.created["pinned again"] == logits(zoo.create_model("poolformer_s12"))
+    assert between(network.hub, "created") == []
+    assert "1000 classes and the model 2" in network.created["report"]
+    assert "from 3 to 1 input channels" in network.created["report"]
+
+
+def test_create_from_a_repository(network: Network, trained: nn.Module) -> None:
+    assert network.created["hub"] == network.created["path"] == logits(trained)
+    assert network.created["hub, other revision"].startswith("DownloadError: me/trained has no revision 'v2'")
+    assert network.created["bare"].startswith("DownloadError: me/bin has no config.json")
+    assert network.created["converted"]
+
+
 # ------------------------------------------------------------------------------------------------------------- locating
 
 
@@ -443,6 +514,7 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of TorchScript's end
 def test_nothing_that_runs_code_is_read(trained: nn.Module, tmp_path: Path) -> None:
     for legacy in (False, True):
         torch.save({"w": Attack(tmp_path / "made")}, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
@@ -482,6 +554,7 @@ def test_a_truncated_file(trained: nn.Module, tmp_path: Path, name: str, part: f
         (pickle.dumps([1, 2, 3]), "cut short, or is something else|no state dict"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("suffix", [".pth", ".bin"])
 def test_a_foreign_file(tmp_path: Path, content: bytes, message: str, suffix: str) -> None:
     path = tmp_path / f"net{suffix}"
@@ -695,6 +768,20 @@ def test_on_meta_tensors_keep_dtype_ties_and_gradients(tmp_path: Path) -> None:
     assert torch.equal(model.a.weight, before)
 
 
+def test_loaded_tensors_are_like_any_other(trained: nn.Module, folder: Path, tmp_path: Path) -> None:
+    model = small(num_classes=10, checkpoint_path=folder)
+    torch.save(model.get_submodule("head").state_dict(), tmp_path / "head.pth")
+    assert (tmp_path / "head.pth").stat().st_size < 10_000
+    assert equal(copy.deepcopy(model).state_dict(), trained.state_dict())
+    assert equal(pickle.loads(pickle.dumps(model.state_dict())), trained.state_dict())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert not torch.equal(model.state_dict()["head.fc.bias"], trained.state_dict()["head.fc.bias"])
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert equal(model.share_memory().state_dict(), before)
+    assert equal(read_state_dict(folder / "model.safetensors"), trained.state_dict())
+
+
 def test_batch_norm_counters_may_be_missing() -> None:
     model = Tied()
     tensors = {key: tensor for key, tensor in Tied().state_dict().items() if "num_batches" not in key}
@@ -705,8 +792,6 @@ def test_batch_norm_counters_may_be_missing() -> None:
 
 
 def test_create_model_takes_every_source(trained: nn.Module, source: Any) -> None:
-    if isinstance(source, dict):
-        pytest.skip("create_model takes paths")
     model = small(checkpoint_path=source, num_classes=10)
     assert equal(model.state_dict(), trained.state_dict())
     other = small(checkpoint_path=source, num_classes=4, in_chans=1)
@@ -734,6 +819,9 @@ def test_saved_models_open_here_and_in_timm(tmp_path: Path) -> None:
         assert torch.equal(ours(images), model(images))
         torch.testing.assert_close(theirs(images), model(images))
         assert ours.pretrained_cfg["num_classes"] == theirs.pretrained_cfg["num_classes"] == model.num_classes  # type: ignore[index]
+    (tmp_path / "plain" / "other").touch()  # a file like any other: readable by whom the umask lets
+    modes = {path.stat().st_mode for path in (tmp_path / "plain").iterdir()}
+    assert len(modes) == 1
     with safetensors.safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -758,7 +846,7 @@ def test_saved_arguments_come_back(trained: nn.Module, tmp_path: Path) -> None:
 def test_a_saved_model_without_classifier_gets_one(tmp_path: Path) -> None:
     folder = zoo.save_pretrained(small(num_classes=0), tmp_path / "headless")
     model = zoo.create_model(f"local-dir:{folder}", num_classes=5)
-    assert report_of(model).fresh == ("head.fc.weight", "head.fc.bias")  # type: ignore[union-attr]
+    assert report_of(model).fresh == ("head.fc.weight", "head.fc.bias")
     assert "has no classifier" in str(report_of(model))
 
 
@@ -801,26 +889,33 @@ def test_saving_where_or_what_will_not_do(
 
 
 def test_saving_what_is_no_model(tmp_path: Path) -> None:
+    model = small()
+    model.__dict__["_model_args"] = {"act": nn.GELU}
+    with pytest.raises(ConfigError, match="'act' is not serializable"):
+        zoo.save_pretrained(model, tmp_path / "it")
     with pytest.raises(ConfigError, match="create_model made"):
         zoo.save_pretrained(nn.Linear(2, 2), tmp_path / "it")
     with pytest.raises(ConfigError, match="meta device"):
         zoo.save_pretrained(small(device="meta"), tmp_path / "it")
 
 
-def test_saving_to_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    it = str(tmp_path / "it")
     script = f"""
-import os, resource, zoo
+import resource, zoo
 from zoo.errors import ZooError
 model = zoo.create_model("poolformer_s12", **{SMALL!r})
+folder = zoo.save_pretrained(model, {str(tmp_path / "source")!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))
-try:
-    zoo.save_pretrained(model, {str(tmp_path / "it")!r})
-except ZooError as error:
-    print(error)
+for write, *args in (zoo.save_pretrained, model, {it!r}), (zoo.convert_checkpoint, folder, {it!r} + ".safetensors"):
+    try:
+        write(*args)
+    except ZooError as error:
+        print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert "Cannot write" in done.stdout
-    assert os.listdir(tmp_path) == []
+    assert done.stdout.count("Cannot write") == 2
+    assert os.listdir(tmp_path) == ["source"]
 
 
 @pytest.mark.parametrize(

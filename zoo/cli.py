@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -353,7 +354,7 @@ def note(text: str) -> None:
 
 
 def print_models(infos: Sequence[ModelInfo]) -> None:
-    table = new_table("name", ">params", ">MACs", "input", ">top-1", "weights", "licence", "paper")
+    table = new_table("name", ">params", ">MACs", "input", ">top-1", "weights", "licence")
     for info in infos:
         table.add_row(
             info.name,
@@ -363,38 +364,25 @@ def print_models(infos: Sequence[ModelInfo]) -> None:
             percent(info.top1),
             ", ".join(w.tag for w in info.weights) if len(info.weights) < 2 else f"{len(info.weights)} tags",
             info.code_license,
-            f"arXiv {info.paper.arxiv}" if info.paper else "",
         )
-    print_table(table, f"{models(len(infos))}. {CONVENTION} {TOP1}")
+    print_table(table)
+    print_text(f"{count('model', infos)}. {CONVENTION} {TOP1}")
 
 
 def print_weights(infos: Sequence[ModelInfo]) -> None:
-    table = new_table("name", ">params", "input", ">classes", "data", ">top-1", "licence", "source")
+    table = new_table("name", "input", "trained on", ">top-1", "licence")
     for info in infos:
         (weights,) = info.weights
-        table.add_row(
-            f"{info.name}.{weights.tag}",
-            humanize(info.params),
-            shape(weights.input_size),
-            str(weights.num_classes),
-            weights.dataset,
-            percent(weights.top1),
-            weights.license,
-            origin(weights),
-        )
-    caption = "params: with the model's own classifier. top-1: as claimed for the data named, percent."
-    print_table(table, f"{len(infos)} checkpoint{'s' if len(infos) > 1 else ''}. {caption}")
+        name = f"{info.name}.{weights.tag}"
+        table.add_row(name, shape(weights.input_size), weights.dataset, percent(weights.top1), weights.license)
+    print_table(table)
+    print_text(f"{count('checkpoint', infos)}. top-1: as their authors claim for the data named, percent.")
 
 
 def print_info(info: ModelInfo) -> None:
-    from rich.table import Table
-
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(no_wrap=True, style="bold")
-    facts.add_column(overflow="fold")
     frozen = info.params - info.trainable_params
     paper = info.paper
-    rows = [
+    print_facts(
         ("name", f"{info.name} ({info.task}, family {info.family})"),
         ("compact", info.compact),
         ("paper", f"{paper.title}. {paper.authors}. {paper.venue}. {paper.url}" if paper else ""),
@@ -405,36 +393,29 @@ def print_info(info: ModelInfo) -> None:
         ("activations", f"{info.activations:,}"),
         ("reported", reported(info)),
         ("note", info.note),
-    ]
-    for label, text in rows:
+    )
+    print(f"\n{count('checkpoint', info.weights)}" if info.weights else "\nno published weights")
+    if info.weights:
+        print_facts(*((f"  {weights.tag}", checkpoint(weights)) for weights in info.weights))
+    for text in dict.fromkeys(weights.note for weights in info.weights):
         if text:
-            facts.add_row(label, text)
-    print_table(facts)
-    if not info.weights:
-        print_text("No published weights.")
-    else:
-        print()
-        columns = ("weights", "trained on", ">top-1", "claimed by", "input", ">crop", ">classes", "licence", "source")
-        table = new_table(*columns)
-        for w in info.weights:
-            table.add_row(
-                w.tag,
-                w.dataset + (f" after {w.pretrained_on}" if w.pretrained_on else ""),
-                percent(w.top1),
-                w.accuracy_source or "",
-                shape(w.input_size),
-                f"{w.crop_pct:g}",
-                str(w.num_classes),
-                w.license,
-                origin(w),
-            )
-        print_table(table)
-        for text in unique(w.note for w in info.weights):
             print_text(text)
     print_text(
         f"{CONVENTION} fvcore total: what fvcore counts, norms included. Activations: output elements of the same "
-        "operators as MACs. crop: the share of the resized image's side that is kept."
+        "operators as MACs. Crop: the share of the resized image's side that is kept."
     )
+
+
+def checkpoint(weights: Weights) -> str:
+    data = weights.dataset + (f" after {weights.pretrained_on}" if weights.pretrained_on else "")
+    claim = f", top-1 {weights.top1:.1f}% ({weights.accuracy_source})" if weights.top1 is not None else ""
+    lines = (
+        f"{data}, {weights.num_classes:,} classes{claim}",
+        f"input {shape(weights.input_size)}, crop {weights.crop_pct:g}, {weights.interpolation}",
+        f"licence {weights.license}",
+        " ".join(filter(None, (weights.source, weights.filename))),
+    )
+    return "\n".join(lines)
 
 
 def reported(info: ModelInfo) -> str:
@@ -444,40 +425,45 @@ def reported(info: ModelInfo) -> str:
     return f"{humanize(r.params)} params, {humanize(r.macs)} MACs at {shape(r.input_size)} ({r.source})"
 
 
-def origin(weights: Weights) -> str:
-    """The repository or URL, and the file in the repository where it is not the usual one."""
-    return " ".join(filter(None, (weights.source, weights.filename)))
-
-
 def new_table(*columns: str) -> Table:
     """A table; `>` before a column's name aligns it right."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
     for position, column in enumerate(columns):
         justify = "right" if column.startswith(">") else "left"
         table.add_column(column.lstrip(">"), justify=justify, no_wrap=position == 0, overflow="fold")  # type: ignore[arg-type]
     return table
 
 
-def print_table(table: Table, caption: str = "") -> None:
+def print_facts(*rows: tuple[str, str]) -> None:
+    """Labels and texts side by side, without those that say nothing."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for label, text in rows:
+        if text:
+            table.add_row(label, text)
+    print_table(table)
+
+
+def print_table(table: Table) -> None:
     from rich.console import Console
 
     # no terminal, no width to keep to: whatever reads the output gets every name whole and one row a line
     width = None if sys.stdout.isatty() else 10_000
-    console = Console(width=width, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    console = Console(width=width, markup=False, highlight=False, emoji=False)
     with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
-    if caption:
-        print_text(caption)
 
 
 def print_text(text: str) -> None:
-    import textwrap
-
-    print("\n" + textwrap.fill(text, min(shutil.get_terminal_size((120, 24)).columns, 120)))
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    print("\n" + textwrap.fill(text, min(columns, 120)))
 
 
 def shape(size: Iterable[int]) -> str:
@@ -488,12 +474,8 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def models(count: int) -> str:
-    return "1 model" if count == 1 else f"{count} models"
-
-
-def unique(texts: Iterable[str | None]) -> list[str]:
-    return [text for text in dict.fromkeys(texts) if text]
+def count(what: str, items: Sequence[Any]) -> str:
+    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

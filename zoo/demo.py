@@ -35,7 +35,7 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
 
     import zoo
     from zoo.data import load_split
-    from zoo.data.images import ImageDataset, eval_transform, preprocessing
+    from zoo.data.images import ImageDataset, eval_transform, make_loader, preprocessing
     from zoo.evaluation import evaluate, load_model, predict
     from zoo.evaluation.image_classification import make_folder
     from zoo.training import TrainingConfig, train
@@ -66,7 +66,8 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
     zoo.register_with_timm(override=True)  # timm's own poolformer_s12 takes neither depths nor a stem
     split = load_split(config.data, training=False)
     preprocess = preprocessing(model, config.data)
-    images = torch.stack([ImageDataset(split, eval_transform(preprocess), channels=1)[i].image for i in range(64)])
+    dataset = ImageDataset(split, eval_transform(preprocess), channels=preprocess["input_size"][0])
+    images = next(iter(make_loader(dataset, config.data))).images
     source = f"local-dir:{export}"
     with torch.inference_mode():
         expected = model(images)

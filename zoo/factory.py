@@ -180,8 +180,11 @@ def build_module(
 
 
 def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
-    with torch.device("meta"):
-        return _call(entry, args).to(dtype=dtype)
+    try:
+        with torch.device("meta"):
+            return _call(entry, args).to(dtype=dtype)
+    except (RuntimeError, NotImplementedError):  # a constructor that reads values, as `torch.linspace(...).tolist()`
+        return _call(entry, args).to(device="meta", dtype=dtype)
 
 
 def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:

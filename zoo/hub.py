@@ -96,7 +96,10 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
         extra["note"] = str(note)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / CONFIG
-        save_config_for_hf(model, str(path), model_config=extra)
+        try:
+            save_config_for_hf(model, str(path), model_config=extra)
+        except ValueError as error:
+            raise ConfigError(f"The model cannot be described in a {CONFIG}: {error}") from error
         config = read_json(path)
     config["model_args"] = _known_args(cfg["architecture"], config.get("model_args", {}))
     return config
@@ -156,7 +159,7 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
     except OSError:
         os.rename(old, folder)
         raise
-    shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -16,9 +16,11 @@ import inspect
 import json
 import logging
 import math
+import mmap
 import os
 import pickle
 import re
+import stat
 import time
 import urllib.error
 import urllib.request
@@ -403,7 +405,7 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
     is_safetensors = start[8:9] == b"{"
     if path.suffix == ".safetensors" or is_safetensors:
         return unwrap(_read_safetensors(path), str(path), use_ema)
-    return unwrap(_read_pickle(path, mmap=start.startswith(b"PK")), str(path), use_ema)
+    return unwrap(_read_pickle(path, mapped=start.startswith(b"PK")), str(path), use_ema)
 
 
 def _read_safetensors(path: Path) -> StateDict:
@@ -416,11 +418,11 @@ def _read_safetensors(path: Path) -> StateDict:
         ) from error
 
 
-def _read_pickle(path: Path, mmap: bool) -> Any:
+def _read_pickle(path: Path, mapped: bool) -> Any:
     try:
         # training scripts, timm's among them, store their arguments beside the weights: a Namespace is plain data
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
             r"Unsupported (?:class|global) ([\w.]+)", str(error)
@@ -440,7 +442,8 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
 
 
 def _not_a_checkpoint(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).splitlines() or [""])[0].split(". ")[0].strip() or type(error).__name__
+    detail = re.search(r"WeightsUnpickler error: (.+)", str(error))
+    reason = (detail[1] if detail else str(error).partition("\n")[0]).split(". ")[0].strip() or type(error).__name__
     return CheckpointError(
         f"{str(path)!r} is not a whole PyTorch or safetensors checkpoint: it was cut short, or is something else "
         f"({reason[:200]}). Download or copy it again."
@@ -747,17 +750,53 @@ def _assign(model: nn.Module, tensors: StateDict) -> None:
     if not any(targets[key].is_meta for key in tensors):
         model.load_state_dict(tensors, strict=False)
         return
-    own: dict[int, Tensor] = {}  # tied tensors stay tied
+    # copies: the file may change, and a slice of its memory map would drag the whole map into every torch.save
+    unique = {id(targets[key]): targets[key] for key in tensors}  # tied tensors stay tied
+    memory = dict(zip(unique, _allocate(list(unique.values())), strict=True))
     values: StateDict = {}
     for key, tensor in tensors.items():
-        target = targets[key]
-        if id(target) not in own:
-            # a copy: the file may change, and a slice of its memory map would drag the whole map into every torch.save
-            device = tensor.device if target.is_meta else target.device
-            value = tensor.to(device=device, dtype=target.dtype, memory_format=torch.contiguous_format, copy=True)
-            own[id(target)] = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
-        values[key] = own[id(target)]
+        values[key] = memory[id(targets[key])].copy_(tensor)
     model.load_state_dict(values, strict=False, assign=True)
+
+
+def _allocate(targets: Sequence[Tensor]) -> list[Tensor]:
+    """New memory for each tensor, on the CPU for those on the meta device; parameters where they are parameters."""
+    block = _Block(sum(_Block.size(target) for target in targets if target.is_meta))
+
+    def new(target: Tensor) -> Tensor:
+        tensor = block.take(target) if target.is_meta else torch.empty_like(target, requires_grad=False)
+        return nn.Parameter(tensor, target.requires_grad) if isinstance(target, nn.Parameter) else tensor
+
+    return [new(target) for target in targets]
+
+
+class _Block:
+    """Memory for many tensors, each of which has a storage of its own in it.
+
+    On Linux it asks for huge pages: faulting in small ones costs more than copying the weights.
+    """
+
+    ALIGNMENT = 64
+
+    def __init__(self, size: int) -> None:
+        self.block = None
+        self.used = 0
+        if size and hasattr(mmap, "MADV_HUGEPAGE"):
+            self.block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):
+                self.block.madvise(mmap.MADV_HUGEPAGE)
+
+    @classmethod
+    def size(cls, like: Tensor) -> int:
+        return -(-like.nbytes // cls.ALIGNMENT) * cls.ALIGNMENT
+
+    def take(self, like: Tensor) -> Tensor:
+        """An uninitialised tensor of the same shape and type."""
+        if self.block is None or not like.numel():
+            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+        flat = torch.frombuffer(self.block, dtype=like.dtype, count=like.numel(), offset=self.used)
+        self.used += self.size(like)
+        return flat.view(like.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- converting
@@ -857,7 +896,12 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         plain[key] = tensor
     try:
         with whole_file(path) as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
             safetensors.torch.save_file(plain, file.name, metadata={"format": "pt"})
+            # the library has put a file of its own there, which only the owner may read and which is not synced
+            os.chmod(file.name, mode)
+            with open(file.name, "rb") as written:
+                os.fsync(written.fileno())
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, ZooError):
             raise

@@ -172,29 +172,41 @@ NORMS = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")
 
 # Known to be outside all three counts; a trailing underscore (in place) makes no difference.
 _FREE_BY_KIND = {
-    "single elements": "abs add addcdiv addcmul ceil clamp clamp_max clamp_min cos div erf exp exp2 expm1 floor "
-    "floor_divide fmod lerp log log1p log2 masked_fill maximum minimum mul nan_to_num neg pow reciprocal remainder "
-    "round rsqrt rsub sign sin sqrt square sub tan tanh true_divide trunc where",
-    "activations": "celu elu gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid log_softmax mish prelu "
-    "relu relu6 selu sigmoid silu softmax softplus threshold",
-    "comparison and logic": "__and__ __or__ __xor__ all any argmax argmin argsort bitwise_and bitwise_not bitwise_or "
-    "eq ge gt isinf isnan le logical_and logical_not logical_or logical_xor lt ne one_hot sort topk",
-    "reductions": "amax amin cummax cumsum linalg_norm linalg_vector_norm logsumexp max mean min norm prod std "
-    "std_mean sum var var_mean",
-    "pooling, and dropout, which is off": "adaptive_max_pool1d adaptive_max_pool2d alpha_dropout avg_pool1d "
-    "avg_pool2d avg_pool3d dropout feature_dropout max_pool1d max_pool2d max_pool2d_with_indices max_pool3d",
-    "shapes, copies and gathers": "alias as_strided broadcast_tensors broadcast_to cat channel_shuffle chunk clone "
-    "col2im concat constant_pad_nd contiguous copy detach diagonal embedding expand expand_as flatten flip gather "
-    "hstack im2col index index_add index_copy index_put index_select lift_fresh masked_select meshgrid movedim narrow "
-    "new_empty new_full new_ones new_zeros nonzero numpy_T pad permute pixel_shuffle pixel_unshuffle real reflection_pad1d "
-    "reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d reshape reshape_as resolve_conj "
-    "resolve_neg roll rot90 scatter select size slice split split_with_sizes squeeze stack swapaxes t take "
-    "take_along_dim tensor_split tile to transpose tril triu type_as unbind unflatten unfold unsafe_chunk unsafe_split "
-    "unsafe_split_with_sizes unsqueeze view view_as view_as_complex "
-    "view_as_real vstack zero",
-    "constants and numbers": "Bool Float Int IntImplicit ScalarImplicit arange empty empty_like eye fill full "
-    "full_like item linspace numel ones ones_like rand rand_like randn randn_like scalar_tensor tensor zeros "
-    "zeros_like",
+    "single elements": (
+        "abs add addcdiv addcmul ceil clamp clamp_max clamp_min cos div erf exp exp2 expm1 floor floor_divide fmod "
+        "lerp log log1p log2 masked_fill maximum minimum mul nan_to_num neg pow reciprocal remainder round rsqrt rsub "
+        "sign sin sqrt square sub tan tanh true_divide trunc where"
+    ),
+    "activations": (
+        "celu elu gelu glu hardsigmoid hardswish hardtanh leaky_relu log_sigmoid log_softmax mish prelu relu relu6 "
+        "selu sigmoid silu softmax softplus threshold"
+    ),
+    "comparison and logic": (
+        "all __and__ any argmax argmin argsort bitwise_and bitwise_not bitwise_or eq ge gt isinf isnan le logical_and "
+        "logical_not logical_or logical_xor lt ne one_hot __or__ sort topk __xor__"
+    ),
+    "reductions": (
+        "amax amin cummax cumsum linalg_norm linalg_vector_norm logsumexp max mean min norm prod std std_mean sum var "
+        "var_mean"
+    ),
+    "pooling, and dropout, which is off": (
+        "adaptive_max_pool1d adaptive_max_pool2d alpha_dropout avg_pool1d avg_pool2d avg_pool3d dropout "
+        "feature_dropout max_pool1d max_pool2d max_pool2d_with_indices max_pool3d"
+    ),
+    "shapes, copies and gathers": (
+        "alias as_strided broadcast_tensors broadcast_to cat channel_shuffle chunk clone col2im concat "
+        "constant_pad_nd contiguous copy detach diagonal embedding expand expand_as flatten flip gather hstack im2col "
+        "index index_add index_copy index_put index_select lift_fresh masked_select meshgrid movedim narrow new_empty "
+        "new_full new_ones new_zeros nonzero numpy_T pad permute pixel_shuffle pixel_unshuffle real reflection_pad1d "
+        "reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d reshape reshape_as "
+        "resolve_conj resolve_neg roll rot90 scatter select size slice split split_with_sizes squeeze stack swapaxes "
+        "t take take_along_dim tensor_split tile to transpose tril triu type_as unbind unflatten unfold unsafe_chunk "
+        "unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real vstack zero"
+    ),
+    "constants and numbers": (
+        "arange Bool empty empty_like eye fill Float full full_like Int IntImplicit item linspace numel ones "
+        "ones_like rand rand_like randn randn_like scalar_tensor ScalarImplicit tensor zeros zeros_like"
+    ),
 }
 FREE = {f"aten::{name}" for names in _FREE_BY_KIND.values() for name in names.split()}
 
@@ -233,7 +245,7 @@ class CostAnalysis(JitModelAnalysis):
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super().__init__(model, inputs)
-        self._ignored_ops = FREE
+        self._ignored_ops = set(FREE)
         self._op_handles = {kind + suffix: handle for kind, handle in HANDLES.items() for suffix in ("", "_")}
         self.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
 
@@ -241,7 +253,7 @@ class CostAnalysis(JitModelAnalysis):
         kind = node.kind()
         if kind.startswith("prim::"):  # Python and scripted code hides its operators from the trace
             return not kind.startswith(("prim::PythonOp", "prim::Call", "prim::If", "prim::Loop"))
-        return kind in FREE or (kind.endswith("_") and kind[:-1] in FREE)
+        return kind in self._ignored_ops or (kind.endswith("_") and kind[:-1] in self._ignored_ops)
 
 
 class _TracedConvolutions(TorchFunctionMode):
@@ -316,7 +328,7 @@ def _record(
 
 
 def _per_dimension(value: Any, dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
+    values = [int(v) for v in (value if isinstance(value, Sequence) else [value])]  # int(): a traced size is a tensor
     return values * dims if len(values) == 1 else values
 
 

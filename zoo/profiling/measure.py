@@ -465,10 +465,11 @@ def benchmark_table(results: Sequence[BenchmarkResult], width: int = 120) -> str
         )
     one = results[0]
     options = [one.dtype, *(["channels_last"] if one.channels_last else []), *(["compiled"] if one.compile else [])]
-    setting = f"{one.mode} on {one.device} ({one.hardware}), {', '.join(options)}, {one.threads} threads"
+    setting = f"{one.mode} on {one.device} ({one.hardware}), {', '.join(options)}"
+    threads = f"{one.threads} CPU thread{'s' if one.threads > 1 else ''}"
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(f"{setting}, torch {one.torch_version}, {one.repeats} repeats", highlight=False)
+        console.print(f"{setting}, {threads}, torch {one.torch_version}, {one.repeats} repeats", highlight=False)
         console.print(table)
         console.print(CONVENTION, highlight=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

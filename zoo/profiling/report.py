@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,6 +114,8 @@ class Profile:
         if self.unknown_operators:
             listed = ", ".join(f"{name} ({count}x)" for name, count in self.unknown_operators.items())
             lines.append(f"  NOT COUNTED   operators without a handler: {listed}")
+        else:
+            lines.append("  coverage      every operator that ran is accounted for")
         if self.uncalled_modules:
             lines.append(f"  never called  {', '.join(self.uncalled_modules)}")
         return "\n".join(lines)
@@ -249,6 +252,10 @@ def profile(
         raise ConfigError(f"profile() takes a module or the name of a model, not {type(model).__name__}.")
     if any(nn.parameter.is_lazy(tensor) for tensor in original.parameters()):
         raise ConfigError(f"{name} has lazy layers, whose weights have no shape yet: run it once, then profile it.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in original.modules()):
+        raise ConfigError(
+            f"{name} has scripted modules, which cannot be looked into: profile the model they came from."
+        )
     size = default_input_size(original) if input_size is None else input_size
     channels: Any = getattr(original, "in_chans", size[0])
     if isinstance(channels, int) and channels != size[0]:
@@ -311,7 +318,7 @@ def _trace(given: nn.Module | str, original: nn.Module, shape: tuple[int, ...], 
             (build(given, "meta").eval() if isinstance(given, str) else meta_twin(original))(images)
     except Exception as error:
         failure = error
-        needs_values = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+        needs_values = isinstance(error, NotImplementedError) or bool(re.search(r"\bmeta\b", str(error), re.IGNORECASE))
     else:
         needs_values = True
     if needs_values:

@@ -1,0 +1,48 @@
+"""The demo: a short form that goes through every step, and (slow) the whole, to the accuracy that it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from zoo.demo import LEAST_TOP1, RECIPE, DemoError, demo
+
+
+def test_every_step_of_the_demo_in_short(tmp_path: Path, capsys: pytest.CaptureFixture):
+    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe["model"]["args"] |= {"depths": [1, 1], "dims": [16, 32]}
+    recipe["scheduler"]["epochs"] = 3
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(DemoError, match=r"below the 101% that this demo is to reach"):
+        demo(tmp_path / "out", short, least_top1=101)
+    text = capsys.readouterr().out
+    for call in ("zoo.create_model", "timm.create_model"):
+        assert f'{call}("local-dir:{tmp_path / "out" / "export"}", pretrained=True): the same logits' in text
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    history = (tmp_path / "out" / "run" / "history.csv").read_text().splitlines()
+    assert len(history) == 4
+    assert f"{results['top1']}" in history[-1]
+    for made in ("digit.png", "confusion.png", "run/curves.png", "export/config.json", "export/model.safetensors"):
+        assert (tmp_path / "out" / made).is_file()
+        assert made.split("/")[0] in text
+
+
+def test_an_output_that_cannot_be_written():
+    done = subprocess.run(
+        [sys.executable, "-m", "zoo.demo", "--output", "/dev/null/demo"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: Cannot write to the folder '/dev/null/demo': Not a directory.\n"
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_its_accuracy(tmp_path: Path):
+    done = subprocess.run([sys.executable, "-m", "zoo.demo", "--output", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "results.json").read_text())["top1"] >= LEAST_TOP1

@@ -1,0 +1,222 @@
+"""Evaluation: figures against figures worked out by hand, classes by name, and predictions from a checkpoint alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import zoo
+from tests.test_data import make_parquet
+from zoo.config import run_command
+from zoo.data import DataConfig
+from zoo.errors import ConfigError, DataError, ZooError
+from zoo.evaluation import evaluate, load_model, predict
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Shade(nn.Module):
+    """Tells `num_classes` shades of grey apart: the logit of class c is highest at brightness c / (num_classes - 1)."""
+
+    def __init__(self, num_classes: int, label_names: list[str] | None = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.centres = nn.Parameter(torch.linspace(0, 1, num_classes))
+        self.pretrained_cfg = {
+            "architecture": "shade",
+            "input_size": (3, 8, 8),
+            "mean": (0.0,) * 3,
+            "std": (1.0,) * 3,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "label_names": label_names,
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        return -20 * (images.mean((1, 2, 3))[:, None] - self.centres).abs()
+
+
+def shades(folder: Path, classes: list[str], images: list[tuple[str, int]]) -> DataConfig:
+    """A folder with a grey image for each (class, brightness from 0 to 255)."""
+    for name in classes:
+        (folder / "val" / name).mkdir(parents=True)
+    for number, (name, brightness) in enumerate(images):
+        Image.new("RGB", (8, 8), (brightness,) * 3).save(folder / "val" / name / f"{number}.png")
+    return DataConfig(name="folder", path=str(folder), batch_size=2, workers=0)
+
+
+def test_figures_worked_out_by_hand(tmp_path: Path):
+    # three shades with centres 0, 0.5 and 1: brightness 0.2 is nearest to the first, 0.6 to the second
+    data = shades(tmp_path, ["0", "1", "2"], [("0", 0), ("0", 51), ("1", 153), ("1", 255), ("2", 255)])
+    model = Shade(3).train()
+    results = evaluate(model, data)
+    assert results.confusion.tolist() == [[2, 0, 0], [0, 1, 1], [0, 0, 1]]
+    assert results.top1 == pytest.approx(100 * 4 / 5)
+    assert results.top5 is None
+    assert results.per_class == {"0": 100.0, "1": 50.0, "2": 100.0}
+    brightness, truth = np.array([0, 0.2, 0.6, 1, 1])[:, None], [0, 0, 1, 1, 2]
+    logits = -20 * np.abs(brightness - np.array([0, 0.5, 1]))
+    losses = np.log(np.exp(logits).sum(1)) - logits[range(5), truth]
+    assert results.loss == pytest.approx(losses.mean(), rel=1e-5)
+    assert (results.images, results.skipped, model.training) == (5, (), True)
+
+    saved = json.loads((results.save(tmp_path / "out") / "results.json").read_text())
+    assert saved["confusion"] == [[2, 0, 0], [0, 1, 1], [0, 0, 1]]
+    assert saved["top1"] == results.top1
+    assert saved["preprocessing"]["input_size"] == [3, 8, 8]
+    with Image.open(tmp_path / "out" / "confusion.png") as picture:
+        assert picture.width > 400
+    assert "top-1 80.00%, loss" in str(results)
+
+
+def test_top5_needs_more_than_five_classes(tmp_path: Path):
+    names = [str(i) for i in range(6)]
+    # brightness 0 is farthest from the sixth centre: "5" misses the top five there, "4" is the fifth of them
+    results = evaluate(Shade(6), shades(tmp_path, names, [("0", 0), ("4", 0), ("5", 0)]))
+    assert results.top5 == pytest.approx(100 * 2 / 3)
+    assert results.per_class["1"] is None
+
+
+def test_a_damaged_image_is_left_out_of_the_figures(tmp_path: Path):
+    data = shades(tmp_path, ["0", "1"], [("0", 0), ("1", 255)])
+    (tmp_path / "val" / "1" / "broken.png").write_bytes(b"nothing")
+    results = evaluate(Shade(2), data)
+    assert (results.top1, results.images) == (100.0, 2)
+    assert len(results.skipped) == 1
+    assert "broken.png" in results.skipped[0]
+    strict = DataConfig(name="folder", path=str(tmp_path), workers=0, strict=True)
+    with pytest.raises(DataError, match=r"A damaged image: .*broken\.png"):
+        evaluate(Shade(2), strict)
+    for path in (tmp_path / "val").rglob("*.png"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="None of the images can be read"):
+        evaluate(Shade(2), data)
+
+
+def test_classes_are_matched_by_name_where_the_model_knows_them(tmp_path: Path):
+    data = shades(tmp_path, ["black", "white"], [("black", 0), ("white", 255)])
+    assert evaluate(Shade(3, ["black", "grey", "white"]), data).per_class == {"black": 100, "grey": None, "white": 100}
+    assert evaluate(Shade(2), data).top1 == 100
+    assert evaluate(Shade(2, ["white", "black"]), data).top1 == 0  # by name, not by number
+    with pytest.raises(DataError, match="The data has 2 classes and the model 3"):
+        evaluate(Shade(3), data)
+    with pytest.raises(DataError, match="The data has 2 classes and the model 3"):
+        evaluate(Shade(3, ["black", "grey", "red"]), data)
+
+
+def test_what_cannot_be_evaluated(tmp_path: Path):
+    data = shades(tmp_path, ["0", "1"], [("0", 0), ("1", 255)])
+    damaged = Shade(2)
+    damaged.centres.data.fill_(float("nan"))
+    with pytest.raises(ZooError, match="outputs are not finite"):
+        evaluate(damaged, data)
+    headless = zoo.create_model("poolformer_s12", pretrained=False, num_classes=0, depths=(1,), dims=(8,))
+    with pytest.raises(ConfigError, match="no classifier"):
+        evaluate(headless, data)
+    with pytest.raises(ConfigError, match="There is no device 'abacus'"):
+        evaluate(Shade(2), data, device="abacus")
+
+
+# --------------------------------------------------------------------------------------------------------- prediction
+
+
+def test_predicting_one_image(tmp_path: Path):
+    path = tmp_path / "grey.png"
+    Image.new("L", (30, 20), 140).save(path)
+    first, second = predict(Shade(3, ["black", "grey", "white"]), path, topk=2)
+    assert (first.label, first.index, second.label) == ("grey", 1, "white")
+    assert 0 < second.probability < first.probability < 1
+    assert predict(Shade(3), Image.new("RGB", (8, 8)))[0].label == "0"
+    assert len(predict(Shade(3), path)) == 3
+    with pytest.raises(DataError, match="There is no image"):
+        predict(Shade(3), tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("text")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        predict(Shade(3), tmp_path / "text.png")
+    with pytest.raises(ConfigError, match="topk must be at least 1"):
+        predict(Shade(3), path, topk=0)
+
+
+def test_imagenet_classes_have_names():
+    model: Any = zoo.create_model("poolformer_s12", pretrained=False, depths=(1, 1), dims=(8, 8))
+    with torch.no_grad():
+        model.head.fc.bias[281] = 100
+    assert predict(model, Image.new("RGB", (64, 64)))[0].label.startswith("tabby")
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = zoo.create_model(
+        "poolformer_s12", pretrained=False, num_classes=2, depths=(1, 1), dims=(8, 8), stem_kernel_size=3, stem_stride=2
+    )
+    return zoo.save_pretrained(model, tmp_path / "exported", labels=["cat", "dog"])
+
+
+@pytest.fixture
+def eval_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Any:
+    monkeypatch.syspath_prepend(ROOT)
+    import eval as script
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
+        status = run_command(script.main)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def test_eval_takes_folders_files_and_names(eval_py: Any, exported: Path, tmp_path: Path):
+    make_parquet(tmp_path / "data" / "test.parquet", [0, 1, 1], ["cat", "dog"])
+    data = ["--data.name", "parquet", "--data.path", tmp_path / "data", "--data.input_size", "[3, 32, 32]"]
+    weights = exported / "model.safetensors"
+    found = set()
+    for source in (["--model", exported], ["--model", f"local-dir:{exported}"], ["--model", weights]):
+        status, text, errors = eval_py(*source, *data, "--data.workers", "0", "--output", tmp_path / "out")
+        assert status == 0, errors
+        found.add(json.loads((tmp_path / "out" / "results.json").read_text())["loss"])
+    assert len(found) == 1
+    assert "Written to" in text
+    opened: Any = load_model(str(exported))
+    assert list(opened.pretrained_cfg["label_names"]) == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--model"], 2, "--model needs a value"),
+        (["--modle", "x"], 2, "There is no option --modle. Did you mean model?"),
+        (["--data.name", "digits"], 1, "required: model"),
+        (["--model", "poolformer_s99", "--data.name", "digits"], 1, "Did you mean poolformer_s"),
+        (["--model", "/dev", "--data.name", "digits"], 1, "/dev is neither the folder of a run nor one with"),
+        (["--model", __file__, "--data.name", "digits"], 1, "has no config.json beside it"),
+        (["--model", "timm/poolformer_s99", "--data.name", "digits"], 1, "timm does not make 'timm/poolformer_s99'"),
+        (["--model", "EXPORTED", "--data.name", "digits"], 1, "The data has 10 classes and the model 2"),
+        (["--model", "EXPORTED", "--data.name", "folder", "--data.path", "/nowhere"], 1, "There is no folder"),
+    ],
+)
+def test_bad_input(eval_py: Any, exported: Path, flags: list[str], status: int, message: str):
+    found, _, errors = eval_py(*[str(exported) if flag == "EXPORTED" else flag for flag in flags])
+    assert message in errors
+    assert found == status
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_results_that_cannot_be_written(eval_py: Any, exported: Path, tmp_path: Path):
+    make_parquet(tmp_path / "data" / "test.parquet", [0, 1, 1], ["cat", "dog"])
+    data = ["--data.name", "parquet", "--data.path", tmp_path / "data", "--data.workers", "0"]
+    status, _, errors = eval_py("--model", exported, *data, "--output", "/dev/null/out")
+    assert status == 1
+    assert "Cannot write to the folder '/dev/null/out'" in errors

@@ -1,0 +1,88 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zoo.errors import ConfigError
+from zoo.files import check_writable, whole_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_a_file_takes_its_place_when_it_is_whole(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text("old")
+    with whole_file(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["facts.json"]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with whole_file(path) as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["facts.json"]
+
+
+def test_a_file_has_the_permissions_that_the_user_gives_files(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_file(tmp_path / "card.md") as file:
+            file.write(b"text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "card.md").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_disk_without_room_loses_nothing(tmp_path):
+    """The limit on file size stands for a full disk: writing fails half way."""
+    (tmp_path / "weights.bin").write_bytes(b"old")
+    code = """
+import resource, signal
+from zoo.files import whole_file
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+with whole_file("weights.bin") as file:
+    file.write(bytes(1 << 20))
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "File too large" in run.stderr
+    assert os.listdir(tmp_path) == ["weights.bin"]
+    assert (tmp_path / "weights.bin").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "it is a folder"), ("nowhere/x.txt", "there is no folder")])
+def test_a_place_that_cannot_be_written_is_named_before_the_work(name, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        check_writable(tmp_path / name)
+    with pytest.raises(ConfigError, match=message), whole_file(tmp_path / name):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_someone_else(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="not yours to write to"):
+        check_writable(tmp_path / "x.txt")
+
+
+def test_a_good_place_is_given_back_as_a_path(tmp_path):
+    assert check_writable(str(tmp_path / "x.txt")) == tmp_path / "x.txt"
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,431 @@
+"""Training: recipes run, runs go on exactly where they stopped, and what a user gets wrong is said clearly."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import zoo
+from tests.test_data import make_folder, make_parquet
+from zoo.config import load_config, parse_config, run_command, to_yaml
+from zoo.errors import CheckpointError, ConfigError
+from zoo.training import TrainingConfig, TrainingError, train
+from zoo.training.checkpoint import write_checkpoint
+from zoo.training.config import OptimizerConfig
+from zoo.training.loop import make_optimizer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
+SMALL = """
+model:
+  name: poolformer_s12
+  args: {depths: [1, 1], dims: [8, 16], stem_kernel_size: 3, stem_stride: 2, layer_scale_init: 0.1}
+data: {name: digits, batch_size: 128, workers: 0, input_size: [1, 16, 16], mean: [0.3], std: [0.38]}
+augment: {scale: [0.8, 1.0], hflip: 0.0, color_jitter: 0.0}
+optimizer: {lr: 3.0e-3}
+scheduler: {epochs: 2, warmup_epochs: 0.5}
+output: {tracker: null}
+"""
+# everything that draws random numbers or keeps state
+EVERYTHING: dict[str, Any] = {
+    "model": {"args": {"drop_path_rate": 0.3, "drop_rate": 0.2}},
+    "augment": {"aa": "rand-m9-mstd0.5-inc1", "mixup": 0.8, "cutmix": 1.0, "reprob": 0.3, "remode": "pixel"},
+    "train": {"model_ema": True, "model_ema_decay": 0.9, "grad_accum_steps": 2},
+    "optimizer": {"clip_grad": 1.0},
+    "scheduler": {"epochs": 3},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def configure(recipe: Path, output: Path, **changes: Any) -> TrainingConfig:
+    changes["output"] = {"dir": str(output), **changes.get("output", {})}
+    return load_config(TrainingConfig, recipe, **changes)
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "history.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
+
+
+def flatten(state: Any, prefix: str = "") -> dict[str, Any]:
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else None
+    if items is None:
+        return {prefix: state}
+    return {key: leaf for name, value in items for key, leaf in flatten(value, f"{prefix}.{name}").items()}
+
+
+def assert_same_checkpoint(left: Path, right: Path) -> None:
+    """Weights, averaged weights, optimizer, random numbers and history, bit for bit."""
+    weights = [safetensors.torch.load_file(folder / "model.safetensors") for folder in (left, right)]
+    assert weights[0].keys() == weights[1].keys()
+    states = [torch.load(folder / "state.pt", weights_only=True) for folder in (left, right)]
+    for state, tensors in zip(states, weights, strict=True):
+        state["weights"] = tensors
+        del state["config"]
+        for row in state["progress"]["history"]:
+            del row["seconds"]
+    a, b = flatten(states[0]), flatten(states[1])
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        same = torch.equal(value, b[key]) if isinstance(value, torch.Tensor) else value == b[key]
+        assert same, key
+
+
+# ----------------------------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path):
+    """train.py leaves a whole run, eval.py finds in it what training found, and its checkpoint opens by itself."""
+    output = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(recipe), "--output.dir", str(output)]
+    done = subprocess.run(
+        [*command, "--output.tracker", "tensorboard", "--data.workers", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Best top1 ")
+    history = rows(output)
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    assert float(history[1]["train_loss"]) < float(history[0]["train_loss"])
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((output / "tensorboard").rglob("events.out.tfevents.*"))
+    written = load_config(TrainingConfig, output / "config.yaml")
+    assert written.data.workers == 2
+    assert written.optimizer.lr == 3e-3
+    saved_config = torch.load(output / "last" / "state.pt", weights_only=True)["config"]
+    assert to_yaml(written) == (output / "config.yaml").read_text()
+    assert saved_config["optimizer"]["lr"] == 3e-3
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+    model: Any = zoo.create_model(f"local-dir:{output / 'last'}", pretrained=True)
+    cfg = model.pretrained_cfg
+    assert (tuple(cfg["input_size"]), list(cfg["mean"]), list(cfg["std"])) == ((1, 16, 16), [0.3], [0.38])
+    assert list(cfg["label_names"]) == list("0123456789")
+
+    best = max(history, key=lambda row: float(row["val_top1"]))
+    done = subprocess.run([sys.executable, ROOT / "eval.py", "--model", output], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"top-1 {float(best['val_top1']):.2f}%, top-5 {float(best['val_top5']):.2f}%" in done.stdout
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_takes_two_steps(path: Path, tmp_path: Path):
+    config = load_config(TrainingConfig, path)
+    changes: dict[str, Any] = {"workers": 0, "batch_size": 2}
+    if config.data.name == "folder":
+        for split in ("train", "val"):
+            make_folder(tmp_path / "data" / split, "abc", 2)
+        changes["path"] = str(tmp_path / "data")
+    elif config.data.name == "parquet":
+        for split in ("train", "test"):
+            make_parquet(tmp_path / "data" / f"{split}.parquet", [0, 1, 2, 0], ["a", "b", "c"])
+        changes["path"] = str(tmp_path / "data")
+    run = train(configure(path, tmp_path / "run", data=changes, train={"max_updates": 2, "device": "cpu"}))
+    assert [row["updates"] for row in run.history] == [2]
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for fact in ("Command:", "Hardware:", "Time:", "Expect:"):
+        assert any(fact in line for line in header), fact
+
+
+def test_timms_own_model(recipe: Path, tmp_path: Path):
+    changes = {"name": "timm/resnet10t", "args": {"in_chans": 1}}
+    text = recipe.read_text().replace(recipe.read_text().split("data:")[0], "")
+    recipe.write_text(text)
+    run = train(configure(recipe, tmp_path / "run", model=changes, train={"max_updates": 1}))
+    assert run.history[0]["updates"] == 1
+    with pytest.raises(ConfigError, match="timm does not make 'timm/resnet10x'"):
+        train(configure(recipe, tmp_path / "other", model={"name": "timm/resnet10x"}))
+
+
+def test_fine_tuning_takes_weights_and_another_head(recipe: Path, tmp_path: Path):
+    first = train(configure(recipe, tmp_path / "first", train={"max_updates": 3}))
+    make_folder(tmp_path / "data" / "train", "abc", 2)
+    make_folder(tmp_path / "data" / "val", "abc", 1)
+    tuned = train(
+        configure(
+            recipe,
+            tmp_path / "tuned",
+            model={"checkpoint_path": str(first.folder / "last")},
+            data={"name": "folder", "path": str(tmp_path / "data"), "batch_size": 2},
+            optimizer={"lr": 1e-12, "weight_decay": 0},
+            scheduler={"warmup_lr": 0, "min_lr": 0},
+            train={"max_updates": 1},
+        )
+    )
+    before, after = (safetensors.torch.load_file(run.folder / "last" / "model.safetensors") for run in (first, tuned))
+    assert after["head.fc.weight"].shape == (3, 16)
+    torch.testing.assert_close(after["stem.conv.weight"], before["stem.conv.weight"], rtol=0, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_resuming_equals_never_having_stopped(recipe: Path, tmp_path: Path):
+    """Stopped after an epoch, and in the middle of one, with all that draws random numbers or keeps state."""
+    whole = train(configure(recipe, tmp_path / "whole", **EVERYTHING))
+    per_epoch = whole.history[0]["updates"]
+    assert per_epoch == 6  # 1437 images, 11 batches of 128, two to an update and one alone
+
+    parts = {**EVERYTHING, "train": {**EVERYTHING["train"], "max_updates": per_epoch}}
+    train(configure(recipe, tmp_path / "parts", **parts))
+    assert len(rows(tmp_path / "parts")) == 1
+    resumed = train(configure(recipe, tmp_path / "parts", **EVERYTHING, resume="auto"))
+    assert len(resumed.history) == 3
+    assert_same_checkpoint(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
+    assert_same_checkpoint(tmp_path / "whole" / "best", tmp_path / "parts" / "best")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+
+
+def test_a_run_that_is_terminated_saves_itself(recipe: Path, tmp_path: Path):
+    """Real processes: SIGTERM in the middle of an epoch, then --resume auto; the end equals an unbroken run's."""
+    common = ["--config", str(recipe), "--scheduler.epochs", "40", "--train.max_updates", "40"]
+    mixing = ["--augment.mixup", "0.5", "--data.batch_size", "64", "--train.model_ema", "true", "--data.workers", "1"]
+    start = [sys.executable, str(ROOT / "train.py"), *common, *mixing]
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    process = subprocess.Popen([*start, "--output.dir", str(broken)], stderr=subprocess.PIPE, text=True)
+    while not (broken / "history.csv").exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Stopped by SIGTERM and saved" in errors
+    assert "Traceback" not in errors
+    progress = torch.load(broken / "last" / "state.pt", weights_only=True)["progress"]
+    assert progress["updates"] < 40
+    assert progress["batch"] > 0  # in the middle of the second epoch
+
+    for output in (broken, whole):
+        done = subprocess.run([*start, "--output.dir", str(output), "--resume", "auto"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert_same_checkpoint(broken / "last", whole / "last")
+    assert rows(broken) == rows(whole)
+
+
+def test_nothing_to_resume(recipe: Path, tmp_path: Path):
+    with pytest.raises(CheckpointError, match="nothing to resume in"):
+        train(configure(recipe, tmp_path / "run", resume=str(tmp_path)))
+    run = train(configure(recipe, tmp_path / "run", resume="auto", train={"max_updates": 1}))  # starts afresh
+    (run.folder / "last" / "state.pt").write_bytes(b"half a file")
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        train(configure(recipe, tmp_path / "run", resume="auto"))
+
+
+def test_a_run_is_not_written_over(recipe: Path, tmp_path: Path):
+    config = configure(recipe, tmp_path / "run", train={"max_updates": 1})
+    run = train(config)
+    before = (run.folder / "last" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(config)
+    assert (run.folder / "last" / "model.safetensors").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------------- when things go wrong
+
+
+def test_a_loss_that_is_not_finite(recipe: Path, tmp_path: Path):
+    run = train(configure(recipe, tmp_path / "run", scheduler={"epochs": 1}))
+    before = {path.name: path.read_bytes() for path in (run.folder / "last").iterdir()}
+    wild = configure(recipe, tmp_path / "run", scheduler={"epochs": 3}, optimizer={"lr": 1e30}, resume="auto")
+    with pytest.raises(TrainingError, match=r"no longer finite \(epoch 2, .*last good checkpoint"):
+        train(wild)
+    assert {path.name: path.read_bytes() for path in (run.folder / "last").iterdir()} == before
+    assert len(rows(run.folder)) == 1
+
+
+def save_text(text: str, fail: bool = False) -> Any:
+    def save(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "model.txt").write_text(text)
+        if fail:
+            raise OSError(28, "No space left on device")
+
+    return save
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path: Path):
+    folder = tmp_path / "last"
+    write_checkpoint(folder, save_text("first"), {"step": 1})
+    with pytest.raises(ConfigError, match=r"No space left on device.*The one before it stays"):
+        write_checkpoint(folder, save_text("second", fail=True), {"step": 2})
+    assert (folder / "model.txt").read_text() == "first"
+    assert torch.load(folder / "state.pt", weights_only=True) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+    write_checkpoint(folder, save_text("third"), {"step": 3})
+    assert (folder / "model.txt").read_text() == "third"
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.mark.parametrize("step", ["os.replace", "shutil.rmtree", "torch.save", "os.fsync"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_a_process_killed_while_it_saves_loses_no_checkpoint(tmp_path: Path, step: str, call: int):
+    """The process is killed at the n-th call of each operation that saving consists of."""
+    folder = tmp_path / "last"
+    write_checkpoint(folder, save_text("old"), {"step": 1})
+    child = os.fork()
+    if child == 0:  # pragma: no cover
+        module_name, name = step.split(".")
+        module = {"os": os, "shutil": __import__("shutil"), "torch": torch}[module_name]
+        original, calls = getattr(module, name), [0]
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(module, name, dying)
+        write_checkpoint(folder, save_text("new"), {"step": 2})
+        os._exit(0)
+    os.waitpid(child, 0)
+    from zoo.training.checkpoint import find_checkpoint
+
+    assert find_checkpoint("auto", tmp_path) == folder
+    text, state = (folder / "model.txt").read_text(), torch.load(folder / "state.pt", weights_only=True)
+    assert (text, state) in (("old", {"step": 1}), ("new", {"step": 2}))
+    write_checkpoint(folder, save_text("after"), {"step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+@pytest.fixture
+def train_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Any:
+    monkeypatch.syspath_prepend(ROOT)
+    import train as script
+
+    def run(*argv: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+        status = run_command(script.main)
+        return status, capfd.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--optimizer.lrr", "1"], 2, "There is no option --optimizer.lrr. Did you mean optimizer.lr?"),
+        (["--lr", "1"], 2, "There is no option --lr. Did you mean optimizer.lr?"),
+        (["--optimizer.lr"], 2, "--optimizer.lr needs a value"),
+        (["oops.yaml"], 2, "'oops.yaml' stands alone"),
+        (["--optimizer.lr", "fast"], 1, "optimizer.lr: Expected a float. Got value: fast"),
+        (["--optimizer.lr", "-1"], 1, "optimizer.lr must be above zero, not -1.0"),
+        (["--optimizer.opt", "adamv"], 1, "optimizer.opt is 'adamv', which timm does not have. Did you mean adam"),
+        (["--scheduler.epochs", "0"], 1, "scheduler.epochs must be above zero"),
+        (["--scheduler.warmup_epochs", "9"], 1, "longer than epochs"),
+        (["--data.batch_size", "0"], 1, "data.batch_size must be at least 1"),
+        (["--data.batch_size", "5000"], 1, "1437 training images do not fill one batch"),
+        (["--data.name", "digts"], 1, "data.name: Expected one of 'digits', 'folder', 'parquet', 'hub'"),
+        (["--data.name", "folder", "--data.path", "/nowhere"], 1, "There is no folder '/nowhere'"),
+        (["--data.batch_size", "7", "--augment.mixup", "0.2"], 1, "must be even"),
+        (["--augment.hflip", "2"], 1, "augment.hflip is a probability"),
+        (["--augment.aa", "rnd-m9"], 1, "augment.aa is 'rnd-m9'"),
+        (["--loss.smoothing", "1"], 1, "loss.smoothing must be from 0"),
+        (
+            ["--model.name", "poolformer_s13"],
+            1,
+            "There is no model called 'poolformer_s13'. Did you mean poolformer_s",
+        ),
+        (["--model.args.dephts", "[1]"], 1, "has no argument 'dephts'. Did you mean depths?"),
+        (["--model.args.num_classes", "3"], 1, "model.args.num_classes is 3, but the data has 10 classes"),
+        (["--model.checkpoint_path", "/nowhere.pth"], 1, "/nowhere.pth"),
+        (["--data.input_size", "[1, 2]"], 1, "data.input_size: Expected a tuple with 3 elements"),
+        (["--train.grad_accum_steps", "0"], 1, "train.grad_accum_steps must be above zero"),
+        (["--output.dir", "/dev/null/run"], 1, "Cannot write to the folder '/dev/null/run'"),
+        (["--resume", "/nowhere"], 1, "nothing to resume in '/nowhere'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(train_py: Any, recipe: Path, tmp_path: Path, flags: Sequence[str], status: int, message: str):
+    output = [] if "--output.dir" in flags else ["--output.dir", tmp_path / "run"]
+    found, errors = train_py("--config", recipe, *output, *flags)
+    assert message in errors
+    assert found == status
+    assert errors.startswith("error: ")
+    assert "Traceback" not in errors
+    assert len(errors.splitlines()) == 1
+
+
+def test_bad_configurations(train_py: Any, tmp_path: Path):
+    def complaint(text: str) -> str:
+        path = tmp_path / "bad.yaml"
+        path.write_text(text)
+        status, errors = train_py("--config", path)
+        assert status == 1
+        assert errors.count("\n") == 1
+        return errors
+
+    assert "there is no key optimiser. Did you mean optimizer?" in complaint("optimiser: {lr: 1}\n")
+    assert "no key optimizer.learning. " in complaint("optimizer: {learning: 1}\ndata: {name: digits}\n") + " "
+    assert "no key optimizer.lrr. Did you mean optimizer.lr?" in complaint("optimizer: {lrr: 1}\n")
+    assert "no key lr. Did you mean optimizer.lr?" in complaint("lr: 1\n")
+    assert "is not YAML" in complaint("data: [\n")
+    assert "must hold names and values" in complaint("- just\n- a list\n")
+    assert "optimizer in " in complaint("optimizer: 3\n")
+    status, errors = train_py("--config", tmp_path / "bat.yaml")
+    assert status == 1
+    assert f"Did you mean {tmp_path / 'bad.yaml'}?" in errors
+
+
+def test_errors_of_a_real_process():
+    """The two kinds of exit status, and not a word of Python."""
+    for flags, status in ((["--optimizer.lrr", "1"], 2), (["--data.name", "folder"], 1)):
+        done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stderr.startswith("error: ")
+        assert "Traceback" not in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- optimizers
+
+
+def test_one_dimensional_tensors_are_not_decayed_and_layers_learn_by_depth():
+    model = zoo.create_model("poolformer_s12", pretrained=False, depths=(1, 1), dims=(8, 16))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1, layer_decay=0.5))
+    scale = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0), names[parameter]
+            scale[names[parameter]] = group["lr_scale"]
+    assert len(scale) == len(names)
+    assert scale["head.fc.weight"] == 1
+    order = ["stem.conv.weight", "stages.0.blocks.0.mlp.fc1.weight", "stages.1.blocks.0.mlp.fc1.weight"]
+    assert [scale[name] for name in order] == [0.25, 0.5, 1]
+
+
+def test_layer_decay_asks_for_layers():
+    with pytest.raises(ConfigError, match="Linear, which has no group_matcher"):
+        make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(layer_decay=0.5))
+
+
+def test_a_configuration_survives_its_own_yaml(recipe: Path, tmp_path: Path):
+    config = configure(recipe, tmp_path / "run", **EVERYTHING)
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(config))
+    assert to_yaml(load_config(TrainingConfig, path)) == to_yaml(config)
+    flags = ["--config", str(path), "--model.args.depths", "[2, 1]", "--optimizer.lr=0.5"]
+    changed = parse_config(TrainingConfig, flags, prog="train.py", description="")
+    assert changed.model.args["depths"] == [2, 1]
+    assert changed.model.args["dims"] == [8, 16]
+    assert changed.optimizer.lr == 0.5
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        changed.resume = "auto"  # type: ignore[misc]
