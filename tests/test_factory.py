@@ -180,15 +180,15 @@ class Tied(nn.Module):
         for parameter in module.parameters(recurse=False):
             nn.init.constant_(parameter, 0.25)
         if isinstance(module, Shifted):
-            module.shift.fill_(7.0)
+            nn.init.constant_(module.get_buffer("shift"), 7.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.second(self.first(x)))
 
 
 class Shifted(nn.Linear):
-    def __init__(self, *arguments: int) -> None:
-        super().__init__(*arguments)
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
         self.register_buffer("shift", torch.zeros(1), persistent=False)
 
 

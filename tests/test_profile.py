@@ -406,7 +406,7 @@ def test_wrapped_models_are_unwrapped():
     model = nn.Conv2d(3, 4, 3)
     plain = zoo.profile(model, (3, 8, 8))
     assert zoo.profile(nn.DataParallel(model), (3, 8, 8)) == plain
-    assert zoo.profile(torch.compile(model), (3, 8, 8)) == plain  # type: ignore[arg-type]
+    assert zoo.profile(torch.compile(model), (3, 8, 8)) == plain
 
 
 def test_pruned_and_parametrized_weights():
@@ -516,7 +516,7 @@ def test_names_that_are_none():
     with pytest.raises(UnknownModelError, match="poolformer_s12 has no weights tagged 'sail'"):
         zoo.profile("poolformer_s12.sail")
     with pytest.raises(ConfigError, match="a module or the name of a model, not int"):
-        zoo.profile(12)  # type: ignore[arg-type]
+        zoo.profile(12)
 
 
 def test_plots_that_cannot_be_drawn(tmp_path):
@@ -527,7 +527,7 @@ def test_plots_that_cannot_be_drawn(tmp_path):
         profile.plot(tmp_path / "cost.txt")
     for depth in (0, -1, 1.5):
         with pytest.raises(ConfigError, match="depth must be"):
-            profile.plot(tmp_path / "cost.png", depth=depth)  # type: ignore[arg-type]
+            profile.plot(tmp_path / "cost.png", depth=depth)
     with pytest.raises(ConfigError, match="depth must be"):
         profile.table(depth=-1)
     with pytest.raises(ConfigError, match="nothing to draw"):
