@@ -363,10 +363,16 @@ def print_models(infos: Sequence[ModelInfo]) -> None:
             shape(info.input_size),
             percent(info.top1),
             ", ".join(w.tag for w in info.weights) if len(info.weights) < 2 else f"{len(info.weights)} tags",
-            info.code_license,
+            licences(info),
         )
     print_table(table)
     print_text(f"{count('model', infos)}. {CONVENTION} {TOP1}")
+
+
+def licences(info: ModelInfo) -> str:
+    """The code's licence, and the weights' where it is another."""
+    others = sorted({weights.license for weights in info.weights} - {info.code_license})
+    return info.code_license + (f" (weights: {', '.join(others)})" if others else "")
 
 
 def print_weights(infos: Sequence[ModelInfo]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
@@ -24,13 +25,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fvcore.nn.jit_analysis import JitModelAnalysis
-from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_count, elementwise_flop_counter, get_shape
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from zoo.errors import ConfigError
+
+with warnings.catch_warnings():  # importing fvcore scripts a loss, which newer torch warns about
+    warnings.simplefilter("ignore")
+    from fvcore.nn.jit_analysis import JitModelAnalysis
+    from fvcore.nn.jit_handles import batchnorm_flop_jit, conv_flop_count, elementwise_flop_counter, get_shape
 
 Handle = Callable[[list[Any], list[Any]], int]  # (inputs, outputs) of a traced operator, as fvcore's handles
 
