@@ -75,6 +75,22 @@ assert again(torch.randn(1, 1, 64, 64)).shape == (1, 10)
 """)
 
 
+@pytest.mark.parametrize("authors", [True, False])
+def test_saved_folders_open_the_same_in_timm(tmp_path, authors):
+    """With the zoo's models in timm's registry, the authors' PoolFormer head and timm's both come back."""
+    run(f"""
+zoo.register_with_timm(override=True)
+args = dict(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), stem_kernel_size=3, head_norm_first={authors})
+model = zoo.create_model("poolformer_s12", num_classes=5, **args).eval()
+for parameter in model.head.norm.parameters():
+    torch.nn.init.normal_(parameter)
+source = "local-dir:" + str(zoo.save_pretrained(model, {str(tmp_path / "saved")!r}))
+images = torch.randn(2, 3, 64, 64)
+torch.testing.assert_close(timm.create_model(source, pretrained=True).eval()(images), model(images))
+torch.testing.assert_close(zoo.create_model(source).eval()(images), model(images))
+""")
+
+
 def test_a_users_model_goes_to_timm_too():
     run("""
 @zoo.register

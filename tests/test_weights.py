@@ -78,7 +78,6 @@ def folder(trained: nn.Module, tmp_path: Path) -> Path:
 
 PRELUDE = """
 import json, os, resource, sys, urllib.error, urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from zoo.errors import ZooError
 from zoo.registry import Weights
@@ -151,9 +150,7 @@ if __name__ == "__main__":
     outcome(repo, "me/small", os.environ["FIRST_COMMIT"])
     outcome(repo, "me/bin")
     mark("errors")
-    with ThreadPoolExecutor(16) as pool:
-        futures = {name: pool.submit(outcome, get, *args, **where) for name, get, args, where in cases()}
-        found |= {name: future.result() for name, future in futures.items()}
+    found |= {name: outcome(get, *args, **where) for name, get, args, where in cases()}
     found["files"] = files()
     found["corrupt, again"] = outcome(repo, "me/corrupt")
     mark("url-cached")
@@ -170,9 +167,9 @@ if __name__ == "__main__":
 
 CACHED = """
 found = {"cached": outcome(repo, "me/small"), "url": outcome(link, "/files/net.pth")}
-with ThreadPoolExecutor() as pool:
-    uncached = pool.submit(outcome, repo, "me/other"), pool.submit(outcome, repo, "me/other", "v2")
-    found["uncached"], found["uncached, pinned"] = [future.result() for future in uncached]
+found["uncached"] = outcome(repo, "me/other")
+if "HF_HUB_OFFLINE" in os.environ:
+    found["uncached, pinned"] = outcome(repo, "me/other", "v2")
 found["url, uncached"] = outcome(link, "/files/other.pth")
 print(json.dumps(found))
 """
@@ -432,22 +429,27 @@ def test_the_hash_is_checked_without_symbolic_links_too(network: Network) -> Non
     assert network.no_links["again"] == TEXT
 
 
-def logits(model: nn.Module) -> list[float]:
-    return model.eval()(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).flatten()[:5].tolist()
+def logits(model: nn.Module) -> Any:
+    """What the same weights give; kernels round by where in memory the weights lie."""
+    found = model.eval()(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)).flatten()[:5].tolist()
+    return pytest.approx(found, rel=1e-3, abs=1e-4)
 
 
 def test_create_pretrained(network: Network) -> None:
     torch.manual_seed(2)
-    assert network.created["tag"] == network.created["again"] == logits(zoo.create_model("poolformer_s12"))
+    assert network.created["tag"] == network.created["again"]
+    assert network.created["tag"] == logits(zoo.create_model("poolformer_s12"))
     torch.manual_seed(1)
-    assert network.created["pinned"] == network.created["pinned again"] == logits(zoo.create_model("poolformer_s12"))
+    assert network.created["pinned"] == network.created["pinned again"]
+    assert network.created["pinned"] == logits(zoo.create_model("poolformer_s12"))
     assert between(network.hub, "created") == []
     assert "1000 classes and the model 2" in network.created["report"]
     assert "from 3 to 1 input channels" in network.created["report"]
 
 
 def test_create_from_a_repository(network: Network, trained: nn.Module) -> None:
-    assert network.created["hub"] == network.created["path"] == logits(trained)
+    assert network.created["hub"] == network.created["path"]
+    assert network.created["hub"] == logits(trained)
     assert network.created["hub, other revision"].startswith("DownloadError: me/trained has no revision 'v2'")
     assert network.created["bare"].startswith("DownloadError: me/bin has no config.json")
     assert network.created["converted"]
@@ -761,11 +763,34 @@ def test_on_meta_tensors_keep_dtype_ties_and_gradients(tmp_path: Path) -> None:
     assert model.a.weight.dtype == torch.float16
     assert torch.equal(model.a.weight, source.a.weight.to(torch.float16))
     assert model.state_dict()["norm.num_batches_tracked"].dtype == torch.int64
-    # the model owns its memory: neither the file nor a part of the model drags the whole along
-    assert model.a.weight.untyped_storage().nbytes() == model.a.weight.nbytes
-    before = model.a.weight.clone()
-    (tmp_path / "tied.safetensors").write_bytes(bytes(1000))
-    assert torch.equal(model.a.weight, before)
+
+
+def test_a_state_dict_stays_the_callers(trained: nn.Module) -> None:
+    model = small(num_classes=10, device="meta")
+    tensors = {key: tensor.clone() for key, tensor in trained.state_dict().items()}
+    zoo.load_checkpoint(model, tensors)
+    for tensor in model.state_dict().values():
+        tensor.zero_()
+    assert equal(tensors, trained.state_dict())
+
+
+def test_what_the_file_ties_and_the_model_does_not(tmp_path: Path) -> None:
+    shared = torch.ones(2, 2)
+    torch.save({"0.weight": shared, "1.weight": shared}, tmp_path / "net.pth")
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    zoo.load_checkpoint(model, tmp_path / "net.pth")
+    model.state_dict()["0.weight"].zero_()
+    assert torch.equal(model.state_dict()["1.weight"], shared)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "net.pth"])
+def test_a_model_outlives_the_file_it_came_from(trained: nn.Module, folder: Path, name: str) -> None:
+    torch.save(trained.state_dict(), folder / "net.pth")
+    model = small(num_classes=10, checkpoint_path=folder / name)
+    torch.save({"w": torch.zeros(1)}, folder / "net.pth")  # written into, as torch.save does
+    zoo.save_pretrained(small(), folder, overwrite=True)
+    assert equal(model.state_dict(), trained.state_dict())
 
 
 def test_loaded_tensors_are_like_any_other(trained: nn.Module, folder: Path, tmp_path: Path) -> None:
@@ -810,13 +835,11 @@ def test_saved_models_open_here_and_in_timm(tmp_path: Path) -> None:
         model = zoo.create_model("poolformer_s12", head_norm_first=False, **args).eval()
         assert zoo.save_pretrained(model, tmp_path / name) == tmp_path / name
         assert sorted(os.listdir(tmp_path / name)) == ["config.json", "model.safetensors"]
-        config = json.loads((tmp_path / name / "config.json").read_text())
-        config["model_args"].pop("head_norm_first")  # an argument that timm's class does not know
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        ours = zoo.create_model(f"local-dir:{tmp_path / name}", head_norm_first=False).eval()
+        ours = zoo.create_model(f"local-dir:{tmp_path / name}").eval()
         theirs = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
         images = torch.randn(1, args.get("in_chans", 3), 64, 64)
-        assert torch.equal(ours(images), model(images))
+        assert equal(ours.state_dict(), model.state_dict())
+        torch.testing.assert_close(ours(images), model(images))
         torch.testing.assert_close(theirs(images), model(images))
         assert ours.pretrained_cfg["num_classes"] == theirs.pretrained_cfg["num_classes"] == model.num_classes  # type: ignore[index]
     (tmp_path / "plain" / "other").touch()  # a file like any other: readable by whom the umask lets
@@ -824,6 +847,19 @@ def test_saved_models_open_here_and_in_timm(tmp_path: Path) -> None:
     assert len(modes) == 1
     with safetensors.safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_model_that_timm_trained_computes_as_in_timm(tmp_path: Path) -> None:
+    from timm.models._hub import save_for_hf
+
+    theirs = timm.create_model("poolformer_s12", num_classes=3).eval()
+    save_for_hf(theirs, str(tmp_path), safe_serialization=True)
+    ours = zoo.create_model(f"local-dir:{tmp_path}").eval()
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(ours(images), theirs(images))
+    again = zoo.save_pretrained(ours, tmp_path / "again")
+    torch.testing.assert_close(zoo.create_model(f"local-dir:{again}").eval()(images), theirs(images))
+    assert load_config(f"local-dir:{again}")[1]["head_norm_first"] is False
 
 
 def test_saved_arguments_come_back(trained: nn.Module, tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ def build_module(
 def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
     try:
         with torch.device("meta"):
-            return _call(entry, args).to(dtype=dtype)
+            model = _call(entry, args)
+        return model if dtype is None else model.to(dtype=dtype)
     except (RuntimeError, NotImplementedError):  # a constructor that reads values, as `torch.linspace(...).tolist()`
         return _call(entry, args).to(device="meta", dtype=dtype)
 
@@ -221,9 +222,10 @@ def _build_with_weights(
             model = _call(entry, args).to(dtype=dtype)
             finish(model)
             report = load_checkpoint(model, source, strict=strict, convert=entry.convert, **where)
-    _logger.log(logging.WARNING if report.dropped else logging.INFO, "%s: %s", entry.name, report)
+    unasked = report.dropped and args.get("num_classes") != 0
+    _logger.log(logging.WARNING if unasked else logging.INFO, "%s: %s", entry.name, report)
     model.__dict__["load_report"] = report
-    return model.to(device=device)
+    return model if device is None else model.to(device=device)
 
 
 def _as_timm_model(

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.files import whole_file
 from zoo.registry import get_entry
@@ -101,8 +102,19 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
         except ValueError as error:
             raise ConfigError(f"The model cannot be described in a {CONFIG}: {error}") from error
         config = read_json(path)
-    config["model_args"] = _known_args(cfg["architecture"], config.get("model_args", {}))
+    args = _known_args(cfg["architecture"], config.get("model_args", {}))
+    built_in = _timm_args(cfg["architecture"])
+    config["model_args"] = {key: value for key, value in args.items() if key not in built_in}
+    config["zoo"] = {"version": zoo.__version__, "model_args": args}
     return config
+
+
+def _timm_args(architecture: str) -> Mapping[str, Any]:
+    """Arguments of ours that timm's class of the same name has built in, with the values that it builds in."""
+    try:
+        return get_entry(architecture).timm_args
+    except UnknownModelError:
+        return {}
 
 
 def _known_args(architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +187,8 @@ def load_config(
     """`(architecture, model_args, pretrained_cfg)` from the `config.json` of a repository or folder.
 
     `source` is `"hf-hub:owner/name@revision"` or `"local-dir:path"`. The `pretrained_cfg` describes the weights that
-    lie there: their classes, input channels, preprocessing. Raises CheckpointError, DownloadError.
+    lie there: their classes, input channels, preprocessing. Where timm wrote it and computes otherwise than the authors
+    (`Entry.timm_args`), the arguments are those of timm's computation. Raises CheckpointError, DownloadError.
     """
     origin: dict[str, Any] = {"url": None, "file": None, "hf_hub_id": None, "hf_hub_filename": None}
     if source.startswith(HUB_PREFIXES):
@@ -205,6 +218,11 @@ def _parse_config(
     architecture = config.get("architecture")
     if not isinstance(architecture, str) or not isinstance(saved, dict) or not isinstance(args, dict):
         raise CheckpointError(f"The {CONFIG} of {source} names no architecture: it was not written by timm or the zoo.")
+    ours = config.get("zoo")
+    if isinstance(ours, dict) and isinstance(ours.get("model_args"), dict):
+        args = args | ours["model_args"]
+    elif not _is_published(architecture, origin["hf_hub_id"]):  # trained with timm, and so as timm computes
+        args = dict(_timm_args(architecture)) | args
     cfg = {key: _tuple(value) for key, value in saved.items()} | dict(origin)
     if "labels" in cfg:
         cfg["label_names"] = cfg.pop("labels")
@@ -212,6 +230,15 @@ def _parse_config(
     if args.get("in_chans") is not None:
         cfg["input_size"] = (args["in_chans"], *cfg.get("input_size", (3, 224, 224))[1:])
     return architecture, {key: _tuple(value) for key, value in args.items()}, cfg
+
+
+def _is_published(architecture: str, repo: str | None) -> bool:
+    """Whether a repository holds the authors' weights, which timm keeps but did not train."""
+    try:
+        weights = get_entry(architecture).weights
+    except UnknownModelError:
+        return False
+    return repo is not None and repo.partition("@")[0] in {w.hub_id for w in weights}
 
 
 def _tuple(value: Any) -> Any:

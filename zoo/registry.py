@@ -131,6 +131,8 @@ class Entry:
     first_conv: str = ""  # module names, as in timm's pretrained_cfg
     classifier: str = ""
     note: str = ""  # e.g. why our figures differ from the reported ones
+    # values of arguments that timm's class of the same name does not have but builds in
+    timm_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     module: str = ""  # that registered it; register() fills it in
 
     def find_weights(self, tag: str | None = None) -> Weights:

@@ -16,7 +16,6 @@ import inspect
 import json
 import logging
 import math
-import mmap
 import os
 import pickle
 import re
@@ -385,8 +384,9 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
 
     Reads safetensors, and PyTorch files as long as they hold nothing but data. What training scripts wrap around a
     state dict (`state_dict`, `model`, DistributedDataParallel's `module.`, ...) is taken off; where there are averaged
-    weights beside the last ones, `use_ema` chooses them, as timm does. Tensors are mapped from the file, so unread
-    ones cost nothing. Raises CheckpointError.
+    weights beside the last ones, `use_ema` chooses them, as timm does. Tensors of a safetensors file are mapped from it
+    until they are written to: replace such a file, as every writer here does, but do not write into it while it is in
+    use. Raises CheckpointError.
     """
     path = Path(path)
     try:
@@ -405,12 +405,12 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
     is_safetensors = start[8:9] == b"{"
     if path.suffix == ".safetensors" or is_safetensors:
         return unwrap(_read_safetensors(path), str(path), use_ema)
-    return unwrap(_read_pickle(path, mapped=start.startswith(b"PK")), str(path), use_ema)
+    return unwrap(_read_pickle(path), str(path), use_ema)
 
 
 def _read_safetensors(path: Path) -> StateDict:
     try:
-        return safetensors.torch.load_file(path)
+        return {key: _with_own_storage(tensor) for key, tensor in safetensors.torch.load_file(path).items()}
     except safetensors.SafetensorError as error:
         reason = "its header is not one" if "header" in str(error).lower() else "it was cut short or changed"
         raise CheckpointError(
@@ -418,11 +418,21 @@ def _read_safetensors(path: Path) -> StateDict:
         ) from error
 
 
-def _read_pickle(path: Path, mapped: bool) -> Any:
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The same memory, but as a storage that ends where the tensor does: `torch.save` writes whole storages."""
+    whole = tensor.untyped_storage()
+    start = tensor.data_ptr() - whole.data_ptr()
+    if not tensor.numel() or not tensor.is_contiguous():
+        return tensor
+    part = whole[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(part, 0, tensor.shape, tensor.stride())
+
+
+def _read_pickle(path: Path) -> Any:
     try:
         # training scripts, timm's among them, store their arguments beside the weights: a Namespace is plain data
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         needed = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(
             r"Unsupported (?:class|global) ([\w.]+)", str(error)
@@ -542,10 +552,12 @@ def load_checkpoint(
     else:
         path = locate(source, cache_dir=cache_dir, token=token, refresh=refresh)
         name, tensors = os.fspath(source), read_state_dict(path, use_ema=use_ema)
-    return _load(model, tensors, name, strict, convert)
+    return _load(model, tensors, name, strict, convert, ours=not isinstance(source, Mapping))
 
 
-def _load(model: nn.Module, tensors: StateDict, name: str, strict: bool, convert: Converter | None) -> LoadReport:
+def _load(
+    model: nn.Module, tensors: StateDict, name: str, strict: bool, convert: Converter | None, ours: bool
+) -> LoadReport:
     module, is_wrapper = _behind_wrapper(model)
     cfg = getattr(model, "pretrained_cfg", None) or getattr(module, "pretrained_cfg", None) or {}
     entry = _entry_of(cfg)
@@ -561,7 +573,7 @@ def _load(model: nn.Module, tensors: StateDict, name: str, strict: bool, convert
         "The model was left as it was: build it with the arguments that the checkpoint was trained with, or pass "
         "strict=False to load what fits.",
     )
-    _assign(module, fit.tensors)
+    _assign(module, fit.tensors, ours)
     return LoadReport(
         source=name,
         loaded=len(fit.tensors),
@@ -744,59 +756,26 @@ def _absent(model: nn.Module, name: str) -> str:
 
 
 @torch.no_grad()
-def _assign(model: nn.Module, tensors: StateDict) -> None:
-    """Put checked tensors into the model: copied, or where the model is on the meta device, taken as its own."""
+def _assign(model: nn.Module, tensors: StateDict, ours: bool) -> None:
+    """Put checked tensors into the model: copied, or where it is on the meta device, taken as they are if `ours`."""
     targets = model.state_dict(keep_vars=True)
     if not any(targets[key].is_meta for key in tensors):
         model.load_state_dict(tensors, strict=False)
         return
-    # copies: the file may change, and a slice of its memory map would drag the whole map into every torch.save
-    unique = {id(targets[key]): targets[key] for key in tensors}  # tied tensors stay tied
-    memory = dict(zip(unique, _allocate(list(unique.values())), strict=True))
-    values: StateDict = {}
+    tied: dict[int, Tensor] = {}  # what the model ties stays tied, and nothing else shares memory
+    storages: set[int] = set()
     for key, tensor in tensors.items():
-        values[key] = memory[id(targets[key])].copy_(tensor)
+        target = targets[key]
+        if id(target) in tied:
+            continue
+        device = tensor.device if target.is_meta else target.device
+        storage = tensor.untyped_storage()
+        is_free = ours and storage.nbytes() == tensor.nbytes and storage.data_ptr() not in storages
+        value = tensor.to(device, target.dtype, copy=not is_free).contiguous()
+        storages.add(storage.data_ptr())
+        tied[id(target)] = nn.Parameter(value, target.requires_grad) if isinstance(target, nn.Parameter) else value
+    values = {key: tied[id(targets[key])] for key in tensors}
     model.load_state_dict(values, strict=False, assign=True)
-
-
-def _allocate(targets: Sequence[Tensor]) -> list[Tensor]:
-    """New memory for each tensor, on the CPU for those on the meta device; parameters where they are parameters."""
-    block = _Block(sum(_Block.size(target) for target in targets if target.is_meta))
-
-    def new(target: Tensor) -> Tensor:
-        tensor = block.take(target) if target.is_meta else torch.empty_like(target, requires_grad=False)
-        return nn.Parameter(tensor, target.requires_grad) if isinstance(target, nn.Parameter) else tensor
-
-    return [new(target) for target in targets]
-
-
-class _Block:
-    """Memory for many tensors, each of which has a storage of its own in it.
-
-    On Linux it asks for huge pages: faulting in small ones costs more than copying the weights.
-    """
-
-    ALIGNMENT = 64
-
-    def __init__(self, size: int) -> None:
-        self.block = None
-        self.used = 0
-        if size and hasattr(mmap, "MADV_HUGEPAGE"):
-            self.block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):
-                self.block.madvise(mmap.MADV_HUGEPAGE)
-
-    @classmethod
-    def size(cls, like: Tensor) -> int:
-        return -(-like.nbytes // cls.ALIGNMENT) * cls.ALIGNMENT
-
-    def take(self, like: Tensor) -> Tensor:
-        """An uninitialised tensor of the same shape and type."""
-        if self.block is None or not like.numel():
-            return torch.empty(like.shape, dtype=like.dtype, device="cpu")
-        flat = torch.frombuffer(self.block, dtype=like.dtype, count=like.numel(), offset=self.used)
-        self.used += self.size(like)
-        return flat.view(like.shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- converting

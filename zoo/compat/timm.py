@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from zoo.factory import build_module
+from zoo.hub import load_config
 from zoo.registry import Entry, get_entry, list_models
 
 __all__: list[str] = []  # timm's register_model adds the names it registers
@@ -48,6 +49,14 @@ def _register(entry: Entry) -> None:
         register_model(entrypoint)
 
 
+def _saved_args(cfg: Any) -> dict[str, Any]:
+    """Model arguments of a repository or folder that timm has resolved, with those that timm does not know."""
+    source = cfg.get("source") if isinstance(cfg, dict) else None
+    if source == "hf-hub":
+        return load_config(f"hf-hub:{cfg['hf_hub_id']}")[1]
+    return load_config(f"local-dir:{cfg['file']}")[1] if source == "local-dir" else {}
+
+
 def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
     parameters = inspect.signature(entry.build).parameters
 
@@ -58,6 +67,7 @@ def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
             args = {k: v for k, v in args.items() if k in parameters or k in kwargs}  # timm adds num_classes, in_chans
             return build_module(entry, args, device=device, dtype=dtype)
 
+        kwargs = {**_saved_args(kwargs.get("pretrained_cfg")), **kwargs}
         if kwargs.get("features_only") and "out_indices" not in kwargs:
             args = {k: v for k, v in kwargs.items() if k in parameters}
             stages: Any = build_module(entry, args, device="meta").feature_info

@@ -746,6 +746,7 @@ POOLFORMER = {
     "patch_conv_init": "default",
 }
 CONV_OR_ATTENTION = {"norm": "layer", "mlp_head": True}
+TIMM = {"head_norm_first": False, "mlp_head_eps": 1e-6}  # what timm computes otherwise, where the model has it
 
 
 def _entry(
@@ -776,6 +777,7 @@ def _entry(
             convert=convert,
             first_conv="stem.conv",
             classifier="head.fc.fc2" if args.get("mlp_head") else "head.fc",
+            timm_args={key: value for key, value in TIMM.items() if args.get(key.removesuffix("_eps"))},
             **fields,
         )
     )
