@@ -8,8 +8,7 @@ from zoo.config import parse_config, run_command
 def main() -> None:
     from zoo.training import TrainingConfig, train
 
-    run = train(parse_config(TrainingConfig, prog="train.py", description="Train an image classifier."))
-    print(f"Best {run.metric} {run.best:.2f}% in epoch {run.best_epoch}: {run.best_checkpoint}")
+    train(parse_config(TrainingConfig, prog="train.py", description="Train an image classifier."))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +18,16 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from rich.console import Console
 
 import zoo
 from tests.test_data import make_folder, make_parquet
 from zoo.config import load_config, parse_config, run_command, to_yaml
-from zoo.errors import CheckpointError, ConfigError
-from zoo.training import TrainingConfig, TrainingError, train
+from zoo.errors import CheckpointError, ConfigError, DataError
+from zoo.training import ImageClassification, TrainingConfig, TrainingError, fit, train
 from zoo.training.checkpoint import write_checkpoint
 from zoo.training.config import OptimizerConfig
-from zoo.training.loop import make_optimizer
+from zoo.training.loop import make_accelerator, make_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "configs" / "vision").glob("*.yaml"))
@@ -100,7 +103,7 @@ def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path):
         [*command, "--output.tracker", "tensorboard", "--data.workers", "2"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Best top1 ")
+    assert f": {output / 'best'}. Last: {output / 'last'}." in done.stderr
     history = rows(output)
     assert [row["epoch"] for row in history] == ["1", "2"]
     assert float(history[1]["train_loss"]) < float(history[0]["train_loss"])
@@ -239,6 +242,17 @@ def test_a_run_is_not_written_over(recipe: Path, tmp_path: Path):
     assert (run.folder / "last" / "model.safetensors").read_bytes() == before
 
 
+def test_going_on_in_another_folder(recipe: Path, tmp_path: Path):
+    first = train(configure(recipe, tmp_path / "first"))
+    other = train(configure(recipe, tmp_path / "other", train={"max_updates": 1}))
+    with pytest.raises(ConfigError, match="holds a run already"):
+        train(configure(recipe, other.folder, resume=str(first.folder)))
+    again = train(configure(recipe, tmp_path / "third", resume=str(first.folder)))  # is at its end, so nothing is done
+    assert again.history == first.history
+    assert (again.best, again.best_checkpoint) == (first.best, tmp_path / "third" / "best")
+    assert_same_checkpoint(first.best_checkpoint, again.best_checkpoint)
+
+
 # ----------------------------------------------------------------------------------------------- when things go wrong
 
 
@@ -250,6 +264,35 @@ def test_a_loss_that_is_not_finite(recipe: Path, tmp_path: Path):
         train(wild)
     assert {path.name: path.read_bytes() for path in (run.folder / "last").iterdir()} == before
     assert len(rows(run.folder)) == 1
+
+
+def test_damaged_images_do_not_end_a_run_unless_asked(recipe: Path, tmp_path: Path):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split, "ab", 4)
+        (tmp_path / "data" / split / "a" / "2.png").write_bytes(b"damaged")
+    data = {"name": "folder", "path": str(tmp_path / "data"), "batch_size": 4}
+    said = io.StringIO()
+    run = train(configure(recipe, tmp_path / "run", data=data), Console(file=said, width=200))
+    assert len(run.history) == 2
+    assert "Skipped 2 damaged images:" in said.getvalue()
+    assert f"{tmp_path / 'data' / 'train' / 'a' / '2.png'}: cannot identify image file" in said.getvalue()
+    with pytest.raises(DataError, match=r"A damaged image: .*2\.png"):
+        train(configure(recipe, tmp_path / "strict", data={**data, "strict": True}))
+
+
+def test_data_that_vanishes_ends_a_run_with_a_message(recipe: Path, tmp_path: Path):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split, "ab", 4)
+    data = {"name": "folder", "path": str(tmp_path / "data"), "batch_size": 4}
+    run = train(configure(recipe, tmp_path / "run", data=data, scheduler={"epochs": 1}))
+    before = (run.folder / "last" / "model.safetensors").read_bytes()
+    going_on = configure(recipe, tmp_path / "run", data=data, scheduler={"epochs": 2}, resume="auto")
+    accelerator = make_accelerator(going_on.train, going_on.output)
+    task = ImageClassification(going_on, accelerator)
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(DataError, match=r"Too many images in a row cannot be read: .*No such file"):
+        fit(task, going_on, accelerator)
+    assert (run.folder / "last" / "model.safetensors").read_bytes() == before
 
 
 def save_text(text: str, fail: bool = False) -> Any:
@@ -284,7 +327,7 @@ def test_a_process_killed_while_it_saves_loses_no_checkpoint(tmp_path: Path, ste
     child = os.fork()
     if child == 0:  # pragma: no cover
         module_name, name = step.split(".")
-        module = {"os": os, "shutil": __import__("shutil"), "torch": torch}[module_name]
+        module = {"os": os, "shutil": shutil, "torch": torch}[module_name]
         original, calls = getattr(module, name), [0]
 
         def dying(*args: Any, **kwargs: Any) -> Any:

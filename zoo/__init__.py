@@ -28,6 +28,9 @@ _PUBLIC = {
     "save_pretrained": "zoo.hub",
     "profile": "zoo.profiling",
     "benchmark": "zoo.profiling",
+    "train": "zoo.training",
+    "evaluate": "zoo.evaluation",
+    "predict": "zoo.evaluation",
     "register_with_timm": "zoo.compat.timm",
 }
 __all__ = [*_PUBLIC, "__version__"]
@@ -35,6 +38,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from zoo.compat.timm import register_with_timm
     from zoo.errors import ZooError
+    from zoo.evaluation import evaluate, predict
     from zoo.factory import create_model
     from zoo.hub import save_pretrained
     from zoo.profiling import benchmark, profile
@@ -50,6 +54,7 @@ if TYPE_CHECKING:
         register,
         search,
     )
+    from zoo.training import train
     from zoo.weights import convert_checkpoint, load_checkpoint
 
 

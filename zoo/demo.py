@@ -58,12 +58,18 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
     print(results)
 
     _title("3. What it costs, beside poolformer_s12")
-    for what in (model, "poolformer_s12"):
-        print(zoo.profile(what))
+    small, published = zoo.profile(model), zoo.profile("poolformer_s12")
+    print(f"{'':<14}{'this model':>16}{'poolformer_s12':>18}")
+    for what, name in (("parameters", "params"), ("MACs", "macs"), ("activations", "activations")):
+        print(f"{what:<14}{getattr(small, name):>16,}{getattr(published, name):>18,}")
+    sizes = ("x".join(map(str, profile.input_size)) for profile in (small, published))
+    print("{:<14}{:>16}{:>18}".format("input", *sizes))
+    print("MACs: one fused multiply-add counts one. `zoo profile poolformer_s12` shows where they lie.")
 
     _title("4. Export, and open with zoo and with timm")
     zoo.save_pretrained(model, export, labels=list(results.per_class))
-    zoo.register_with_timm(override=True)  # timm's own poolformer_s12 takes neither depths nor a stem
+    print("zoo.register_with_timm(override=True)  # timm's own poolformer_s12 can be neither shortened nor narrowed")
+    zoo.register_with_timm(override=True)
     split = load_split(config.data, training=False)
     preprocess = preprocessing(model, config.data)
     dataset = ImageDataset(split, eval_transform(preprocess), channels=preprocess["input_size"][0])
@@ -105,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for all that it makes")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="how it trains")
     arguments = parser.parse_args(argv)
+
+    import torch
+
+    torch.set_num_threads(1)  # so small a model gains little from more, and on a busy machine they wait for each other
     return run_command(lambda: demo(arguments.output, arguments.recipe))
 
 

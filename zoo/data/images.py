@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.auto_augment import posterize
-from timm.data.loader import adapt_to_chs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
@@ -445,8 +444,9 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
         if len(given.get(key, ())) not in (0, 1, channels):
             raise ConfigError(f"data.{key} has {len(given[key])} values for {channels} channels.")
     resolved = resolve_data_config(given, pretrained_cfg=cfg)
-    resolved["mean"] = adapt_to_chs(resolved["mean"], channels)
-    resolved["std"] = adapt_to_chs(resolved["std"], channels)
+    for key in ("mean", "std"):
+        values = resolved[key]
+        resolved[key] = tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
     return resolved
 
 

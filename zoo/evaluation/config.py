@@ -24,7 +24,7 @@ class EvaluationConfig:
             a run (its best checkpoint, and its data unless other data is named), or a folder in the Hub's layout.
         data: which images.
         checkpoint_path: weights for a model that is given by its name.
-        device: where to run.
+        device: where to run; "auto" takes the accelerator there is.
         amp: mixed precision.
         channels_last: memory layout of model and images.
         output: folder for results.json and confusion.png; null to print only.
@@ -33,7 +33,7 @@ class EvaluationConfig:
     model: str
     data: DataConfig
     checkpoint_path: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
     amp: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
     output: str | None = None

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -181,7 +182,8 @@ def evaluate(
     """Top-1, top-5, loss, per-class accuracy and confusion of `model` on the evaluation split of `data`.
 
     Preprocessing is that of the model's `pretrained_cfg`, with what `data` sets over it. Where the model knows the
-    names of its classes, the data's are matched with them. The model is moved to `device` (by default it stays).
+    names of its classes, the data's are matched with them. The model is moved to `device` ("auto": the accelerator
+    there is; by default it stays where it is).
 
     Raises DataError for data that is missing or does not fit the model, ConfigError for arguments that make no sense.
     """
@@ -345,9 +347,8 @@ def make_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(f"Cannot write to the folder {str(folder)!r}: {error.strerror}.") from None
     return folder
@@ -356,6 +357,8 @@ def make_folder(path: str | Path) -> Path:
 def _device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     if device is None:
         return next(model.parameters()).device
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(device)
         torch.empty(0, device=device)

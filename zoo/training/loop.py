@@ -12,6 +12,7 @@ import dataclasses
 import io
 import itertools
 import math
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -35,7 +36,15 @@ from zoo.config import to_plain, to_yaml
 from zoo.errors import CheckpointError, ConfigError, MissingDependencyError, ZooError, did_you_mean
 from zoo.evaluation.image_classification import make_folder
 from zoo.files import whole_file
-from zoo.training.checkpoint import find_checkpoint, read_state, recover, rng_state, set_rng_state, write_checkpoint
+from zoo.training.checkpoint import (
+    STATE,
+    find_checkpoint,
+    read_state,
+    recover,
+    rng_state,
+    set_rng_state,
+    write_checkpoint,
+)
 from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
 from zoo.training.plots import plot_curves
 
@@ -160,11 +169,19 @@ def prepare_folder(config: RunConfig) -> Path:
     """The run's folder, made if need be. Raises ConfigError when it holds a run that is not being resumed."""
     folder = make_folder(config.output.dir)
     recover(folder / "last")
-    if config.resume is None and ((folder / "last").exists() or (folder / "history.csv").exists()):
+    goes_on = config.resume is not None and (
+        config.resume == "auto"
+        or Path(config.resume).expanduser().resolve() in (folder.resolve(), *_checkpoints(folder))
+    )
+    if not goes_on and any(path.exists() for path in (*_checkpoints(folder), folder / "history.csv")):
         raise ConfigError(
             f"{str(folder)!r} holds a run already. Go on with it (--resume auto), or choose another --output.dir."
         )
     return folder
+
+
+def _checkpoints(folder: Path) -> tuple[Path, Path]:
+    return folder.resolve() / "last", folder.resolve() / "best"
 
 
 def fit(task: Task, config: RunConfig, accelerator: Accelerator, console: Console | None = None) -> Run:
@@ -188,6 +205,8 @@ class _Loop:
         if train.channels_last:
             self.raw_model.to(memory_format=torch.channels_last)
         if train.grad_checkpointing:
+            if not hasattr(self.raw_model, "set_grad_checkpointing"):
+                raise ConfigError(f"train.grad_checkpointing: {type(self.raw_model).__name__} cannot do that.")
             self.raw_model.set_grad_checkpointing(True)  # type: ignore[operator]
         self.ema = (
             ModelEmaV3(self.raw_model, decay=train.model_ema_decay, use_warmup=train.model_ema_warmup)
@@ -220,6 +239,9 @@ class _Loop:
         if problems:
             self._say(problems)
         progress = self.progress
+        if progress.best_epoch:
+            best = f"Best {self.task.metric} {progress.best:.2f}% in epoch {progress.best_epoch}"
+            self._say(f"{best}: {self.folder / 'best'}. Last: {self.folder / 'last'}.")
         return Run(
             folder=self.folder,
             history=progress.history,
@@ -388,8 +410,17 @@ class _Loop:
         where = f"epoch {self.progress.epoch + 1}" + (
             f", batch {self.progress.batch + 1}" if self.progress.batch else ""
         )
+        self._bring_best(checkpoint)
         self._write_history()
         self._say(f"Resumed {checkpoint} at {where} of {self.epochs} epochs.")
+
+    def _bring_best(self, checkpoint: Path) -> None:
+        """A run that goes on in another folder takes its best checkpoint along: nothing later need be better."""
+        best = checkpoint.parent / "best"
+        elsewhere = checkpoint.resolve() not in _checkpoints(self.folder)
+        if elsewhere and (best / STATE).is_file() and self.accelerator.is_main_process:
+            state = read_state(best)
+            write_checkpoint(self.folder / "best", lambda fresh: shutil.copytree(best, fresh), state)
 
     def _save_and_stop(self) -> None:
         self._save("last")
