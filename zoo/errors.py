@@ -39,7 +39,12 @@ class MissingDependencyError(ZooError, ImportError):
 
 def did_you_mean(name: str, options: Iterable[str], count: int = 3) -> str:
     """`" Did you mean a, b or c?"`, or the empty string when nothing is near."""
-    near = difflib.get_close_matches(name.lower(), list(options), n=count, cutoff=0.6)
+
+    def likeness(option: str) -> float:
+        return difflib.SequenceMatcher(None, option, name.lower()).ratio()
+
+    near = difflib.get_close_matches(name.lower(), sorted(options), n=99, cutoff=0.6)
+    near = sorted(near, key=lambda option: (-likeness(option), option))[:count]
     if not near:
         return ""
     listed = near[0] if len(near) == 1 else f"{', '.join(near[:-1])} or {near[-1]}"

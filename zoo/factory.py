@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.errors import ConfigError, UnknownModelError, did_you_mean
+from zoo.devices import find_device
+from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
 from zoo.layers.init import has_meta, materialize
 from zoo.registry import Entry, Weights, get_entry, split_name
 
 __all__ = ["build_module", "create_model"]
+
+FEATURE_CLASSES = ("list", "dict", "getter", "hook", "fx")
 
 _logger = logging.getLogger(__name__)
 
@@ -65,10 +68,14 @@ def create_model(
         ConfigError: an argument that the model does not have, or a value that cannot be.
         CheckpointError, DownloadError: weights that do not fit, cannot be read or cannot be had.
     """
+    if device is not None:
+        device = find_device(device)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.bfloat16, not {dtype!r}.")
     entry, weights, source, cfg, saved_args = _resolve(
         name, pretrained, checkpoint_path, cache_dir=cache_dir, token=token, refresh=refresh
     )
-    on_meta = device is not None and torch.device(device).type == "meta"
+    on_meta = device is not None and device.type == "meta"
     if on_meta and source is not None:
         if pretrained or checkpoint_path is not None:
             raise ConfigError("A model on the meta device has no memory to load weights into: choose another device.")
@@ -191,7 +198,13 @@ def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | N
 def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
     args = {**entry.args, **args}
     _check_args(entry, args)
-    return entry.build(**args)
+    try:
+        return entry.build(**args)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ZooError) or args == dict(entry.args):
+            raise
+        given = ", ".join(f"{key}={value!r}" for key, value in args.items() if entry.args.get(key) != value)
+        raise ConfigError(f"{entry.name} cannot be built with {given}: {error}") from error
 
 
 def _build_with_weights(
@@ -245,11 +258,18 @@ def _as_timm_model(
         if out_indices is not None:
             raise ConfigError("out_indices goes with features_only=True.")
     else:
+        if isinstance(feature_cls, str) and feature_cls not in FEATURE_CLASSES:
+            near = did_you_mean(feature_cls, FEATURE_CLASSES)
+            raise ConfigError(
+                f"There is no feature_cls {feature_cls!r}.{near} There are: {', '.join(FEATURE_CLASSES)}."
+            )
         stages = getattr(model, "feature_info", None)
         if not stages:
             raise ConfigError(
                 f"{entry.name} describes no feature maps: it needs a `feature_info`, as timm's models have."
             )
+        if isinstance(out_indices, str | int) or not all(isinstance(i, int) for i in out_indices or ()):
+            raise ConfigError(f"out_indices is a sequence of whole numbers such as (1, 2, 3), not {out_indices!r}.")
         out_indices = tuple(range(len(stages))) if out_indices is None else tuple(out_indices)
         bad = [i for i in out_indices if not -len(stages) <= i < len(stages)]
         if bad or not out_indices:

@@ -35,6 +35,7 @@ from zoo.data.images import (
     make_loader,
     preprocessing,
 )
+from zoo.devices import find_device
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.plots import plot_confusion
 from zoo.factory import create_model
@@ -359,9 +360,4 @@ def _device(model: nn.Module, device: str | torch.device | None) -> torch.device
         return next(model.parameters()).device
     if device == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"There is no device {str(device)!r} here: {str(error).splitlines()[0]}") from None
-    return device
+    return find_device(device)

@@ -450,8 +450,19 @@ class MetaFormer(nn.Module):
                 raise ConfigError(f"{what} must be a whole number from {least} up, not {count!r}.")
         if num_classes and global_pool == "":
             raise ConfigError('global_pool="" leaves a map, which no classifier takes: use it with num_classes=0.')
-        if not mlp_ratio > 0:
-            raise ConfigError(f"mlp_ratio must be above zero, not {mlp_ratio!r}.")
+        for what, rate in (
+            ("drop_rate", drop_rate),
+            ("proj_drop_rate", proj_drop_rate),
+            ("drop_path_rate", drop_path_rate),
+        ):
+            if not isinstance(rate, int | float) or not 0 <= rate < 1:
+                raise ConfigError(f"{what} must be a number from 0 up to, but not, 1; it is {rate!r}.")
+        for what, value in (("mlp_ratio", mlp_ratio), ("norm_eps", norm_eps), ("mlp_head_eps", mlp_head_eps)):
+            if not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{what} must be a number above zero, not {value!r}.")
+        for what, scales in (("layer_scale_init", (layer_scale_init,)), ("res_scale_init", res_scales)):
+            if not all(scale is None or isinstance(scale, int | float) for scale in scales):
+                raise ConfigError(f"{what} must be numbers or None, not {scales!r}.")
 
         self.in_chans = in_chans
         self.num_classes = num_classes

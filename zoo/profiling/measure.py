@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from zoo.devices import DEVICES, find_device
 from zoo.errors import ConfigError, ZooError, did_you_mean
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.registry import get_entry
 from zoo.units import humanize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DEVICES = ("cpu", "cuda", "mps")
 MODES = ("inference", "train")
 
 CONVENTION = (
@@ -192,17 +192,9 @@ def benchmark(
 
 
 def _device(device: Any) -> torch.device:
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        near = did_you_mean(str(device), DEVICES)
-        raise ConfigError(f"There is no device {device!r}.{near} Choose one of {', '.join(DEVICES)}.") from None
+    chosen = find_device(device)
     if chosen.type not in DEVICES:
         raise ConfigError(f"Cannot benchmark on {device!r}: choose one of {', '.join(DEVICES)}.")
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"There is no device {device!r} here: torch sees {torch.cuda.device_count()} CUDA devices.")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("There is no device 'mps' here: it takes a Mac with Apple silicon.")
     return chosen
 
 

@@ -1,0 +1,25 @@
+"""Which device a user means, and whether this machine has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zoo.errors import ConfigError, did_you_mean
+
+DEVICES = ("cpu", "cuda", "mps")
+
+
+def find_device(device: Any) -> torch.device:
+    """`device` ("cpu", "cuda:1", a torch.device, ...) as a torch.device that is here. Raises ConfigError."""
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        near = did_you_mean(str(device), DEVICES)
+        raise ConfigError(f"There is no device {device!r}.{near} Choose one of {', '.join(DEVICES)}.") from None
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"There is no device {device!r} here: torch sees {torch.cuda.device_count()} CUDA devices.")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("There is no device 'mps' here: it takes a Mac with Apple silicon.")
+    return chosen
