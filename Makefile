@@ -12,7 +12,7 @@ demo: $(VENV)/.installed-train
 
 # one thread for each of $(JOBS) processes; more tests at once: make test JOBS=8; some of them: make test ARGS="-k registry"
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations=15 $(ARGS)
 
 test-all: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "" $(ARGS)

@@ -327,12 +327,21 @@ def test_a_full_disk_is_an_error():
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc")
 def test_ctrl_c_ends_a_command_quietly():
     arguments = ["benchmark", "poolformer_s12", "--input-size", "3", "32", "32", "--repeats", "1000000"]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
-    while process.poll() is None and "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
-        time.sleep(0.1)
-    time.sleep(3)  # from here on it builds or measures, for hours
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate()
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    try:
+        while process.poll() is None and "libtorch_cpu" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.1)
+        time.sleep(3)  # from here on it builds or measures, for hours
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert out == b""
     assert errors.endswith(b"Interrupted.\n")
