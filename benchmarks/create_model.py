@@ -33,6 +33,7 @@ import timm
 import torch
 
 import zoo
+from zoo.config import run_command
 from zoo.files import whole_file
 
 MODELS = ("poolformer_s12", "caformer_s18", "poolformer_m48")
@@ -136,6 +137,12 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=7, help="of each kind and model")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.trials < 2:
+        parser.error("--trials must be 2 or more: medians and spread come from several.")
+    for name in args.models:
+        zoo.model_info(name)
+        if not timm.is_model(name):
+            parser.error(f"timm has no {name!r} to compare with.")
     torch.set_num_threads(1)  # threads do not survive a fork, and CPU time is the question
     rows = [measure(name, args.trials) for name in args.models]
     print(table(rows))
@@ -172,4 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -538,3 +538,14 @@ def test_a_pinned_commit_stands_in_the_cfg(own_models):
 def test_the_index_is_what_the_code_generates():
     assert registry.INDEX_PATH.exists()
     run_python("import sys; from zoo import index; sys.exit(index.main(['--check']))")
+
+
+@pytest.mark.usefixtures("own_models")
+def test_a_model_that_cannot_be_built_does_not_hide_the_others():
+    @zoo.register
+    def broken_net(num_classes=10):
+        raise ValueError("no such thing")
+
+    with pytest.warns(UserWarning, match=r"broken_net is left out: .*no such thing"):
+        found = zoo.search()
+    assert len(found) == len(zoo.list_models()) - 1

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from rich.console import Console
 
 import zoo
@@ -369,6 +370,7 @@ def train_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> A
         (["--lr", "1"], 2, "There is no option --lr. Did you mean optimizer.lr?"),
         (["--optimizer.lr"], 2, "--optimizer.lr needs a value"),
         (["oops.yaml"], 2, "'oops.yaml' stands alone"),
+        (["--model", "poolformer_s12"], 2, "--model takes a YAML file. Single values have names of their own"),
         (["--optimizer.lr", "fast"], 1, "optimizer.lr: Expected a float. Got value: fast"),
         (["--optimizer.lr", "-1"], 1, "optimizer.lr must be above zero, not -1.0"),
         (["--optimizer.opt", "adamv"], 1, "optimizer.opt is 'adamv', which timm does not have. Did you mean adam"),
@@ -405,6 +407,30 @@ def test_bad_input(train_py: Any, recipe: Path, tmp_path: Path, flags: Sequence[
     assert errors.startswith("error: ")
     assert "Traceback" not in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_without_arguments(train_py: Any):
+    status, errors = train_py()
+    assert status == 1
+    assert errors == "error: data.name is 'folder': say where it lies with data.path.\n"
+
+
+def test_a_run_survives_evaluation_data_that_cannot_be_read(train_py: Any, recipe: Path, tmp_path: Path):
+    """What an epoch learned is saved before its evaluation fails."""
+    for split, broken in (("train", False), ("val", True)):
+        for label in ("a", "b"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("L", (16, 16), 16 * i).save(folder / f"{i}.png")
+                if broken:
+                    (folder / f"{i}.png").write_bytes(b"not a picture")
+    run = tmp_path / "run"
+    flags = ["--data.name", "folder", "--data.path", tmp_path / "data", "--data.batch_size", "4"]
+    status, errors = train_py("--config", recipe, *flags, "--output.dir", run, "--scheduler.epochs", "2")
+    assert status == 1
+    assert "None of the images can be read" in errors
+    assert (run / "last" / "state.pt").is_file()
 
 
 def test_bad_configurations(train_py: Any, tmp_path: Path):

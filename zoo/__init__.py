@@ -1,4 +1,4 @@
-"""The backbone zoo: compact vision and language networks under the same few verbs.
+"""The backbone zoo: compact networks under the same few verbs.
 
 Public names are imported on first use, so that `import zoo` and everything that only reads facts stays light.
 """

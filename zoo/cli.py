@@ -1,4 +1,4 @@
-"""The `zoo` command: every verb of the package from a shell.
+"""The `zoo` command: finding, costing and converting models from a shell.
 
 Facts (list, search, info, pareto, card) load neither torch nor timm; the other commands import what they need.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo import __version__
-from zoo.errors import ZooError, did_you_mean
+from zoo.errors import ZooError, describe_os_error, did_you_mean
 from zoo.files import check_writable, whole_file
 from zoo.registry import (
     PARETO_AXES,
@@ -75,7 +75,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of `zoo`, and those of its commands by name."""
     parser = Parser(
         prog="zoo",
-        description="Compact vision and language networks: find, create, load, profile, train, publish.",
+        description="Compact networks: find them, count and measure what they cost, convert their checkpoints.",
         epilog="`zoo COMMAND --help` shows the options and examples of a command.",
     )
     parser.add_argument("--version", action="version", version=f"zoo {__version__}")
@@ -262,7 +262,9 @@ def run_info(args: argparse.Namespace) -> None:
 
 def run_pareto(args: argparse.Namespace) -> None:
     if args.plot:
-        check_writable(args.plot)
+        from zoo.plots import check_picture
+
+        check_picture(args.plot)
     front = pareto(args.x, args.y, **budget_of(args))
     if args.plot:
         from zoo.plots import plot_pareto
@@ -281,7 +283,9 @@ def run_pareto(args: argparse.Namespace) -> None:
 
 def run_profile(args: argparse.Namespace) -> None:
     if args.plot:
-        check_writable(args.plot)
+        from zoo.plots import check_picture
+
+        check_picture(args.plot)
     import zoo
 
     size = None if args.input_size is None else tuple(args.input_size)
@@ -517,7 +521,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        return fail(": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename)))))
+        return fail(describe_os_error(error))
     except KeyboardInterrupt:
         note("Interrupted.")
         return 130

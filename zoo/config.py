@@ -15,9 +15,19 @@ from typing import Any, TypeVar
 
 import yaml
 
-from zoo.errors import ConfigError, MissingDependencyError, ZooError, did_you_mean
+from zoo.errors import ConfigError, MissingDependencyError, ZooError, describe_os_error, did_you_mean
 
-__all__ = ["UsageError", "load_config", "parse_config", "plain_flags", "run_command", "to_plain", "to_yaml"]
+__all__ = [
+    "UsageError",
+    "flag_values",
+    "load_config",
+    "parse_config",
+    "plain_flags",
+    "read_yaml",
+    "run_command",
+    "to_plain",
+    "to_yaml",
+]
 
 
 class UsageError(ConfigError):
@@ -40,8 +50,8 @@ def parse_config(schema: type[Config], argv: Sequence[str] | None = None, *, pro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     _check_flags(schema, argv)
-    for path in _config_files(argv):
-        _check_keys(schema, _read_yaml(path), path, [name for name, _ in _fields(schema)])
+    for path in flag_values(argv, "--config"):
+        _check_keys(schema, read_yaml(path), path, [name for name, _ in _fields(schema)])
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file to start from; flags go over it.")
     parser.add_class_arguments(schema)
@@ -54,20 +64,25 @@ def parse_config(schema: type[Config], argv: Sequence[str] | None = None, *, pro
 
 
 def run_command(main: Callable[[], object]) -> int:
-    """Exit status of `main()`: 0, 2 for wrong usage, 1 for what else the user can mend; its message goes to stderr."""
+    """Run a command for its exit status: what `main` returns (None: 0), 2 for wrong usage, 1 for other user errors.
+
+    The message of an error goes to stderr.
+    """
     try:
-        main()
+        status = main()
     except UsageError as error:
-        return _complain(error, 2)
+        return _complain(str(error), 2)
     except ZooError as error:
-        return _complain(error, getattr(error, "exit_status", 1))
+        return _complain(str(error), getattr(error, "exit_status", 1))
+    except OSError as error:  # a full disk, a folder that may not be read
+        return _complain(describe_os_error(error), 1)
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status if isinstance(status, int) else 0
 
 
-def _complain(error: ZooError, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+def _complain(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
     return status
 
 
@@ -101,9 +116,11 @@ def to_yaml(config: Any) -> str:
 
 def _check_flags(schema: type, argv: Sequence[str]) -> None:
     """argparse names no nearest flag, so that is done before it parses."""
-    names, open_ended = ["config", "help", "print_config"], []
+    names, open_ended, sections = ["config", "help", "print_config"], [], []
     for key, kind in _fields(schema):
         names.append(key)
+        if dataclasses.is_dataclass(kind):
+            sections.append(key)
         if typing.get_origin(kind) is dict:
             open_ended.append(f"{key}.")
     for position, token in enumerate(argv):
@@ -116,6 +133,8 @@ def _check_flags(schema: type, argv: Sequence[str]) -> None:
             is_last = position == len(argv) - 1 or argv[position + 1].startswith("--")
             if is_last and "=" not in token and key not in ("help", "print_config"):
                 raise UsageError(f"--{key} needs a value.")
+            if key in sections and not next(flag_values(argv[position:], f"--{key}")).endswith((".yaml", ".yml")):
+                raise UsageError(f"--{key} takes a YAML file. Single values have names of their own, as --{key}.name.")
         elif position == 0 or not argv[position - 1].startswith("--") or "=" in argv[position - 1]:
             raise UsageError(f"{token!r} stands alone: every value follows an option, as in --config {token}.")
 
@@ -145,15 +164,17 @@ def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix + key, kind
 
 
-def _config_files(argv: Sequence[str]) -> Iterator[str]:
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
-        if token == "--config":
-            yield following
-        elif token.startswith("--config="):
+def flag_values(argv: Sequence[str], flag: str) -> Iterator[str]:
+    """The values that `argv` gives `flag`, as `--flag value` or `--flag=value`."""
+    for position, token in enumerate(argv):
+        if token == flag:
+            yield argv[position + 1] if position + 1 < len(argv) else ""
+        elif token.startswith(f"{flag}="):
             yield token.partition("=")[2]
 
 
-def _read_yaml(path: str) -> Any:
+def read_yaml(path: str) -> Any:
+    """What a YAML file holds. Raises ConfigError when it is not there, or not YAML."""
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

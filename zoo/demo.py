@@ -1,7 +1,8 @@
 """The whole way once, on real data, in a minute or two: `python -m zoo.demo`.
 
 Trains a small PoolFormer on scikit-learn's handwritten digits, evaluates it, counts what it costs, exports it to a
-folder that both `zoo.create_model` and `timm.create_model` open, and asks it about an image file.
+folder that both `zoo.create_model` and `timm.create_model` open, and asks it about an image file. Runs from a checkout
+of the repository, whose recipe it uses; from elsewhere, name one with --recipe.
 """
 
 from __future__ import annotations

@@ -37,6 +37,11 @@ class MissingDependencyError(ZooError, ImportError):
     """An optional package is needed; the message says which extra installs it."""
 
 
+def describe_os_error(error: OSError) -> str:
+    """What the system says, and of which file."""
+    return ": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename))))
+
+
 def did_you_mean(name: str, options: Iterable[str], count: int = 3) -> str:
     """`" Did you mean a, b or c?"`, or the empty string when nothing is near."""
 

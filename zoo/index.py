@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
-import os
 import pkgutil
 import sys
 from dataclasses import asdict
 from typing import Any
 
+from zoo.files import whole_file
 from zoo.registry import INDEX_PATH, Entry, ModelInfo, _entries, get_entry
 
 
@@ -63,15 +64,17 @@ def _without_empty(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m zoo.index", description="Write zoo/index.json anew.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when the file is out of date")
+    args = parser.parse_args(arguments)
     current = INDEX_PATH.read_text() if INDEX_PATH.exists() else ""
     generated = generate()
-    if arguments == ["--check"]:
+    if args.check:
         if generated != current:
             print("zoo/index.json is not what the code generates: run `python -m zoo.index`.", file=sys.stderr)
         return int(generated != current)
-    temporary = INDEX_PATH.with_suffix(".tmp")
-    temporary.write_text(generated)
-    os.replace(temporary, INDEX_PATH)
+    with whole_file(INDEX_PATH) as file:
+        file.write(generated.encode())
     print(f"{INDEX_PATH}: {generated.count(chr(10)) - 2} models")
     return 0
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zoo.errors import ConfigError, MissingDependencyError
-from zoo.files import whole_file
+from zoo.files import check_writable, whole_file
 from zoo.registry import ModelInfo
 
 _AXES = {
@@ -19,26 +19,35 @@ _AXES = {
 _SCALES = {"params": 1e6, "macs": 1e9, "activations": 1e6, "fvcore_total": 1e9, "top1": 1.0}
 
 
+def check_picture(path: str | Path) -> Path:
+    """`path` as a Path that a picture can be drawn into. To ask before long work.
+
+    Raises MissingDependencyError without matplotlib, ConfigError for an ending or a place that will not do.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError as error:
+        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+    path = check_writable(path)
+    endings = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in endings:
+        raise ConfigError(f"Cannot draw into {str(path)!r}: give it one of the endings {', '.join(sorted(endings))}.")
+    return path
+
+
 def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str, y: str, path: str | Path) -> Path:
     """Draw `models` in grey and their Pareto `front` in colour, by name, into `path` (PNG, SVG or PDF).
 
     Raises MissingDependencyError without matplotlib, ConfigError for a kind of file it cannot write.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+    path = check_picture(path)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     def values(infos: Sequence[ModelInfo], axis: str) -> list[float]:
         return [getattr(info, axis) / _SCALES[axis] for info in infos]
 
-    path = Path(path)
     figure = Figure(figsize=(10, 6.5), layout="constrained")
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise ConfigError(f"Cannot draw into {str(path)!r}: give it one of the endings {', '.join(sorted(formats))}.")
-
     axes = figure.add_subplot()
     names = {info.name for info in front}
     others = [info for info in models if info.name not in names]

@@ -14,11 +14,12 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from zoo.errors import ConfigError, UnknownModelError, did_you_mean
+from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -453,6 +454,8 @@ def search(
     are any; wildcards work (`"apache*"`), case does not matter.
     """
     _check_choice("sort key", sort, SORT_KEYS)
+    if license is not None and not isinstance(license, str):
+        raise ConfigError(f"license is a name or wildcard such as 'apache*', not {license!r}.")
     for what, value in (("max_params", max_params), ("max_macs", max_macs), ("min_top1", min_top1)):
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise ConfigError(f"{what} must be a number above zero, not {value!r}.")
@@ -465,12 +468,22 @@ def search(
             and (license is None or _licensed(info, license))
         )
 
-    found = [info for info in map(model_info, list_models(task=task, family=family)) if fits(info)]
+    infos = filter(None, map(_info_or_warning, list_models(task=task, family=family)))
+    found = [info for info in infos if fits(info)]
     if sort == "name":
         return found
     if sort == "top1":
         return sorted(found, key=lambda info: -(info.top1 or 0))
     return sorted(found, key=lambda info: getattr(info, sort))
+
+
+def _info_or_warning(name: str) -> ModelInfo | None:
+    """The facts of `name`, or None with a warning: a user's model that cannot be built is no reason to find nothing."""
+    try:
+        return model_info(name)
+    except ZooError as error:
+        warnings.warn(f"{name} is left out: {error}", stacklevel=4)
+        return None
 
 
 def _licensed(info: ModelInfo, pattern: str) -> bool:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
-from zoo.config import parse_config, plain_flags
+from zoo.config import flag_values, parse_config, plain_flags, read_yaml
 from zoo.data.images import DataConfig
+from zoo.errors import ConfigError
 
 __all__ = ["EvaluationConfig", "parse_evaluation"]
 
@@ -42,11 +41,13 @@ class EvaluationConfig:
 def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig:
     """The configuration in `argv`; a run's own data fills in where that names a run. Raises as `parse_config` does."""
     flags: list[str] = []
-    for token, following in zip(argv, [*argv[1:], ""], strict=True):
-        model = token.removeprefix("--model=") if token.startswith("--model=") else following
-        recorded = Path(model) / "config.yaml"
-        if token.partition("=")[0] == "--model" and recorded.is_file():
-            flags = plain_flags({"data": yaml.safe_load(recorded.read_text(encoding="utf-8")).get("data", {})})
+    for model in flag_values(argv, "--model"):
+        recorded = Path(model).expanduser() / "config.yaml"
+        if recorded.is_file():
+            run = read_yaml(str(recorded))
+            if not isinstance(run, dict) or not isinstance(run.get("data"), dict):
+                raise ConfigError(f"{recorded} is not the configuration of a run: name the data with --data.name.")
+            flags = plain_flags({"data": run["data"]})
     if any(token.startswith(("--data.name", "--data.path", "--config")) for token in argv):
         flags = []
     return parse_config(

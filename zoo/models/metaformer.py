@@ -562,6 +562,8 @@ class MetaFormer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """A fresh classifier of another width (0: none), and another pooling; `reset_other` drops the head's norm."""
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ConfigError(f"num_classes must be a whole number from 0 up, not {num_classes!r}.")
         pool = self.head.global_pool.pool_type if global_pool is None else global_pool
         if num_classes > 0 and pool == "":
             raise ConfigError('global_pool="" leaves a map, which no classifier takes: use it with num_classes=0.')

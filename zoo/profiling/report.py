@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, MissingDependencyError
-from zoo.files import check_writable, whole_file
+from zoo.errors import ConfigError
+from zoo.files import whole_file
+from zoo.plots import check_picture
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.units import humanize
@@ -171,22 +172,14 @@ class Profile:
         Raises MissingDependencyError without matplotlib, ConfigError for a path or depth that cannot be.
         """
         check_count("depth", depth)
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
-        path = check_writable(path)
+        path = check_picture(path)
+        from matplotlib.figure import Figure
+
         bars = self._bars(depth)
         if not bars:
             raise ConfigError(f"{self.name} has neither parameters nor MACs: there is nothing to draw.")
         figure = Figure(figsize=(12, 1.6 + 0.28 * len(bars)), layout="constrained")
-        formats = figure.canvas.get_supported_filetypes()
         ending = path.suffix.lstrip(".").lower()
-        if ending not in formats:
-            raise ConfigError(
-                f"Cannot draw into {str(path)!r}: give it one of the endings {', '.join(sorted(formats))}."
-            )
-
         panels = figure.subplots(1, 3, sharey=True)
         totals = (("MACs", self.macs), ("parameters", self.params), ("activations", self.activations))
         for panel, (title, total), column in zip(

@@ -317,8 +317,8 @@ class _Loop:
         if not math.isfinite(value):
             raise TrainingError(
                 f"The loss is no longer finite (epoch {self.progress.epoch + 1}, update {self.progress.updates}). "
-                "Lower optimizer.lr, lengthen the warm-up or set optimizer.clip_grad. "
-                + (f"The last good checkpoint is {self.folder / 'last'}." if (self.folder / "last").exists() else "")
+                "Lower optimizer.lr, lengthen the warm-up or set optimizer.clip_grad."
+                + (f" The last good checkpoint is {self.folder / 'last'}." if (self.folder / "last").exists() else "")
             )
         self.progress.loss_sum += value
         return torch.zeros_like(loss_sum)
@@ -337,7 +337,12 @@ class _Loop:
         progress.batch, progress.loss_sum, progress.seconds = 0, 0.0, 0.0
         is_best = False
         if self._is_done() or progress.epoch % self.config.train.eval_interval == 0:
-            metrics = task.evaluate(self.model if self.ema is None else self.ema.module)
+            try:
+                metrics = task.evaluate(self.model if self.ema is None else self.ema.module)
+            except ZooError:  # what was learned does not depend on what it is evaluated on
+                progress.history.append(row)
+                self._save("last")
+                raise
             row |= {f"val_{name}": value for name, value in metrics.items()}
             is_best = metrics[task.metric] > progress.best
             if is_best:
