@@ -102,6 +102,16 @@ def test_folder_finds_its_splits(tmp_path: Path):
     assert len(bare) == 6
 
 
+def test_folders_and_files_of_any_language(tmp_path: Path):
+    for name in ("grün", "猫"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "train" / name / "größe ½.png")
+    split = load_split(DataConfig(name="folder", path=str(tmp_path)), True)
+    assert (split.classes, split.labels.tolist()) == (("grün", "猫"), [0, 1])
+    assert split.source.name(1) == str(tmp_path / "train" / "猫" / "größe ½.png")
+    assert split.source.open(1).size == (24, 24)
+
+
 def test_parquet_in_the_hubs_layout(tmp_path: Path):
     make_parquet(tmp_path / "train-00000-of-00002.parquet", [0, 1], ["cat", "dog"])
     make_parquet(tmp_path / "train-00001-of-00002.parquet", [1, 1], ["cat", "dog"])
@@ -205,6 +215,15 @@ def test_classes_are_matched_by_name(tmp_path: Path):
         ({"input_size": (3, 0, 8)}, "input_size must be three numbers above zero"),
         ({"crop_pct": 1.5}, "crop_pct"),
         ({"std": (0.0,)}, "std must be above zero"),
+        ({"mean": ()}, r"data\.mean must be a list of finite numbers"),
+        ({"std": []}, r"data\.std must be a list of finite numbers"),
+        ({"mean": (0.5, float("nan"), 0.5)}, r"data\.mean must be a list of finite numbers"),
+        ({"std": (float("inf"),)}, r"data\.std must be a list of finite numbers"),
+        ({"mean": 0.5}, r"data\.mean must be a list of finite numbers"),
+        ({"name": "digit"}, r"data\.name is 'digit', .* Did you mean digits\?"),
+        ({"interpolation": "bicubical"}, r"data\.interpolation is 'bicubical', .* Did you mean bicubic\?"),
+        ({"batch_size": 2.5}, "batch_size must be a whole number, not 2.5"),
+        ({"workers": "2"}, "workers must be a whole number, not '2'"),
         ({"name": "folder"}, "say where it lies"),
     ],
 )

@@ -19,6 +19,7 @@ from zoo.config import run_command
 from zoo.data import DataConfig
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation import evaluate, load_model, predict
+from zoo.evaluation.image_classification import class_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,6 +84,7 @@ def test_top5_needs_more_than_five_classes(tmp_path: Path):
     results = evaluate(Shade(6), shades(tmp_path, names, [("0", 0), ("4", 0), ("5", 0)]))
     assert results.top5 == pytest.approx(100 * 2 / 3)
     assert results.per_class["1"] is None
+    assert "no images of 3 of the 6 classes: 1, 2, 3" in str(results)
 
 
 def test_a_damaged_image_is_left_out_of_the_figures(tmp_path: Path):
@@ -97,7 +99,7 @@ def test_a_damaged_image_is_left_out_of_the_figures(tmp_path: Path):
         evaluate(Shade(2), strict)
     for path in (tmp_path / "val").rglob("*.png"):
         path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="None of the images can be read"):
+    with pytest.raises(DataError, match=r"None of the images can be read\. The first: .*val/0/0\.png: cannot identify"):
         evaluate(Shade(2), data)
 
 
@@ -108,8 +110,55 @@ def test_classes_are_matched_by_name_where_the_model_knows_them(tmp_path: Path):
     assert evaluate(Shade(2, ["white", "black"]), data).top1 == 0  # by name, not by number
     with pytest.raises(DataError, match="The data has 2 classes and the model 3"):
         evaluate(Shade(3), data)
-    with pytest.raises(DataError, match="The data has 2 classes and the model 3"):
+    with pytest.raises(DataError, match=r"does not know 1 of the data's 2 classes: 'white', and the data lacks 2 of"):
         evaluate(Shade(3, ["black", "grey", "red"]), data)
+
+
+def test_the_order_of_folders_says_nothing_to_a_model_that_knows_other_names(tmp_path: Path):
+    folders = shades(tmp_path / "folders", ["ant", "zebra"], [("ant", 0), ("zebra", 255)])
+    with pytest.raises(DataError, match=r"classes: 'ant', 'zebra', and .* lacks 2 of its own: 'a', 'b'\. .*Rename"):
+        evaluate(Shade(2, ["a", "b"]), folders)
+    make_parquet(tmp_path / "words" / "test.parquet", ["ant", "zebra"])
+    with pytest.raises(DataError, match="does not know 2 of the data's 2 classes"):
+        evaluate(Shade(2, ["a", "b"]), DataConfig(name="parquet", path=str(tmp_path / "words"), workers=0))
+    make_parquet(tmp_path / "table" / "test.parquet", [0, 1], ["zebra", "ant"])  # numbered by whoever made it
+    table = DataConfig(name="parquet", path=str(tmp_path / "table"), workers=0)
+    assert list(evaluate(Shade(2, ["a", "b"]), table).per_class) == ["zebra", "ant"]
+
+
+def test_folders_called_by_numbers(tmp_path: Path):
+    names = [str(i) for i in range(11)]
+    data = shades(tmp_path, names, [(name, round(25.5 * i)) for i, name in enumerate(names)])
+    results = evaluate(Shade(11), data)
+    assert (list(results.per_class), results.top1) == (names, 100)  # 10 is the last, not the third
+    with pytest.raises(DataError, match="does not know 11 of the data's 11 classes"):
+        evaluate(Shade(11, [f"grey {name}" for name in names]), data)
+
+
+def imagenet(**changes: Any) -> Shade:
+    model = Shade(1000)
+    model.pretrained_cfg |= {"architecture": "poolformer_s12", "tag": "sail_in1k", "num_classes": 1000, **changes}
+    return model
+
+
+def test_imagenet_folders(tmp_path: Path):
+    last_two = ["n13133613", "n15075141"]
+    synsets = evaluate(imagenet(), shades(tmp_path / "synsets", last_two, [("n15075141", 255)]))
+    assert (synsets.per_class["n15075141"], synsets.images, len(synsets.per_class)) == (100, 1, 1000)
+    numbers = evaluate(imagenet(), shades(tmp_path / "numbers", [str(i) for i in range(1000)], [("999", 255)]))
+    assert (numbers.per_class["999"], numbers.images) == (100, 1)
+    with pytest.raises(DataError, match="does not know 2 of the data's 2 classes: 'ant', 'zebra'"):
+        evaluate(imagenet(), shades(tmp_path / "words", ["ant", "zebra"], [("ant", 0)]))
+
+
+def test_a_thousand_classes_are_imagenets_only_where_the_weights_are():
+    assert class_names(imagenet())[0] == "n01440764"
+    assert class_names(imagenet(architecture="resnet50", tag="a1_in1k"))[0] == "n01440764"
+    assert class_names(imagenet(tag="")) is None
+    assert class_names(imagenet(architecture="resnet50", tag="own")) is None
+    assert class_names(imagenet(num_classes=21841)) is None
+    assert class_names(Shade(1000)) is None
+    assert predict(Shade(1000), Image.new("RGB", (8, 8)))[0].label == "0"
 
 
 def test_what_cannot_be_evaluated(tmp_path: Path):
@@ -123,6 +172,14 @@ def test_what_cannot_be_evaluated(tmp_path: Path):
         evaluate(headless, data)
     with pytest.raises(ConfigError, match="There is no device 'abacus'"):
         evaluate(Shade(2), data, device="abacus")
+    wrong: Any = "fp8"
+    with pytest.raises(ConfigError, match="amp must be one of no, bf16, fp16, not 'fp8'"):
+        evaluate(Shade(2), data, amp=wrong)
+    wrong = {"name": "digits"}
+    with pytest.raises(ConfigError, match=r"data must be a zoo\.data\.DataConfig, not dict"):
+        evaluate(Shade(2), wrong)
+    with pytest.raises(ConfigError, match="Linear has no pretrained_cfg"):
+        evaluate(nn.Linear(2, 2), data)
 
 
 # --------------------------------------------------------------------------------------------------------- prediction
@@ -141,8 +198,19 @@ def test_predicting_one_image(tmp_path: Path):
     (tmp_path / "text.png").write_text("text")
     with pytest.raises(DataError, match="cannot be read as an image"):
         predict(Shade(3), tmp_path / "text.png")
-    with pytest.raises(ConfigError, match="topk must be at least 1"):
+    with pytest.raises(ConfigError, match="topk must be a whole number and at least 1, not 0"):
         predict(Shade(3), path, topk=0)
+    wrong: Any = "3"
+    with pytest.raises(ConfigError, match="topk must be a whole number and at least 1, not '3'"):
+        predict(Shade(3), path, topk=wrong)
+    wrong = np.zeros((8, 8, 3), np.uint8)
+    with pytest.raises(ConfigError, match="image must be a path or a PIL image, not ndarray"):
+        predict(Shade(3), wrong)
+    with pytest.raises(ConfigError, match="Linear has no pretrained_cfg"):
+        predict(nn.Linear(2, 2), path)
+    headless = zoo.create_model("poolformer_s12", pretrained=False, num_classes=0, depths=(1,), dims=(8,))
+    with pytest.raises(ConfigError, match="no classifier"):
+        predict(headless, path)
 
 
 def test_imagenet_classes_have_names():

@@ -409,6 +409,16 @@ def test_bad_input(train_py: Any, recipe: Path, tmp_path: Path, flags: Sequence[
     assert len(errors.splitlines()) == 1
 
 
+def test_classes_without_images_are_named(train_py: Any, recipe: Path, tmp_path: Path):
+    for split in ("train", "val"):
+        make_folder(tmp_path / "data" / split, "ab", 4)
+        (tmp_path / "data" / split / "empty").mkdir()
+    flags = ["--data.name", "folder", "--data.path", tmp_path / "data", "--data.batch_size", "4"]
+    status, errors = train_py("--config", recipe, *flags, "--output.dir", tmp_path / "run", "--train.max_updates", "1")
+    assert status == 0
+    assert "No training images of 1 of 3 classes: empty." in errors
+
+
 def test_without_arguments(train_py: Any):
     status, errors = train_py()
     assert status == 1

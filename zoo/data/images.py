@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import io
+import math
+import os
 import random
 import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -39,6 +41,9 @@ __all__ = [
     "preprocessing",
     "random_transform",
 ]
+
+SourceName = Literal["digits", "folder", "parquet", "hub"]
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
 VAL_SPLITS = ("val", "validation", "test")
 DIGITS_SPLIT_SEED = 0
@@ -70,7 +75,7 @@ class DataConfig:
         std: of each channel, in [0, 1]; by default the model's.
     """
 
-    name: Literal["digits", "folder", "parquet", "hub"] = "folder"
+    name: SourceName = "folder"
     path: str | None = None
     train_split: str = "train"
     val_split: str | None = None
@@ -81,13 +86,25 @@ class DataConfig:
     strict: bool = False
     input_size: tuple[int, int, int] | None = None
     crop_pct: float | None = None
-    interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] | None = None
+    interpolation: Interpolation | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for key, value, options in (
+            ("name", self.name, get_args(SourceName)),
+            ("interpolation", self.interpolation, (None, *get_args(Interpolation))),
+        ):
+            if value not in options:
+                names = [option for option in options if option]
+                raise ConfigError(
+                    f"data.{key} is {value!r}, but must be one of {', '.join(names)}.{did_you_mean(str(value), names)}"
+                )
         if self.name != "digits" and not self.path:
             raise ConfigError(f"data.name is {self.name!r}: say where it lies with data.path.")
+        for key in ("batch_size", "workers"):
+            if type(value := getattr(self, key)) is not int:
+                raise ConfigError(f"data.{key} must be a whole number, not {value!r}.")
         if self.batch_size < 1:
             raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}.")
         if self.workers < 0:
@@ -96,8 +113,20 @@ class DataConfig:
             raise ConfigError(f"data.input_size must be three numbers above zero, not {list(self.input_size)}.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ConfigError(f"data.crop_pct must be above 0 and at most 1, not {self.crop_pct}.")
-        if self.std is not None and min(self.std, default=0) <= 0:
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if values is not None and not _finite_numbers(values):
+                raise ConfigError(f"data.{key} must be a list of finite numbers, one for each channel, not {values!r}.")
+        if self.std is not None and min(self.std) <= 0:
             raise ConfigError(f"data.std must be above zero for each channel, not {list(self.std)}.")
+
+
+def _finite_numbers(values: Any) -> bool:
+    return (
+        isinstance(values, list | tuple)
+        and len(values) > 0
+        and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -176,6 +205,7 @@ class ImageSplit:
     source: ImageSource
     labels: np.ndarray  # (N,) int64
     classes: tuple[str, ...]
+    alphabetical: bool = False  # the classes are numbered by the order of their names, for want of anything better
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -183,13 +213,14 @@ class ImageSplit:
 
 class _Files:
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = np.array(paths, dtype=np.bytes_)  # one block: forked workers do not copy a million strings
+        # one block: forked workers do not copy a million strings
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
     def open(self, index: int) -> Image.Image:
         return Image.open(self.name(index))
 
     def name(self, index: int) -> str:
-        return self.paths[index].decode()
+        return os.fsdecode(self.paths[index])
 
 
 class _Table:
@@ -280,7 +311,7 @@ def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
     if not samples:
         raise DataError(f"There are no images in {str(folder)!r}. Looked for {', '.join(IMG_EXTENSIONS)}.")
     paths, labels = zip(*samples, strict=True)
-    return ImageSplit(_Files(paths), np.array(labels, dtype=np.int64), tuple(classes))
+    return ImageSplit(_Files(paths), np.array(labels, dtype=np.int64), tuple(classes), alphabetical=True)
 
 
 def _load_parquet(config: DataConfig, training: bool) -> ImageSplit:
@@ -339,10 +370,11 @@ def _from_table(table: Any, config: DataConfig, described_as: str) -> ImageSplit
         table = table.cast_column(image_key, datasets.Image(decode=False))
     except Exception as error:
         raise DataError(f"Column {image_key!r} of {described_as} holds no images: {_reason(error)}") from None
-    if not isinstance(features[label_key], datasets.ClassLabel) and features[label_key].dtype in (
+    names_only = not isinstance(features[label_key], datasets.ClassLabel) and features[label_key].dtype in (
         "string",
         "large_string",
-    ):
+    )
+    if names_only:
         table = table.class_encode_column(label_key)
     values = table.with_format("arrow")[label_key]
     if values.null_count:
@@ -363,7 +395,7 @@ def _from_table(table: Any, config: DataConfig, described_as: str) -> ImageSplit
             f"{len(outside)} labels of {described_as} are out of range: row {outside[0]} has {labels[outside[0]]}, "
             f"and there are the {len(classes)} classes 0 to {len(classes) - 1}."
         )
-    return ImageSplit(_Table(table, image_key, described_as), labels.astype(np.int64), classes)
+    return ImageSplit(_Table(table, image_key, described_as), labels.astype(np.int64), classes, alphabetical=names_only)
 
 
 def _only_column(features: Any, kind: type, usual: str, described_as: str) -> str:

@@ -6,12 +6,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import timm
@@ -36,12 +37,15 @@ from zoo.data.images import (
     preprocessing,
 )
 from zoo.devices import find_device
-from zoo.errors import ConfigError, DataError, ZooError
+from zoo.errors import ConfigError, DataError, UnknownModelError, ZooError, did_you_mean
 from zoo.evaluation.plots import plot_confusion
 from zoo.factory import create_model
 from zoo.files import whole_file
+from zoo.registry import get_entry
 
 __all__ = ["Prediction", "Results", "class_names", "evaluate", "load_model", "predict"]
+
+Amp = Literal["no", "bf16", "fp16"]
 
 MAX_CONFUSION_IN_JSON = 100
 
@@ -98,6 +102,10 @@ class Results:
         else:
             lines += [f"  weakest of {len(rated)} classes:"]
             lines += [f"  {name:<{width}}  {value:6.2f}%" for value, name in rated[:10]]
+        empty = [name for name, value in self.per_class.items() if value is None]
+        if empty:
+            shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+            lines.append(f"  no images of {len(empty)} of the {len(self.per_class)} classes: {shown}")
         return "\n".join(lines)
 
 
@@ -118,6 +126,7 @@ class Counts:
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         self.in_top5 = torch.zeros((), dtype=torch.int64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+        self.first_damaged: str | None = None
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """logits (B, num_classes), labels (B,)"""
@@ -126,7 +135,7 @@ class Counts:
         top = logits.topk(min(5, self.num_classes)).indices
         self.in_top5 += (top == labels[:, None]).sum()
         pairs = labels * self.num_classes + top[:, 0]
-        self.confusion += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.confusion)
+        self.confusion.view(-1).index_add_(0, pairs, torch.ones_like(pairs))
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> None:
         self.confusion, self.in_top5, self.loss = map(add_up, (self.confusion, self.in_top5, self.loss))
@@ -135,7 +144,8 @@ class Counts:
         """top1, top5 (where there are more than five classes) and loss. Raises ZooError when the loss is not finite."""
         images = int(self.confusion.sum())
         if images == 0:
-            raise DataError("None of the images can be read.")
+            example = f" The first: {self.first_damaged}." if self.first_damaged else ""
+            raise DataError(f"None of the images can be read.{example}")
         loss = float(self.loss) / images
         if not math.isfinite(loss):
             raise ZooError("The model's outputs are not finite (NaN or infinite): its weights are damaged.")
@@ -161,6 +171,8 @@ def count(
             batch: Batch
             for batch in loader:
                 damage.add(batch.damaged)
+                if batch.damaged and counts.first_damaged is None:
+                    counts.first_damaged = batch.damaged[0]
                 if not len(batch.images):
                     continue
                 images = batch.images.to(device, non_blocking=True, memory_format=memory_format)
@@ -177,7 +189,7 @@ def evaluate(
     *,
     name: str | None = None,
     device: str | torch.device | None = None,
-    amp: Literal["no", "bf16", "fp16"] = "no",
+    amp: Amp = "no",
     channels_last: bool = False,
 ) -> Results:
     """Top-1, top-5, loss, per-class accuracy and confusion of `model` on the evaluation split of `data`.
@@ -188,10 +200,12 @@ def evaluate(
 
     Raises DataError for data that is missing or does not fit the model, ConfigError for arguments that make no sense.
     """
+    num_classes = _num_classes(model)
+    if not isinstance(data, DataConfig):
+        raise ConfigError(f"data must be a zoo.data.DataConfig, not {type(data).__name__}.")
+    if amp not in get_args(Amp):
+        raise ConfigError(f"amp must be one of {', '.join(get_args(Amp))}, not {amp!r}.")
     device = _device(model, device)
-    num_classes = getattr(model, "num_classes", 0)
-    if not num_classes:
-        raise ConfigError("The model has no classifier (num_classes=0): there is nothing to evaluate.")
     split, names = fit_classes(load_split(data, training=False), model)
     preprocess = preprocessing(model, data)
     dataset = ImageDataset(split, eval_transform(preprocess), channels=preprocess["input_size"][0])
@@ -236,12 +250,27 @@ def fit_classes(split: ImageSplit, model: nn.Module) -> tuple[ImageSplit, tuple[
     """`split` with labels as the model numbers its classes, and the classes' names.
 
     Matched by name where the model knows all the split's names (a split may hold some of the classes only), else by
-    number, which takes equally many classes. Raises DataError otherwise.
+    number, which takes equally many classes. Classes that are called 0, 1, 2, ... say their numbers themselves. Where
+    the split's numbers are only the alphabetical order of its names, they say nothing to a model that knows other
+    names. Raises DataError for what does not fit.
     """
     num_classes: int = model.num_classes  # type: ignore[assignment]
     names = class_names(model)
     if names is not None and set(split.classes) <= set(names):
         return align_classes(split, names), names
+    numbered = all(name.isascii() and name.isdigit() for name in split.classes)
+    if numbered and sorted(map(int, split.classes)) == list(range(num_classes)) and _label_names(model) is None:
+        by_number = tuple(sorted(split.classes, key=int))  # not as text, where 10 comes before 2
+        return align_classes(split, by_number), by_number
+    if names is not None and split.alphabetical:
+        unknown = [name for name in split.classes if name not in names]
+        unmatched = [name for name in names if name not in split.classes]
+        lacking = f", and the data lacks {len(unmatched)} of its own: {_first(unmatched)}" if unmatched else ""
+        raise DataError(
+            f"The model does not know {len(unknown)} of the data's {len(split.classes)} classes: {_first(unknown)}"
+            f"{lacking}.{did_you_mean(unknown[0], names)} Rename the data's classes (folders) to the model's names, or "
+            "evaluate on the classes that it was trained on."
+        )
     if len(split.classes) == num_classes:
         return split, split.classes
     raise DataError(
@@ -250,25 +279,65 @@ def fit_classes(split: ImageSplit, model: nn.Module) -> tuple[ImageSplit, tuple[
     )
 
 
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """Names of the model's classes as its weights state them; WordNet ids for ImageNet-1k; None where unknown."""
+    return _label_names(model) or (tuple(ImageNetInfo().label_names()) if _knows_imagenet(model) else None)
+
+
+def _label_names(model: nn.Module) -> tuple[str, ...] | None:
     names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr,operator]
     num_classes = model.num_classes
     if isinstance(names, Mapping):  # index to name, as a Hub config may hold it
         names = [names.get(str(i), names.get(i)) for i in range(num_classes)]  # type: ignore[arg-type]
     if names and len(names) == num_classes and None not in names:
         return tuple(map(str, names))
-    return tuple(ImageNetInfo().label_names()) if num_classes == 1000 else None
+    return None
+
+
+def _knows_imagenet(model: nn.Module) -> bool:
+    """Whether `pretrained_cfg` names a published checkpoint of ImageNet-1k, and the model has its classes."""
+    cfg: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    tag = cfg.get("tag") or ""
+    if not (model.num_classes == cfg.get("num_classes") == 1000 and tag):
+        return False
+    try:
+        return get_entry(str(cfg.get("architecture"))).find_weights(tag).dataset == "imagenet-1k"
+    except UnknownModelError:  # timm's own, whose tags say what they were trained on last
+        return "in1k" in tag.split("_")
+
+
+def _num_classes(model: nn.Module) -> int:
+    """How many classes the model tells apart. Raises ConfigError for what is no image classifier."""
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+        raise ConfigError(
+            f"{type(model).__name__} has no pretrained_cfg, which says how its images are prepared: "
+            "take a model of zoo.create_model or zoo.evaluation.load_model."
+        )
+    num_classes = getattr(model, "num_classes", 0)
+    if not num_classes:
+        raise ConfigError("The model has no classifier (num_classes=0): there are no classes to predict.")
+    return int(num_classes)
 
 
 @torch.inference_mode()
 def predict(model: nn.Module, image: str | Path | Image.Image, topk: int = 5) -> list[Prediction]:
     """The `topk` most probable classes of an image (a path or a PIL image), most probable first.
 
-    The image is prepared as the model's `pretrained_cfg` says. Raises DataError for a file that is no image.
+    The image is prepared as the model's `pretrained_cfg` says. Raises DataError for a file that is no image, and
+    ConfigError for a model that is no image classifier and for arguments that make no sense.
     """
-    if topk < 1:
-        raise ConfigError(f"topk must be at least 1, not {topk}.")
+    _num_classes(model)
+    if type(topk) is not int or topk < 1:
+        raise ConfigError(f"topk must be a whole number and at least 1, not {topk!r}.")
+    if not isinstance(image, str | os.PathLike | Image.Image):
+        raise ConfigError(
+            f"image must be a path or a PIL image, not {type(image).__name__}: "
+            "PIL.Image.fromarray makes an image of an array."
+        )
     preprocess = preprocessing(model)
     mode = "L" if preprocess["input_size"][0] == 1 else "RGB"
     if isinstance(image, Image.Image):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
@@ -60,6 +61,8 @@ class ImageClassification:
         evaluation = align_classes(load_split(data, training=False), self.classes)
         self.model = build_model(config.model, len(self.classes), data.input_size)
         self.num_classes = len(self.classes)
+        counts = np.bincount(training.labels, minlength=self.num_classes)
+        self.empty_classes = [name for name, images in zip(self.classes, counts, strict=True) if not images]
 
         preprocess = preprocessing(self.model, data)
         self._describe(preprocess)
@@ -150,7 +153,11 @@ class ImageClassification:
         return save_pretrained(self.model, folder, labels=list(self.classes))
 
     def describe_data_problems(self) -> str:
-        return str(self.damage) if self.damage.names else ""
+        problems = [str(self.damage)] if self.damage.names else []
+        if self.empty_classes:
+            some = ", ".join(self.empty_classes[:20])
+            problems.append(f"No training images of {len(self.empty_classes)} of {self.num_classes} classes: {some}.")
+        return "\n".join(problems)
 
 
 def _losses(config: TrainingConfig) -> tuple[nn.Module, nn.Module]:
