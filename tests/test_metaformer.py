@@ -254,6 +254,16 @@ def test_bad_arguments(arguments, message):
         zoo.create_model("poolformer_s12", pretrained=False, **arguments)
 
 
+def test_a_bad_classifier_leaves_the_model_as_it_was():
+    model = zoo.create_model("poolformer_s12", pretrained=False, device="meta")
+    classifier = model.get_classifier()
+    for bad in (-1, "x", 2.5):
+        with pytest.raises(ConfigError, match="num_classes must be"):
+            model.reset_classifier(bad)
+    assert model.num_classes == 1000
+    assert model.get_classifier() is classifier
+
+
 def test_dropout_and_stochastic_depth_where_the_authors_have_them():
     model = zoo.create_model("caformer_s18", pretrained=False, drop_rate=0.4, drop_path_rate=0.17)
     assert model.head.drop.p == 0

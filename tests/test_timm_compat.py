@@ -88,6 +88,15 @@ source = "local-dir:" + str(zoo.save_pretrained(model, {str(tmp_path / "saved")!
 images = torch.randn(2, 3, 64, 64)
 torch.testing.assert_close(timm.create_model(source, pretrained=True).eval()(images), model(images))
 torch.testing.assert_close(zoo.create_model(source).eval()(images), model(images))
+
+from timm.models._hub import save_for_hf
+again = timm.create_model(source, pretrained=True).eval()
+for number, saved in enumerate((model, again)):  # timm's own way of saving keeps the head as well
+    folder = {str(tmp_path)!r} + f"/timm{{number}}"
+    save_for_hf(saved, folder, safe_serialization=True)
+    for create in (zoo.create_model, timm.create_model):
+        found = create(f"local-dir:{{folder}}", pretrained=True).eval()
+        torch.testing.assert_close(found(images), model(images))
 """)
 
 

@@ -101,7 +101,7 @@ def create_model(
             raise ConfigError(f"{key} must be a whole number from {least} up, not {args[key]!r}.")
 
     def finish(model: nn.Module) -> None:  # what weights.load_checkpoint and timm's tools look at
-        plain = {k: v for k, v in given.items() if _is_plain(v)}
+        plain = {k: v for k, v in {**given, **entry.unlike_timm(args)}.items() if _is_plain(v)}
         model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=plain)
 
     if source is None:

@@ -147,6 +147,10 @@ class Entry:
             return self.args[argument]
         return otherwise if parameter is None or parameter.default is parameter.empty else parameter.default
 
+    def unlike_timm(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """The values that the arguments in `timm_args` have in a model made with `args`: to be saved with it."""
+        return {key: args.get(key, self.default(key, value)) for key, value in self.timm_args.items()}
+
     def pretrained_cfg(self, tag: str | None = None) -> dict[str, Any]:
         """timm's description of weights and preprocessing: a plain dict that `timm.models.PretrainedCfg` takes."""
         if tag is not None or self.weights:

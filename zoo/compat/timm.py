@@ -65,7 +65,9 @@ def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
             *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **args: Any
         ) -> nn.Module:
             args = {k: v for k, v in args.items() if k in parameters or k in kwargs}  # timm adds num_classes, in_chans
-            return build_module(entry, args, device=device, dtype=dtype)
+            model = build_module(entry, args, device=device, dtype=dtype)
+            model.__dict__["_model_args"] = entry.unlike_timm(args)  # timm adds what it was given, and saves all of it
+            return model
 
         kwargs = {**_saved_args(kwargs.get("pretrained_cfg")), **kwargs}
         if kwargs.get("features_only") and "out_indices" not in kwargs:
