@@ -144,6 +144,7 @@ def norm_operations(weight: int, plain: int) -> Handle:
 # operator -> (MACs, activations)
 MACS: dict[str, tuple[Handle, Handle]] = {
     "aten::_convolution": (convolution_macs, output_elements),
+    "zoo::convolution": (convolution_macs, output_elements),
     "aten::linear": (product_macs(0), output_elements),
     "aten::matmul": (product_macs(0), output_elements),
     "aten::mm": (product_macs(0), output_elements),
@@ -217,7 +218,7 @@ FREE = {f"aten::{name}" for names in _FREE_BY_KIND.values() for name in names.sp
 
 def plain_name(kind: str) -> str:
     """`aten::_convolution` -> `convolution`."""
-    return kind.removeprefix("aten::").strip("_")
+    return kind.partition("::")[2].strip("_")
 
 
 def _counts(kind: str, quantities: Mapping[str, Handle]) -> Callable[[list[Any], list[Any]], Counter[tuple[str, str]]]:
@@ -260,8 +261,54 @@ class CostAnalysis(JitModelAnalysis):
         return kind in self._ignored_ops or (kind.endswith("_") and kind[:-1] in self._ignored_ops)
 
 
+@torch.library.custom_op("zoo::convolution", mutates_args=())
+def _traced_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Any convolution, as one operator in a trace."""
+    return torch.convolution(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+@_traced_convolution.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    sides = []
+    for i, (step, pad, spread, extra) in enumerate(
+        zip(stride, padding, dilation, output_padding, strict=True), start=2
+    ):
+        side, reach = int(input.shape[i]), spread * (int(weight.shape[i]) - 1)
+        if transposed:
+            sides.append((side - 1) * step - 2 * pad + reach + extra + 1)
+        elif side + 2 * pad <= reach:
+            raise RuntimeError(f"An input of {side} with {pad} of padding is smaller than the kernel, {reach + 1}.")
+        else:
+            sides.append((side + 2 * pad - reach - 1) // step + 1)
+    channels = int(weight.shape[1]) * groups if transposed else int(weight.shape[0])
+    given, wanted = int(input.shape[1]), int(weight.shape[0] if transposed else weight.shape[1] * groups)
+    if given != wanted:
+        raise RuntimeError(f"The convolution takes {wanted} channels, not {given}.")
+    return input.new_empty([int(input.shape[0]), channels, *sides])
+
+
 class _TracedConvolutions(TorchFunctionMode):
-    """Calls `torch._convolution`, which a trace records on every device.
+    """Calls `zoo::convolution`, which a trace records on every device.
 
     `torch.conv2d` and its kin leave the recording to what they call, and on the meta device they call Python code,
     which trips over the traced sizes.
@@ -325,9 +372,7 @@ def _record(
         _per_dimension(value, dims) for value in (stride, padding, dilation, output_padding)
     )
     batched = input if input.ndim == dims + 2 else input.unsqueeze(0)
-    output = torch._convolution(
-        batched, weight, bias, stride, padding, dilation, transposed, output_padding, groups, False, False, True, True
-    )
+    output = _traced_convolution(batched, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
     return output if batched is input else output.squeeze(0)
 
 
