@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,23 +17,36 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 
 import zoo
-from zoo.data.images import (
+from zoo.data import (
+    UNREADABLE,
     AugmentConfig,
+    Batch,
     DamageReport,
     DataConfig,
     EpochSampler,
     ImageDataset,
     align_classes,
     eval_transform,
+    evaluation_loader,
     load_split,
     make_loader,
     preprocessing,
     random_transform,
+    training_loader,
 )
+from zoo.data.loading import decode
+from zoo.data.policies import guard_posterize
+from zoo.data.transforms import to_tensor
 from zoo.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("ZOO_DATA", ROOT.parent / "shared" / "data"))
 
 
 def picture(seed: int, size: int = 24) -> Image.Image:
@@ -312,24 +327,285 @@ def test_processes_share_an_epoch_evenly():
     for rank in range(3):
         sampler = EpochSampler(11, seed=0, rank=rank, processes=3)
         sampler.epoch = 2
-        shares.append([index for _, index in sampler])
+        shares.append([index for _, index, _ in sampler])
         assert len(sampler) == len(shares[-1]) == 3
     assert len({index for share in shares for index in share}) == 9
     whole = EpochSampler(11, seed=0)
     whole.epoch = 2
-    assert [index for _, index in whole][:9] == [index for trio in zip(*shares, strict=True) for index in trio]
+    assert [index for _, index, _ in whole][:9] == [index for trio in zip(*shares, strict=True) for index in trio]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_the_batches_of_a_step_are_one_processs_batch(processes: int, repeats: int):
+    def shares(count: int, epoch: int = 1, start: int = 0) -> list[list[tuple[int, int, int]]]:
+        samplers = [EpochSampler(50, seed=4, rank=rank, processes=count, repeats=repeats) for rank in range(count)]
+        for sampler in samplers:
+            sampler.seek(epoch, start // count)
+        return [list(sampler) for sampler in samplers]
+
+    (single,) = shares(1)
+    parts = shares(processes)
+    size = 8 // processes
+    for step in range(6):
+        together = [key for share in parts for key in share[step * size : (step + 1) * size]]
+        assert sorted(together) == sorted(single[step * 8 : (step + 1) * 8])
+    for whole, rest in zip(parts, shares(processes, start=16), strict=True):
+        assert rest == whole[16 // processes :]
+
+
+def test_repeated_augmentation(tmp_path: Path):
+    """Copies of an image are augmented each on its own, and go to different processes; the epoch keeps its length."""
+    sampler = EpochSampler(30, seed=0, repeats=3)
+    keys = list(sampler)
+    assert len(keys) == len(set(keys)) == 30
+    assert len({index for _, index, _ in keys}) == 10
+    assert [copy for _, _, copy in keys[:6]] == [0, 1, 2, 0, 1, 2]
+    by_rank = [{index for _, index, _ in EpochSampler(30, seed=0, rank=r, processes=3, repeats=3)} for r in range(3)]
+    assert by_rank[0] == by_rank[1] == by_rank[2]
+
+    config = DataConfig(
+        name="folder", path=str(make_folder(tmp_path / "train")), train_split=".", batch_size=6, workers=0
+    )
+    augment = AugmentConfig(aug_repeats=3)
+    loader = training_loader(load_split(config, True), config, PREPROCESS, augment, seed=0)
+    images = next(loader.batches(0)).images
+    assert not torch.equal(images[0], images[1])
+    assert torch.equal(images, next(loader.batches(0)).images)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_vanished_folder_ends_the_run_with_a_message(tmp_path: Path, workers: int):
+    make_folder(tmp_path / "data" / "train", "abc", 20)
+    make_folder(tmp_path / "data" / "val", "abc", 20)
+    config = DataConfig(name="folder", path=str(tmp_path / "data"), batch_size=4, workers=workers)
+    training = training_loader(load_split(config, True), config, PREPROCESS, AugmentConfig(), seed=0)
+    evaluation = evaluation_loader(load_split(config, False), config, PREPROCESS)
+    batches = training.batches(0)
+    next(batches)
+    shutil.rmtree(tmp_path / "data")
+    with pytest.raises(DataError, match=r"^The images are gone: there is no folder '.*train' any more\.$"):
+        list(batches)
+    with pytest.raises(DataError, match=r"^The images are gone"):
+        list(evaluation)
 
 
 # ----------------------------------------------------------------------------------------------------------- transforms
 
 
-@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "rand-m0-n15", "augmix-m10-w5", "v0", "original"])
+@pytest.mark.parametrize("policy", ["rand-m10-n15-inc1", "rand-m0-n15", "augmix-m10-w5", "v0", "original", "3a"])
 def test_no_policy_asks_for_an_image_without_bits(policy: str):
     transform = random_transform(PREPROCESS, AugmentConfig(aa=policy))
     random.seed(0)
     np.random.seed(0)
     for seed in range(40):
         assert torch.isfinite(transform(picture(seed))).all()
+
+
+def test_thousands_of_images_pass_through_every_shipped_recipe():
+    """Real images where there are some; noise otherwise."""
+    recipes = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "vision").rglob("*.yaml"))]
+    distinct: dict[str, AugmentConfig] = {}
+    for recipe in recipes:
+        given = {key: value for key, value in (recipe.get("augment") or {}).items() if not key.startswith("mix")}
+        chosen = AugmentConfig(**given)
+        distinct[repr((chosen.aa, chosen.color_jitter, chosen.train_crop_mode, chosen.reprob > 0))] = chosen
+    assert any(chosen.aa for chosen in distinct.values())
+    cifar = DATA / "cifar10" / "train.parquet"
+    if cifar.is_file():
+        table = pq.read_table(cifar, columns=["image"]).slice(0, 3000).column("image").to_pylist()
+        images = [
+            Image.open(io.BytesIO(cell["image"]["bytes"] if "image" in cell else cell["bytes"])) for cell in table
+        ]
+        images = [image.convert("RGB") for image in images]
+    else:
+        images = [picture(seed, 32) for seed in range(3000)]
+    for augment in distinct.values():
+        transform = random_transform({**PREPROCESS, "input_size": (3, 32, 32)}, augment)
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        for image in images:
+            assert transform.pixels(to_tensor(image)).shape == (3, 32, 32)
+
+
+def photographs(count: int) -> list[bytes]:
+    """Real ones where there are some; otherwise smooth ones, of all sizes, made up."""
+    found = sorted((DATA / "imagenet_sample" / "val").glob("*/*"))[:count]
+    if found:
+        return [path.read_bytes() for path in found]
+    made = []
+    for seed in range(count):
+        data = io.BytesIO()
+        picture(seed, 16).resize((300 + 31 * seed % 200, 250 + 17 * seed % 300), Image.Resampling.BICUBIC).save(
+            data, "jpeg"
+        )
+        made.append(data.getvalue())
+    return made
+
+
+def drawn_alike(act) -> tuple:
+    """What `act` returns, and how it leaves the generators, from the same beginning."""
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    return act(), generators()
+
+
+@pytest.mark.parametrize("aa", [None, "rand-m9-mstd0.5-inc1", "3a"])
+@pytest.mark.parametrize("interpolation", ["random", "lanczos"])
+def test_training_draws_as_timm_does(aa: str | None, interpolation: Any):
+    """The same chance gives the same crop, flips and operations, and pixels that differ by rounding."""
+    size = {**PREPROCESS, "input_size": (3, 160, 160)}
+    augment = AugmentConfig(aa=aa, train_interpolation=interpolation, vflip=0.3)
+    ours = random_transform(size, augment)
+    theirs = create_transform(
+        size["input_size"],
+        is_training=True,
+        vflip=0.3,
+        color_jitter=0.4,
+        auto_augment=aa,
+        interpolation=interpolation,
+        mean=size["mean"],
+        normalize=False,
+    )
+    guard_posterize(theirs)
+    differences = []
+    for data in photographs(12):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        (expected, their_state), (found, our_state) = (
+            drawn_alike(lambda: theirs(image)),  # noqa: B023
+            drawn_alike(lambda: ours.pixels(to_tensor(image))),  # noqa: B023
+        )
+        assert our_state == their_state
+        differences.append((found.int() - expected.int()).abs().float().mean().item())
+    assert np.median(differences) < 0.2  # of 255 levels
+    if aa is None and interpolation == "lanczos":
+        assert max(differences) == 0
+
+
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "v0", "augmix-m5-w3"])
+def test_policies_take_no_interpolation_that_pillow_refuses(aa: str):
+    """Pillow's affine transforms know no lanczos: the crop is resized with it, and the policy falls back on bicubic."""
+    transform = random_transform(PREPROCESS, AugmentConfig(aa=aa, train_interpolation="lanczos"))
+    random.seed(0)
+    for seed in range(60):
+        assert transform(picture(seed)).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("more", [{}, {"crop_mode": "squash"}, {"input_size": (3, 96, 128)}])
+def test_evaluation_sees_what_timm_sees(crop_pct: float, interpolation: str, more: dict):
+    size = {**PREPROCESS, "input_size": (3, 112, 112), "crop_pct": crop_pct, "interpolation": interpolation, **more}
+    ours, theirs = eval_transform(size), create_transform(**size)
+    for data in photographs(5):
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        difference = (ours(image) - theirs(image)).abs() * 255 * 0.25  # in levels
+        assert difference.mean() < 0.1
+        assert difference.max() < 20
+
+
+def test_erasing_takes_the_areas_that_timm_takes():
+    augment = AugmentConfig(reprob=0.7, recount=3, remode="pixel", aa=None, color_jitter=0)
+    ours = random_transform(PREPROCESS, augment)
+    theirs = RandomErasing(0.7, max_count=3, mode="pixel", device="cpu")
+    base = torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    erased_some = 0
+    for seed in range(40):
+        random.seed(seed)
+        areas = ours.erasures()
+        erased = torch.tensor([(1, *area) for area in areas], dtype=torch.int64).view(-1, 6)
+        batch = Batch(torch.stack([base, base]), torch.zeros(2), (), erased)
+        found = ours.prepare(batch, torch.device("cpu"))
+        assert torch.equal(found, ours.prepare(batch, torch.device("cpu"), torch.channels_last))
+        marked = torch.zeros(16, 16, dtype=torch.bool)
+        for top, left, height, width, _ in areas:
+            marked[top : top + height, left : left + width] = True
+        plain = ours.prepare(batch._replace(erased=erased[:0]), torch.device("cpu"))
+        assert torch.equal((found[1] != plain[1]).all(0), marked)
+        assert torch.equal(found[0], plain[0])
+        if len(areas) == 1:  # a seed is drawn beside each area, so that later areas differ
+            random.seed(seed)
+            assert torch.equal((theirs(plain[1].clone()) != plain[1]).all(0), marked)
+        erased_some += bool(areas)
+    assert 20 <= erased_some <= 36
+
+
+@pytest.mark.parametrize(("mode", "noisy"), [("const", 1), ("rand", 1), ("pixel", 16)])
+def test_what_erased_areas_are_filled_with(mode: Any, noisy: int):
+    prepare = random_transform(PREPROCESS, AugmentConfig(reprob=1.0, remode=mode)).prepare
+    erased = torch.tensor([[0, 2, 3, 4, 4, 99]])
+    batch = Batch(torch.full((1, 3, 16, 16), 9, dtype=torch.uint8), torch.zeros(1), (), erased)
+    area = prepare(batch, torch.device("cpu"))[0, :, 2:6, 3:7]
+    assert {len(channel.unique()) for channel in area} == {noisy}
+    assert bool((area == 0).all()) == (mode == "const")
+    assert torch.equal(area, prepare(batch, torch.device("cpu"))[0, :, 2:6, 3:7])
+
+
+def test_three_augment_does_one_of_three():
+    """DeiT III (arXiv 2204.07118), section 3.2: solarize, grey or blur, each of the same probability."""
+    image = Image.open(io.BytesIO(photographs(1)[0])).convert("RGB").resize((64, 64))
+    augment = AugmentConfig(aa="3a", scale=(1, 1), ratio=(1, 1), hflip=0, color_jitter=0, train_interpolation="bicubic")
+    transform = random_transform({**PREPROCESS, "input_size": (3, 64, 64)}, augment)
+    random.seed(0)
+    np.random.seed(0)
+    kinds = {"grey": 0, "blurred": 0, "solarized": 0}
+    plain = np.asarray(image).astype(int)
+    for _ in range(300):
+        found = transform.pixels(to_tensor(image)).permute(1, 2, 0).numpy().astype(int)
+        rough = np.abs(np.diff(found, axis=1)).mean()
+        if (found.max(-1) == found.min(-1)).all():
+            kinds["grey"] += 1
+        elif np.isin(np.abs(found - plain)[plain < 100], 0).all():
+            kinds["solarized"] += 1
+        else:
+            kinds["blurred"] += 1
+            assert rough < np.abs(np.diff(plain, axis=1)).mean()
+    assert all(70 <= count <= 130 for count in kinds.values()), kinds
+
+
+def test_the_simple_random_crop_keeps_the_whole_image():
+    """DeiT III, section 3.2: the shorter side to the model's, then a crop at most 4 pixels off; reflected borders."""
+    augment = AugmentConfig(train_crop_mode="src", hflip=0, color_jitter=0, train_interpolation="bicubic")
+    transform = random_transform({**PREPROCESS, "input_size": (3, 32, 32)}, augment)
+    image = picture(1, 32)
+    padded = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)), mode="reflect")
+    torch.manual_seed(0)
+    seen = set()
+    for _ in range(60):
+        found = transform.pixels(to_tensor(image)).permute(1, 2, 0).numpy()
+        at = [(y, x) for y in range(9) for x in range(9) if np.array_equal(padded[y : y + 32, x : x + 32], found)]
+        assert len(at) == 1
+        seen.add(at[0])
+    assert len(seen) > 30
+    wide = transform.pixels(to_tensor(Image.new("RGB", (300, 50))))
+    assert wide.shape == (3, 32, 32)
+
+
+def saved(image: Image.Image, format: str, **options) -> bytes:
+    data = io.BytesIO()
+    image.save(data, format, **options)
+    return data.getvalue()
+
+
+def test_every_kind_of_image_is_decoded_as_pillow_does():
+    smooth = picture(0, 16).resize((90, 70), Image.Resampling.BICUBIC)
+    files = [*photographs(8), saved(smooth, "jpeg", progressive=True), saved(smooth.convert("L"), "jpeg")]
+    files += [saved(smooth.convert("CMYK"), "jpeg"), saved(smooth.convert("RGBA"), "png"), saved(smooth, "webp")]
+    files += [
+        saved(smooth.convert("P"), "png"),
+        saved(smooth.convert("1"), "png"),
+        saved(smooth, "jpeg", subsampling=1),
+    ]
+    for data in files:
+        for channels, mode in ((3, "RGB"), (1, "L")):
+            found = decode(Image.open(io.BytesIO(data)), channels)
+            expected = np.asarray(Image.open(io.BytesIO(data)).convert(mode))
+            assert np.array_equal(found.permute(1, 2, 0).numpy().squeeze(), expected)
+    for cut in (0.2, 0.5, 0.99):
+        with pytest.raises(UNREADABLE):
+            decode(Image.open(io.BytesIO(files[0][: int(cut * len(files[0]))])), 3)
 
 
 def test_a_policy_that_timm_does_not_know():

@@ -35,8 +35,7 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
     import torch
 
     import zoo
-    from zoo.data import load_split
-    from zoo.data.images import ImageDataset, eval_transform, make_loader, preprocessing
+    from zoo.data import evaluation_loader, load_split, preprocessing
     from zoo.evaluation import evaluate, load_model, predict
     from zoo.evaluation.image_classification import make_folder
     from zoo.training import TrainingConfig, train
@@ -73,8 +72,8 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
     zoo.register_with_timm(override=True)
     split = load_split(config.data, training=False)
     preprocess = preprocessing(model, config.data)
-    dataset = ImageDataset(split, eval_transform(preprocess), channels=preprocess["input_size"][0])
-    images = next(iter(make_loader(dataset, config.data))).images
+    loader = evaluation_loader(split, config.data, preprocess)
+    images = loader.prepare(next(iter(loader)), torch.device("cpu"))
     source = f"local-dir:{export}"
     with torch.inference_mode():
         expected = model(images)

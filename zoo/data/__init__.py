@@ -1,5 +1,37 @@
 """Data: images now, thin over `datasets`, torchvision and `timm.data`."""
 
-from zoo.data.images import AugmentConfig, DataConfig, ImageDataset, ImageSplit, load_split
+from zoo.data.config import AugmentConfig, DataConfig
+from zoo.data.loading import (
+    UNREADABLE,
+    DamageReport,
+    EpochSampler,
+    EvaluationLoader,
+    ImageDataset,
+    TrainingLoader,
+    evaluation_loader,
+    make_loader,
+    training_loader,
+)
+from zoo.data.sources import ImageSplit, align_classes, load_split
+from zoo.data.transforms import Batch, eval_transform, preprocessing, random_transform
 
-__all__ = ["AugmentConfig", "DataConfig", "ImageDataset", "ImageSplit", "load_split"]
+__all__ = [
+    "UNREADABLE",
+    "AugmentConfig",
+    "Batch",
+    "DamageReport",
+    "DataConfig",
+    "EpochSampler",
+    "EvaluationLoader",
+    "ImageDataset",
+    "ImageSplit",
+    "TrainingLoader",
+    "align_classes",
+    "eval_transform",
+    "evaluation_loader",
+    "load_split",
+    "make_loader",
+    "preprocessing",
+    "random_transform",
+    "training_loader",
+]
