@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import zoo
+from tests.known import Known, known_folder, random_logits, softmax
 from tests.test_data import make_parquet
 from zoo.config import run_command
 from zoo.data import DataConfig
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation import evaluate, load_model, predict
-from zoo.evaluation.image_classification import class_names
+from zoo.evaluation.targets import class_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,6 +69,7 @@ def test_figures_worked_out_by_hand(tmp_path: Path):
     losses = np.log(np.exp(logits).sum(1)) - logits[range(5), truth]
     assert results.loss == pytest.approx(losses.mean(), rel=1e-5)
     assert (results.images, results.skipped, model.training) == (5, (), True)
+    assert (results.images_per_second > 0, (results.model_images_per_second or 0) > 0) == (True, True)
 
     saved = json.loads((results.save(tmp_path / "out") / "results.json").read_text())
     assert saved["confusion"] == [[2, 0, 0], [0, 1, 1], [0, 0, 1]]
@@ -76,6 +78,35 @@ def test_figures_worked_out_by_hand(tmp_path: Path):
     with Image.open(tmp_path / "out" / "confusion.png") as picture:
         assert picture.width > 400
     assert "top-1 80.00%, loss" in str(results)
+
+
+def test_calibration_and_standard_error(tmp_path: Path):
+    logits = random_logits(60, 7)
+    truth = np.random.default_rng(1).integers(0, 7, 60)
+    data = known_folder(tmp_path, [f"{label}/{i}.png" for i, label in enumerate(truth)], batch_size=7)
+    results = evaluate(Known(logits), data)
+    shares = softmax(logits)
+    confidence, right = shares.max(1), logits.argmax(1) == truth
+    error = 0.0
+    for low in range(15):  # Guo et al.'s formula, bin by bin
+        inside = (confidence > low / 15) & (confidence <= (low + 1) / 15)
+        if inside.any():
+            error += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+        assert results.calibration[low] == pytest.approx([inside.sum(), right[inside].sum(), confidence[inside].sum()])
+    assert results.ece == pytest.approx(100 * error, rel=1e-6)
+    assert results.ece > 1
+    assert results.top1_stderr == pytest.approx(100 * right.std() / np.sqrt(60))
+    assert results.top1 == pytest.approx(100 * right.mean())
+
+
+def test_per_class_table(tmp_path: Path):
+    data = shades(tmp_path, ["0", "1", "2"], [("0", 0), ("0", 51), ("1", 153), ("1", 255), ("1", 250)])
+    results = evaluate(Shade(3), data)
+    assert results.per_class_rows() == [
+        {"class": "0", "images": 2, "top1": 100.0, "most_confused_with": None, "times": 0},
+        {"class": "1", "images": 3, "top1": pytest.approx(100 / 3), "most_confused_with": "2", "times": 2},
+        {"class": "2", "images": 0, "top1": None, "most_confused_with": None, "times": 0},
+    ]
 
 
 def test_top5_needs_more_than_five_classes(tmp_path: Path):

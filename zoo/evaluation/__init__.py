@@ -1,5 +1,19 @@
-"""Evaluation: how good a model is on given data."""
+"""Evaluation: how good a model is on given data, what it sees in an image, and where."""
 
-from zoo.evaluation.image_classification import Prediction, Results, evaluate, load_model, predict
+from zoo.evaluation.features import FeatureConfig, evaluate_features
+from zoo.evaluation.image_classification import evaluate, load_model
+from zoo.evaluation.prediction import Prediction, class_activation_map, predict
+from zoo.evaluation.results import Results
+from zoo.evaluation.targets import LABEL_MAPS
 
-__all__ = ["Prediction", "Results", "evaluate", "load_model", "predict"]
+__all__ = [
+    "LABEL_MAPS",
+    "FeatureConfig",
+    "Prediction",
+    "Results",
+    "class_activation_map",
+    "evaluate",
+    "evaluate_features",
+    "load_model",
+    "predict",
+]

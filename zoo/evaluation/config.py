@@ -3,56 +3,155 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from zoo.config import flag_values, parse_config, plain_flags, read_yaml
-from zoo.data.images import DataConfig
+from zoo.data import DataConfig
 from zoo.errors import ConfigError
+from zoo.evaluation.features import FeatureConfig, Method
 
 __all__ = ["EvaluationConfig", "parse_evaluation"]
+
+LISTS = ("--model", "--features", "--sizes")  # flags that take several values
+OF_THE_MODEL = ("input_size", "crop_pct", "interpolation", "mean", "std")  # what a run's model says itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluate an image classifier.
+    """Evaluate image classifiers.
 
     Args:
-        model: a name in the zoo with the tag of its weights or without, "timm/name", "hf-hub:owner/name", the folder of
-            a run (its best checkpoint, and its data unless other data is named), or a folder in the Hub's layout.
+        model: one or several: a name in the zoo with the tag of its weights or without, "timm/name",
+            "hf-hub:owner/name", the folder of a run (its best checkpoint, and its data unless other data is named), a
+            folder in the Hub's layout, or a text file that lists such, one on a line.
         data: which images.
         checkpoint_path: weights for a model that is given by its name.
+        label_map: what is right, where names of classes do not tell: "imagenet" (WordNet ids), "real" (ImageNet-Real),
+            "v2" (folders 0 to 999), "a", "r" or "mini" (the outputs of that part of ImageNet alone), "sketch"; a text
+            file with the data's name for each of the model's classes, line by line; or a JSON file with an object from
+            the data's names to the model's names or numbers.
+        sizes: heights and widths of the model's input, to evaluate at each.
+        features: judge frozen features instead of the classifier: by "knn", "linear" or both, fitted on the training
+            split.
+        probe: how features are judged.
+        predictions: parquet file to write the most probable classes of each image to.
+        topk: how many of them.
         device: where to run; "auto" takes the accelerator there is.
         amp: mixed precision.
         channels_last: memory layout of model and images.
-        output: folder for results.json and confusion.png; null to print only.
+        torchcompile: compile the model first.
+        output: folder for results.json, results.csv, tables and pictures; null to print only.
     """
 
-    model: str
+    model: list[str] | str
     data: DataConfig
     checkpoint_path: str | None = None
+    label_map: str | None = None
+    sizes: list[int] | None = None
+    features: list[Method] | None = None
+    probe: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
+    predictions: str | None = None
+    topk: int = 5
     device: str = "auto"
     amp: Literal["no", "bf16", "fp16"] = "no"
     channels_last: bool = False
+    torchcompile: bool = False
     output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_path is not None and len(self.models) > 1:
+            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+        if self.predictions is not None and len(self.models) * len(self.sizes or [0]) > 1:
+            raise ConfigError("predictions takes one model at one size: evaluate each with a file of its own.")
+        if self.features and (self.label_map or self.predictions):
+            option = "label_map" if self.label_map else "predictions"
+            raise ConfigError(f"features are judged by the labels of the data, one way: leave out {option}.")
+        for size in self.sizes or ():
+            if size < 1:
+                raise ConfigError(f"sizes must be whole numbers above zero, not {size}.")
+
+    @property
+    def models(self) -> list[str]:
+        """Every model there is, with those that text files list. Raises ConfigError for a file that lists none."""
+        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
 
 
 def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig:
-    """The configuration in `argv`; a run's own data fills in where that names a run. Raises as `parse_config` does."""
+    """The configuration in `argv`; a run's own data fills in where that names a run. Raises as `parse_config` does.
+
+    The flags of lists take their values one after the other, as in `--model A B C`.
+    """
+    argv = _gather_lists(argv)
     flags: list[str] = []
-    for model in flag_values(argv, "--model"):
-        recorded = Path(model).expanduser() / "config.yaml"
-        if recorded.is_file():
-            run = read_yaml(str(recorded))
-            if not isinstance(run, dict) or not isinstance(run.get("data"), dict):
-                raise ConfigError(f"{recorded} is not the configuration of a run: name the data with --data.name.")
-            flags = plain_flags({"data": run["data"]})
-    if any(token.startswith(("--data.name", "--data.path", "--config")) for token in argv):
-        flags = []
+    if not any(token.startswith(("--data.name", "--data.path", "--config")) for token in argv):
+        flags = _data_of_runs(argv)
     return parse_config(
         EvaluationConfig,
         [*flags, *argv],
         prog="eval.py",
-        description="Evaluate an image classifier: top-1, top-5, loss, per-class accuracy, confusion.",
+        description="Evaluate image classifiers: accuracy, loss, calibration, per class, confusion, throughput.",
     )
+
+
+def _listed(models: Sequence[str]) -> Iterator[str]:
+    for model in models:
+        path = Path(model).expanduser()
+        if path.suffix != ".txt":
+            yield model
+            continue
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The list of models {model!r} cannot be read: {error}") from None
+        names = [name for line in lines if (name := line.partition("#")[0].strip())]
+        if not names:
+            raise ConfigError(f"The list of models {model!r} is empty: write a name on each line.")
+        yield from names
+
+
+def _gather_lists(argv: Sequence[str]) -> list[str]:
+    """`--sizes 160 192` -> `--sizes=[160, 192]`, which is one token as all other flags are."""
+    gathered: list[str] = []
+    position = 0
+    while position < len(argv):
+        flag = argv[position]
+        position += 1
+        if flag not in LISTS:
+            gathered.append(flag)
+            continue
+        values = []
+        while position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        if len(values) == 1 and (flag == "--model" or values[0].startswith("[")):
+            gathered += [flag, *values]
+        elif values:
+            numbers = [int(value) if value.isdigit() and flag == "--sizes" else value for value in values]
+            gathered.append(f"{flag}={json.dumps(numbers)}")
+        else:
+            gathered.append(flag)
+    return gathered
+
+
+def _data_of_runs(argv: Sequence[str]) -> list[str]:
+    """The data of the runs that `--model` names, as flags. Raises ConfigError where they differ."""
+    found: dict[str, dict[str, Any]] = {}
+    for value in flag_values(argv, "--model"):
+        models = json.loads(value) if value.startswith('["') else [value]
+        for model in _listed(models):
+            recorded = Path(model).expanduser() / "config.yaml"
+            if recorded.is_file():
+                run = read_yaml(str(recorded))
+                if not isinstance(run, dict) or not isinstance(run.get("data"), dict):
+                    raise ConfigError(f"{recorded} is not the configuration of a run: name the data with --data.name.")
+                found[model] = {key: value for key, value in run["data"].items() if key not in OF_THE_MODEL}
+    if not found:
+        return []
+    first, *others = found
+    for other in others:
+        if any(found[other].get(key) != found[first].get(key) for key in ("name", "path", "val_split")):
+            raise ConfigError(f"{first} and {other} were trained on different data: name the data with --data.name.")
+    return plain_flags({"data": found[first]})

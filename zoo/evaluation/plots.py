@@ -1,14 +1,18 @@
-"""The confusion matrix as a picture."""
+"""Results as pictures: confusion, calibration, several models, several sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from zoo.errors import MissingDependencyError
 from zoo.files import whole_file
+
+if TYPE_CHECKING:
+    from zoo.evaluation.results import Results
 
 MAX_NAMED_CLASSES = 40
 MAX_NUMBERED_CLASSES = 20
@@ -20,15 +24,10 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], title: str, pa
     `confusion` is (C, C), counts. Raises MissingDependencyError without matplotlib, ConfigError for a path that cannot
     be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
-
     count = len(classes)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(2.5 + 0.42 * count, 5, 14))
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    figure = _figure((side + 1, side))
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images of the class")
@@ -44,6 +43,86 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], title: str, pa
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
+    return _save(figure, path)
+
+
+def plot_calibration(calibration: np.ndarray, title: str, path: str | Path) -> Path:
+    """Draw accuracy against confidence, bin by bin (a reliability diagram), and where the images lie, into a PNG.
+
+    `calibration` is (bins, 3): images, right answers, sum of confidence. Raises as `plot_confusion` does.
+    """
+    figure = _figure((6, 6))
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    images, right, confidence = np.asarray(calibration).T
+    width = 1 / len(images)
+    centres = (np.arange(len(images)) + 0.5) * width
+    some = images > 0
+    upper.bar(centres[some], right[some] / images[some], 0.92 * width, color="C0", label="accuracy in the bin")
+    means = confidence[some] / images[some]
+    upper.plot(means, means, "o", color="C1", markersize=4, label="mean confidence in the bin")
+    upper.plot([0, 1], [0, 1], color="0.6", linewidth=1, linestyle="--")
+    upper.set_ylabel("accuracy")
+    upper.set_ylim(0, 1)
+    upper.legend(loc="upper left")
+    upper.set_title(title)
+    lower.bar(centres, images / max(images.sum(), 1), 0.92 * width, color="0.6")
+    lower.set_ylabel("share of images")
+    lower.set_xlabel("confidence: probability of the most probable class")
+    lower.set_xlim(0, 1)
+    return _save(figure, path)
+
+
+def plot_sizes(results: Sequence[Results], path: str | Path) -> Path:
+    """Draw top-1 and the model's throughput against the size of its input, into a PNG. Raises as `plot_confusion`."""
+    figure = _figure((8, 4.5))
+    left, right = figure.add_subplot(), None
+    for number, method in enumerate(dict.fromkeys(result.method for result in results)):
+        line = [result for result in results if result.method == method]
+        sizes = [result.preprocessing["input_size"][-1] for result in line]
+        errors = [result.top1_stderr for result in line]
+        label = "top-1" if method == "classifier" else f"top-1 ({method})"
+        left.errorbar(sizes, [result.top1 for result in line], errors, marker="o", capsize=3, label=label)
+        if number == 0 and all(result.model_images_per_second for result in line):
+            right = left.twinx()
+            speeds = [result.model_images_per_second or 0 for result in line]
+            right.plot(sizes, speeds, marker="s", linestyle="--", color="0.5")
+            right.set_ylabel("model alone, images/s (dashed)")
+            right.set_ylim(bottom=0)
+    left.set_xlabel("height and width of the input, pixels")
+    left.set_ylabel("top-1 with standard error (%)")
+    left.grid(True, color="0.92")
+    left.legend(loc="lower left", frameon=False)
+    left.set_title(f"{results[0].model}: {results[0].images} images at each size")
+    return _save(figure, path)
+
+
+def plot_models(results: Sequence[Results], path: str | Path) -> Path:
+    """Draw top-1 of several models against their throughput, into a PNG. Raises as `plot_confusion` does."""
+    figure = _figure((9, 6))
+    axes = figure.add_subplot()
+    speeds = [result.model_images_per_second or result.images_per_second for result in results]
+    tops, errors = [result.top1 for result in results], [result.top1_stderr for result in results]
+    axes.errorbar(speeds, tops, errors, linestyle="none", marker="o", capsize=3)
+    for result, speed in zip(results, speeds, strict=True):
+        label = f"{result.title} at {result.preprocessing['input_size'][-1]}"
+        axes.annotate(label, (speed, result.top1), xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"model alone, images/s on {results[0].device}")
+    axes.set_ylabel("top-1 with standard error (%)")
+    axes.margins(x=0.2, y=0.12)
+    axes.grid(True, which="major", color="0.92")
+    return _save(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def _save(figure: Any, path: str | Path) -> Path:
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return Path(path)
