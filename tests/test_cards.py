@@ -52,10 +52,15 @@ def test_results_that_were_measured_here_stand_in_the_card(tmp_path, monkeypatch
         "`poolformer_s12`",
         "digits, 360 test images",
         "98.77",
+        "1",
         "2",
         "CPU, 2 threads",
         "`python train.py --config digits.yaml`",
     ]
+    several = {"model": "poolformer_s12", "top1_mean": 98.2, "top1_std": 0.31, "seeds": 3, "epochs": 2}
+    (folder / "results.json").write_text(json.dumps({**report, "summary": {"ours": several}}))
+    (row,) = [line for line in card_at(tmp_path, monkeypatch).splitlines() if "digits, 360 test images" in line]
+    assert [cell.strip() for cell in row.strip("|").split("|")][2:5] == ["98.20 ± 0.31", "3", "2"]
 
 
 def card_at(root, monkeypatch) -> str:

@@ -26,6 +26,8 @@ _PUBLIC = {
     "load_checkpoint": "zoo.weights",
     "convert_checkpoint": "zoo.weights",
     "save_pretrained": "zoo.hub",
+    "publish": "zoo.publishing",
+    "ZooModelHubMixin": "zoo.layers.hub_mixin",
     "profile": "zoo.profiling",
     "benchmark": "zoo.profiling",
     "train": "zoo.training",
@@ -41,7 +43,9 @@ if TYPE_CHECKING:
     from zoo.evaluation import evaluate, predict
     from zoo.factory import create_model
     from zoo.hub import save_pretrained
+    from zoo.layers.hub_mixin import ZooModelHubMixin
     from zoo.profiling import benchmark, profile
+    from zoo.publishing import publish
     from zoo.registry import (
         Entry,
         ModelInfo,

@@ -10,8 +10,9 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import ConfigError, ZooError
 from zoo.files import whole_file
@@ -140,15 +141,34 @@ def results_section(infos: Sequence[ModelInfo]) -> str:
     rows = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/results.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
-        for run in report.get("runs", {}).values():
-            if run["model"] in names:
-                epochs = str(len(run["history"]))
-                cells = (f"`{run['model']}`", report["what"], f"{run['last_top1']:.2f}", epochs, report["device"])
-                rows.append((*cells, f"`{report['command']}`"))
+        for found in _runs(report):
+            if found["model"] in names:
+                cells = (f"`{found['model']}`", report["what"], _mean(found), str(found["seeds"]), str(found["epochs"]))
+                rows.append((*cells, report["device"], f"`{report['command']}`"))
     if not rows:
         return ""
-    columns = ("model, trained from scratch", "data", ">top-1 % after the last epoch", ">epochs", "hardware", "command")
+    columns = (
+        *("model, trained from scratch", "data", ">top-1 % after the last epoch", ">seeds", ">epochs"),
+        *("hardware", "command"),
+    )
     return markdown_table(columns, rows)
+
+
+def _runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of a benchmark's report: its summary over seeds, or else its runs, each of one seed."""
+    if "summary" in report:
+        return [row for row in report["summary"].values() if "top1_mean" in row]
+    return [
+        {"model": run["model"], "top1_mean": run["last_top1"], "seeds": 1, "epochs": len(run["history"])}
+        for run in report.get("runs", {}).values()
+        if "last_top1" in run
+    ]
+
+
+def _mean(found: Mapping[str, Any]) -> str:
+    """The mean, and the sample standard deviation where there are several seeds."""
+    deviation = found.get("top1_std")
+    return f"{found['top1_mean']:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
 def use_section(infos: Sequence[ModelInfo]) -> str:

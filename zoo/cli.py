@@ -1,4 +1,4 @@
-"""The `zoo` command: finding, costing and converting models from a shell.
+"""The `zoo` command: finding, costing, converting and publishing models from a shell.
 
 Facts (list, search, info, pareto, card) load neither torch nor timm; the other commands import what they need.
 """
@@ -6,13 +6,15 @@ Facts (list, search, info, pareto, card) load neither torch nor timm; the other 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
 import sys
+import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo import __version__
@@ -201,6 +203,25 @@ zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --comp
     as_json(sub)
 
     sub = command(
+        "predict",
+        run_predict,
+        "say what a classifier sees in images, and draw where",
+        """
+zoo predict cat.jpg --model poolformer_s12
+zoo predict photos/*.jpg --model runs/pets --topk 3 --json
+zoo predict cat.jpg --model caformer_s18 --cam cam.png --class 'tabby cat'""",
+    )
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="a file that Pillow reads")
+    sub.add_argument("--model", required=True, metavar="NAME", help="a name, timm/NAME, hf-hub:owner/name or a folder")
+    sub.add_argument("--checkpoint", metavar="PATH", help="weights for a model that is given by its name")
+    sub.add_argument("--topk", type=int, default=5, metavar="N", help="classes to tell of each image (default: 5)")
+    sub.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, mps (default: the accelerator there is)")
+    sub.add_argument("--cam", metavar="FILE", help="draw the class-activation map (Grad-CAM) of a single IMAGE")
+    sub.add_argument("--cam-dir", metavar="DIR", help="draw those of all images, each into DIR under its own name")
+    sub.add_argument("--class", dest="class_name", metavar="CLASS", help="the map's class, by name or number")
+    as_json(sub)
+
+    sub = command(
         "convert",
         run_convert,
         "turn a published checkpoint into safetensors with the zoo's (and timm's) keys",
@@ -213,16 +234,54 @@ zoo convert hf-hub:timm/poolformer_s12.sail_in1k poolformer_s12.safetensors --ov
     sub.add_argument("--model", metavar="NAME", help="the architecture, where IN does not say it")
     sub.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
 
+    def described(sub: Parser) -> None:
+        sub.add_argument("--model", metavar="NAME", help="the architecture, where the source is a bare file of weights")
+        sub.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, cc-by-4.0")
+        sub.add_argument("--dataset", metavar="ID", help="on the Hub, of the data it was trained and measured on")
+        sub.add_argument("--note", metavar="TEXT", help="what else the card should say, such as the hardware")
+        sub.add_argument("--results", metavar="FILE", help="results.json of eval.py (default: the run's evaluation/)")
+        sub.add_argument("--half", action="store_true", help="keep the weights in half precision")
+        sub.add_argument(
+            "--i-have-the-rights",
+            action="store_true",
+            help="pass on weights that come from others without a licence, or under one that forbids it",
+        )
+
     sub = command(
         "card",
         run_card,
-        "write the model card of a family from the facts of the index",
+        "write the card of a family, from the facts of the index, or of a run or checkpoint, as `zoo publish` does",
         """
 zoo card metaformer
-zoo card metaformer --output metaformer.md""",
+zoo card metaformer --output metaformer.md
+zoo card runs/digits""",
     )
-    sub.add_argument("family", metavar="FAMILY", help="such as metaformer")
+    sub.add_argument("source", metavar="FAMILY|RUN|CHECKPOINT", help="such as metaformer, or a folder")
     sub.add_argument("--output", metavar="FILE", help="write here instead of to the terminal")
+    described(sub)
+
+    sub = command(
+        "publish",
+        run_publish,
+        "publish a model on the Hub in one commit, and prove that it is there",
+        """
+zoo publish runs/digits me/digits --license apache-2.0
+zoo publish runs/digits me/digits --dry-run
+zoo publish model.safetensors me/poolformer --model poolformer_s12 --private""",
+    )
+    sub.add_argument("source", metavar="RUN|CHECKPOINT", help="a run's folder, one in the Hub's layout, or a file")
+    sub.add_argument("repo_id", metavar="OWNER/NAME", help="the repository, made if need be; other files in it stay")
+    sub.add_argument("--private", action="store_true", help="make the repository private")
+    sub.add_argument("--pr", action="store_true", help="open a pull request instead of committing")
+    sub.add_argument("--message", metavar="TEXT", help="of the commit")
+    sub.add_argument(
+        "--dry-run",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="only print what would be published, or leave it in FOLDER; no network",
+    )
+    described(sub)
 
     return parser, commands
 
@@ -321,6 +380,40 @@ def run_benchmark(args: argparse.Namespace) -> None:
         print(benchmark_table(results))
 
 
+def run_predict(args: argparse.Namespace) -> None:
+    from zoo.evaluation.prediction import predict_files
+
+    found = predict_files(
+        args.images,
+        args.model,
+        checkpoint_path=args.checkpoint,
+        topk=args.topk,
+        device=args.device,
+        cam=args.cam,
+        cam_dir=args.cam_dir,
+        class_name=args.class_name,
+        report_error=lambda error: note(f"error: {error}"),
+    )
+    answers: list[Any] = []
+    for image, predictions, picture in found:
+        if args.json:
+            answers.append(
+                {"image": image, "predictions": [dataclasses.asdict(prediction) for prediction in predictions]}
+                | ({"cam": str(picture)} if picture else {})
+            )
+            continue
+        print(image)
+        for prediction in predictions:
+            print(f"  {prediction.probability:7.2%}  {prediction.label} ({prediction.index})")
+        if picture:
+            note(f"Class-activation map: {picture}")
+        answers.append(image)
+    if args.json:
+        print_json(answers)
+    if len(answers) < len(args.images):
+        raise ZooError(f"{len(args.images) - len(answers)} of {len(args.images)} images cannot be read.")
+
+
 def run_convert(args: argparse.Namespace) -> None:
     check_writable(args.out)
     import zoo
@@ -330,15 +423,60 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_card(args: argparse.Namespace) -> None:
-    from zoo.cards import render_card
+    from zoo.cards import families, render_card
 
-    card = render_card(args.family)
+    if args.source not in families() and os.path.exists(os.path.expanduser(args.source)):
+        from zoo.publishing import model_card
+
+        card = model_card(args.source, say=note, **description_of(args))
+    else:
+        card = render_card(args.source)
     if args.output is None:
         print(card, end="")
         return
     with whole_file(args.output) as file:
         file.write(card.encode())
     note(f"Written: {args.output}")
+
+
+def run_publish(args: argparse.Namespace) -> None:
+    from zoo.publishing import check_repo_id, prepare, publish
+
+    check_repo_id(args.repo_id)
+    description = description_of(args)
+    if args.dry_run is not None:
+        with tempfile.TemporaryDirectory(prefix="zoo-publish-") as scratch:
+            draft = prepare(
+                args.source, args.dry_run or os.path.join(scratch, "repository"), repo_id=args.repo_id, **description
+            )
+            print_files(draft.files)
+            print(f"\n{draft.card}", end="")
+        for remark in draft.remarks:
+            note(remark)
+        kept = f" The files are in {draft.folder}." if args.dry_run else ""
+        note(f"Nothing was published: this was a dry run.{kept}")
+        return
+    found = publish(
+        args.source,
+        args.repo_id,
+        private=args.private,
+        create_pr=args.pr,
+        commit_message=args.message,
+        say=note,
+        **description,
+    )
+    print_files(found.files)
+    if found.replaced:
+        note(f"Replaced: {', '.join(found.replaced)}; the versions before are in the repository's history.")
+    if found.kept:
+        note(f"Other files stay: {', '.join(found.kept)}.")
+    unchanged = "" if found.changed else ", which held all of it already"
+    print(f"Published and read back: {found.url} (commit {found.commit[:12]}{unchanged})")
+
+
+def description_of(args: argparse.Namespace) -> dict[str, Any]:
+    keys = ("model", "license", "dataset", "note", "results", "half")
+    return {key: getattr(args, key) for key in keys} | {"has_rights": args.i_have_the_rights}
 
 
 def budget_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -355,6 +493,13 @@ def print_json(value: Any) -> None:
 def note(text: str) -> None:
     """A word to the reader that is not part of the result."""
     print(text, file=sys.stderr)
+
+
+def print_files(files: Mapping[str, int]) -> None:
+    table = new_table("file", ">bytes")
+    for name, size in files.items():
+        table.add_row(name, f"{size:,}")
+    print_table(table)
 
 
 def print_models(infos: Sequence[ModelInfo]) -> None:
@@ -503,6 +648,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.reject(unknown)
     if args.command == "profile" and args.plot and len(args.names) > 1:
         command.error("--plot draws one model: give a single NAME.")
+    if args.command == "predict":
+        if args.cam and (args.cam_dir or len(args.images) > 1):
+            command.error("--cam draws one image: give a single IMAGE, or a folder with --cam-dir alone.")
+        if args.class_name and not (args.cam or args.cam_dir):
+            command.error("--class is the class of an activation map: say with --cam or --cam-dir where to draw it.")
     return args
 
 

@@ -25,6 +25,10 @@ class DownloadError(ZooError, OSError):
     """Weights could not be fetched, or what was fetched is not what was promised."""
 
 
+class PublishError(ZooError, OSError):
+    """A model could not be published, or what was published cannot be proved; the message says which."""
+
+
 class ConfigError(ZooError, ValueError):
     """An argument or configuration value that makes no sense."""
 

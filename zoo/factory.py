@@ -131,9 +131,11 @@ def _resolve(
             entry = get_entry(architecture)
         except UnknownModelError as error:
             raise UnknownModelError(f"{name} holds a {architecture!r}. {error}") from None
-        cfg = {**entry.pretrained_cfg(), **saved_cfg, "architecture": entry.name}
+        cfg = {**_of_own_weights(entry.pretrained_cfg()), **saved_cfg, "architecture": entry.name}
         wanted = pretrained is None or pretrained
-        return entry, None, checkpoint_path or (name if wanted else None), cfg, saved_args
+        if checkpoint_path is not None:
+            return entry, None, checkpoint_path, _of_own_weights(cfg), saved_args
+        return entry, None, name if wanted else None, cfg, saved_args
 
     base, tag, revision = split_name(name)
     entry = get_entry(base)
@@ -145,8 +147,14 @@ def _resolve(
     weights = entry.find_weights(tag) if wanted or tag is not None else (entry.weights or (None,))[0]
     cfg = entry.pretrained_cfg(tag)
     if checkpoint_path is not None:
-        return entry, weights, checkpoint_path, cfg, {}
+        return entry, weights, checkpoint_path, cfg if tag is not None else _of_own_weights(cfg), {}
     return entry, weights, (weights, revision) if wanted else None, cfg, {}
+
+
+def _of_own_weights(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """`cfg` without what it says of published weights, which a checkpoint of one's own is not."""
+    published = ("license", "hf_hub_id", "hf_hub_filename", "url", "origin_url")
+    return {key: value for key, value in cfg.items() if key not in published} | {"tag": ""}
 
 
 def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -36,6 +36,7 @@ def save_pretrained(
     *,
     labels: Sequence[str] | None = None,
     note: str | None = None,
+    dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model that `create_model` made to a folder that `create_model("local-dir:...")`, ours and timm's, opens.
@@ -47,18 +48,21 @@ def save_pretrained(
         folder: new or empty; its parent must exist.
         labels: the names of the classes, in order.
         note: what there is to say about the weights, kept in `config.json`.
+        dtype: what floating-point tensors are saved as, such as torch.float16; by default what they are.
         overwrite: replace the model in a folder that is not empty; other files in it stay.
 
     Returns the folder. Raises ConfigError for a model, labels or folder that will not do, CheckpointError.
     """
     config = _config_of(model, labels, note)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
     folder = Path(folder).expanduser().absolute()
     _check_folder(folder, overwrite)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir()
-        tensors = model.state_dict()
+        tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()}
         write_safetensors(tensors, fresh / WEIGHTS)
         with whole_file(fresh / CONFIG) as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
@@ -102,11 +106,23 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
         except ValueError as error:
             raise ConfigError(f"The model cannot be described in a {CONFIG}: {error}") from error
         config = read_json(path)
+    if cfg.get("tag") and not hasattr(model, "load_report") and _is_entry(cfg["architecture"]):
+        # the description is of published weights, which this model never had
+        for key in ("tag", "license"):
+            config["pretrained_cfg"].pop(key, None)
     args = _known_args(cfg["architecture"], config.get("model_args", {}))
     built_in = _timm_args(cfg["architecture"])
     config["model_args"] = {key: value for key, value in args.items() if key not in built_in}
     config["zoo"] = {"version": zoo.__version__, "model_args": args}
     return config
+
+
+def _is_entry(architecture: str) -> bool:
+    try:
+        get_entry(architecture)
+    except UnknownModelError:
+        return False
+    return True
 
 
 def _timm_args(architecture: str) -> Mapping[str, Any]:

@@ -49,6 +49,7 @@ Converter: TypeAlias = Callable[[StateDict, nn.Module], StateDict]
 _logger = logging.getLogger(__name__)
 
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")  # in a repository or folder, the first that is there
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files, as transformers and huggingface_hub write it
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".pt")
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
@@ -338,14 +339,20 @@ def locate(
     """The checkpoint file that `source` means.
 
     `source` is a file, a folder (its `model.safetensors`, `pytorch_model.bin` or only checkpoint), with or without
-    `local-dir:` before it, or a repository `hf-hub:owner/name@revision`. Raises CheckpointError, DownloadError.
+    `local-dir:` before it, or a repository `hf-hub:owner/name@revision`. Of a checkpoint in several files it is the
+    index, with the files beside it. Raises CheckpointError, DownloadError.
     """
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(f"A checkpoint is a path, a repository or a state dict, not {type(source).__name__}.")
     text = os.fspath(source)
     if text.startswith(HUB_PREFIXES):
         repo, revision = split_hub_id(text)
-        return fetch_from_hub(repo, DEFAULT_FILES, revision=revision, cache_dir=cache_dir, token=token, refresh=refresh)
+        where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token, "refresh": refresh}
+        found = fetch_from_hub(repo, (*DEFAULT_FILES, INDEX), **where)
+        if found.name == INDEX:
+            for shard in _shards(found):
+                fetch_from_hub(repo, (shard,), **where)
+        return found
     path = Path(text.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         return _checkpoint_in(path)
@@ -360,7 +367,7 @@ def locate(
 
 
 def _checkpoint_in(folder: Path) -> Path:
-    for name in DEFAULT_FILES:
+    for name in (*DEFAULT_FILES, INDEX):
         if (folder / name).is_file():
             return folder / name
     found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
@@ -389,6 +396,8 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
     use. Raises CheckpointError.
     """
     path = Path(path)
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
     try:
         with open(path, "rb") as file:
             start = file.read(256)
@@ -406,6 +415,27 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
     if path.suffix == ".safetensors" or is_safetensors:
         return unwrap(_read_safetensors(path), str(path), use_ema)
     return unwrap(_read_pickle(path), str(path), use_ema)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files of a checkpoint that is spread over several. Raises CheckpointError."""
+    parts = read_json(index).get("weight_map")
+    names = list(dict.fromkeys(parts.values())) if isinstance(parts, dict) else []
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{str(index)!r} does not say which files beside it hold the tensors.")
+    return names
+
+
+def _read_shards(index: Path) -> StateDict:
+    tensors: StateDict = {}
+    for name in _shards(index):
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{str(index)!r} names {name}, which is not beside it: fetch all of the checkpoint.")
+        tensors |= read_state_dict(index.parent / name)
+    missing = [key for key in read_json(index)["weight_map"] if key not in tensors]
+    if missing:
+        raise CheckpointError(f"The files of {str(index)!r} lack {len(missing)} of its tensors: {_some(missing)}.")
+    return tensors
 
 
 def _read_safetensors(path: Path) -> StateDict:

@@ -27,6 +27,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -365,7 +366,7 @@ class Head(nn.Module):
 POOLS = ("avg", "max", "avgmax", "")
 
 
-class MetaFormer(nn.Module):
+class MetaFormer(ZooModelHubMixin, nn.Module):
     """A four-stage network of MetaFormer blocks. (B, in_chans, H, W) -> (B, num_classes).
 
     The defaults are those of PoolFormerV2. Any number of stages works.

@@ -1,0 +1,515 @@
+"""The card of one checkpoint: what it is, how it was trained, and what was measured, with the Hub's metadata on top.
+
+Nothing in it is a claim: its figures come from an evaluation (`results.json`) or from the history of the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from zoo.cards import bibtex, cite, markdown_table, module_docstring, shape
+from zoo.config import read_yaml, to_plain
+from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
+from zoo.registry import ModelInfo, model_info
+from zoo.units import humanize
+
+__all__ = ["Base", "RunRecord", "read_run", "render_model_card", "without_paths"]
+
+HUB = "https://huggingface.co"
+UNSTATED = "unstated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """The weights that others come from. `license` is None where nobody here knows it, "unstated" where there is none.
+
+    `trained` says whether training came after: a fine-tune, and not the weights themselves.
+    """
+
+    name: str
+    hub_id: str | None = None
+    license: str | None = None
+    trained: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """What a run's folder says of one of its checkpoints.
+
+    `row` is the history's row of the epoch that the checkpoint is of, None where it was not evaluated.
+    """
+
+    folder: Path
+    checkpoint: str
+    config: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    row: Mapping[str, Any] | None
+
+
+# ------------------------------------------------------------------------------------------------------------- the run
+
+
+def read_run(folder: Path, checkpoint: str) -> RunRecord:
+    """The record of `folder / checkpoint`. Raises ConfigError for a configuration or history that is none."""
+    config = read_yaml(str(folder / "config.yaml"))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / 'config.yaml'} is not the configuration of a run.")
+    history: list[dict[str, Any]] = []
+    if (folder / "history.csv").is_file():
+        with open(folder / "history.csv", encoding="utf-8", newline="") as file:
+            try:
+                history = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+            except (csv.Error, UnicodeDecodeError, TypeError, ValueError) as error:
+                raise ConfigError(f"{folder / 'history.csv'} is not the history of a run: {error}.") from None
+    return RunRecord(
+        folder=folder,
+        checkpoint=checkpoint,
+        config=config,
+        history=history,
+        row=_row_of(folder / checkpoint, checkpoint, history),
+    )
+
+
+def _number(text: str) -> int | float | None:
+    return None if not text else int(text) if text.isdigit() else float(text)
+
+
+def _row_of(folder: Path, checkpoint: str, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    evaluated = [row for row in history if row.get("val_top1") is not None]
+    if not evaluated:
+        return None
+    if checkpoint == "best":
+        return max(evaluated, key=lambda row: row["val_top1"])  # the first of equals, as the loop keeps it
+    return evaluated[-1] if _is_of_epoch(folder, history[-1]) and evaluated[-1] is history[-1] else None
+
+
+def _is_of_epoch(folder: Path, row: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of the end of `row`'s epoch: a run that was stopped saves itself in the middle of one."""
+    import torch
+
+    try:
+        progress = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)["progress"]
+    except Exception:  # no state, or one that cannot be read: then nobody knows
+        return False
+    return progress.get("batch") == 0 and progress.get("epoch") == row["epoch"]
+
+
+_PATH = re.compile(r"(?:file://)?(?:~[\w.-]*|\.\.?|[A-Za-z]:)?[/\\].*|~[\w.-]*")
+_IN_TEXT = re.compile(r"(?<![\w./:\\-])(?:~[\w.-]*|\.\.|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;()]+[/\\])+[^\s/\\'\",;()]*")
+_CREDENTIALS = re.compile(r"(\w+://)[^/@\s]*@")
+
+
+def without_paths(value: Any) -> Any:
+    """Plain data in which every local path is its last part alone, and no URL holds a password.
+
+    Where a file lay, and in whose home, is nobody's business; `hf-hub:` names, URLs and relative names stay.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    prefix = "local-dir:" if value.startswith("local-dir:") else ""
+    path = value.removeprefix(prefix)
+    if _PATH.fullmatch(path):
+        return prefix + _last_part(path)
+    return _IN_TEXT.sub(lambda match: _last_part(match[0]), _CREDENTIALS.sub(r"\1", value))
+
+
+def _last_part(path: str) -> str:
+    parts = [part for part in re.split(r"[/\\]", path) if part not in ("", ".", "..") and not part.startswith("~")]
+    return parts[-1] if parts else "."
+
+
+# ------------------------------------------------------------------------------------------------------------ rendering
+
+
+def render_model_card(
+    model: nn.Module,
+    *,
+    repo_id: str | None = None,
+    opens_in_timm: bool,
+    run: RunRecord | None = None,
+    results: Mapping[str, Any] | None = None,
+    base: Base | None = None,
+    license: str | None = None,
+    dataset: str | None = None,
+    note: str | None = None,
+    half: bool = False,
+    files: Sequence[str] = (),
+) -> str:
+    """The card of `model`, as Markdown with the Hub's metadata on top.
+
+    Args:
+        model: with its weights, as `create_model` makes it.
+        repo_id: where it is, or will be; without it the card speaks of OWNER/NAME.
+        opens_in_timm: whether plain timm makes the same model of it.
+        run: the run that trained it.
+        results: what an evaluation wrote, over the run's own figures.
+        base: the weights it was trained from.
+        license: of the weights, by its id on the Hub.
+        dataset: id on the Hub of the data that it was trained on.
+        note: what else there is to say.
+        half: whether the weights are kept in half precision.
+        files: that lie beside the card.
+
+    Raises ConfigError when the metadata is not what the Hub reads.
+    """
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    info = _facts(str(cfg["architecture"]))
+    about = _Data.of(run, results, dataset)
+    place = repo_id or "OWNER/NAME"
+    figures = _figures(run, results)
+    name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
+    data = _metadata(
+        name=name,
+        model=model,
+        info=info,
+        repo_id=repo_id,
+        opens_in_timm=opens_in_timm,
+        base=base,
+        license=license,
+        data=about,
+        trained_on=dataset or _hub_data(run),
+        figures=figures,
+        measured_in="history.csv" if results is None else "results.json",
+        files=files,
+    )
+    sections = {
+        "Model": _model_section(model, cfg, info, half),
+        "Use": _use_section(place, cfg, info, opens_in_timm),
+        "Evaluation": _evaluation_section(place, about, figures, run, results),
+        "Training": _training_section(run, base, files),
+        "Limits": _limits_section(run, results, about, base),
+        "Licence": _licence_section(license, base, info),
+        "Citation": f"```bibtex\n{bibtex(info.paper)}\n```" if info and info.paper else "",
+    }
+    parts = [
+        f"# {name}",
+        _summary(cfg, info, about, figures, base),
+        *([note] if note else []),
+        *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
+    ]
+    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    if ModelCard(text, ignore_metadata_errors=False).data.to_dict() != data.to_dict():
+        raise ConfigError("The card's metadata does not read back as it was written: is the dataset's name plain text?")
+    return text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Data:
+    """What a model was measured on: as people call it, its id on the Hub, its split, and flags of `eval.py`.
+
+    `is_training_data` says whether it is the evaluation split of what the model was trained on.
+    """
+
+    name: str
+    hub_id: str | None
+    split: str | None
+    flags: str
+    is_training_data: bool = True
+
+    @classmethod
+    def of(cls, run: RunRecord | None, results: Mapping[str, Any] | None, dataset: str | None) -> _Data | None:
+        config = run.config.get("data") if run else None
+        config = config if isinstance(config, Mapping) else {}
+        kind, path = config.get("name"), config.get("path")
+        measured = (results or {}).get("data") or path or kind
+        if measured is None:
+            return cls(name=dataset, hub_id=dataset, split=None, flags="") if dataset else None
+        if measured != (path or kind):
+            is_known = not run and dataset  # a checkpoint comes with no other data than what it was measured on
+            name = dataset if is_known else str(without_paths(str(measured)))
+            flags = f"--data.path {without_paths(str(measured))}"
+            return cls(
+                name=str(name), hub_id=dataset if is_known else None, split=None, flags=flags, is_training_data=False
+            )
+        hub_id = dataset or (path if kind == "hub" else None)
+        called = {"digits": "scikit-learn digits"}.get(str(kind)) or without_paths(str(path or kind))
+        split = config.get("val_split") or ("test" if kind == "digits" else None)
+        flags = f"--data.name {kind}" + (f" --data.path {without_paths(str(path))}" if path else "")
+        return cls(name=hub_id or str(called), hub_id=hub_id, split=split, flags=flags)
+
+
+def _hub_data(run: RunRecord | None) -> str | None:
+    data = run.config.get("data") if run else None
+    return data.get("path") if isinstance(data, Mapping) and data.get("name") == "hub" else None
+
+
+def _facts(architecture: str) -> ModelInfo | None:
+    try:
+        return model_info(architecture)
+    except UnknownModelError:  # one of timm's
+        return None
+
+
+METRICS = {
+    "top1": ("accuracy", "Top-1 accuracy, %"),
+    "top5": ("accuracy", "Top-5 accuracy, %"),
+    "loss": ("loss", "Cross-entropy"),
+    "ece": ("expected_calibration_error", "Expected calibration error, %"),
+}
+
+
+def _figures(run: RunRecord | None, results: Mapping[str, Any] | None) -> dict[str, float]:
+    """What was measured of these very weights: by an evaluation, or else by the run that trained them."""
+    found = results or {key.removeprefix("val_"): value for key, value in ((run and run.row) or {}).items()}
+    figures = {key: found[key] for key in METRICS if isinstance(found.get(key), int | float)}
+    return {key: float(value) for key, value in figures.items() if math.isfinite(value)}
+
+
+def _metadata(
+    *,
+    name: str,
+    model: nn.Module,
+    info: ModelInfo | None,
+    repo_id: str | None,
+    opens_in_timm: bool,
+    base: Base | None,
+    license: str | None,
+    data: _Data | None,
+    trained_on: str | None,
+    figures: Mapping[str, float],
+    measured_in: str,
+    files: Sequence[str],
+) -> ModelCardData:
+    task = "image-classification" if getattr(model, "num_classes", 0) else "image-feature-extraction"
+    measured = []
+    if data is not None:
+        linked = repo_id is not None and measured_in in files
+        measured = [
+            EvalResult(
+                task_type=task,
+                task_name="Image classification",
+                dataset_type=data.hub_id or re.sub(r"[^a-z0-9]+", "-", data.name.lower()).strip("-") or "data",
+                dataset_name=data.name,
+                dataset_split=data.split,
+                metric_type=METRICS[key][0],
+                metric_name=METRICS[key][1],
+                metric_value=round(value, 4),
+                source_name=measured_in if linked else None,
+                source_url=f"{HUB}/{repo_id}/blob/main/{measured_in}" if linked else None,
+            )
+            for key, value in figures.items()
+        ]
+    licence: dict[str, Any] = {"license": license}
+    if license == UNSTATED:
+        licence = {"license": "other", "license_name": UNSTATED}
+    extra: dict[str, Any] = {}
+    if base is not None and base.hub_id and base.trained:
+        extra["base_model_relation"] = "finetune"
+    return ModelCardData(
+        library_name="timm" if opens_in_timm else "backbone-zoo",
+        pipeline_tag=task,
+        tags=[task, "zoo", *(["timm"] if opens_in_timm else []), *([info.family] if info else [])],
+        datasets=[trained_on] if trained_on else None,
+        base_model=base.hub_id if base else None,
+        metrics=["accuracy"] if measured else None,
+        model_name=name if measured else None,
+        eval_results=measured or None,
+        **licence,
+        **extra,
+    )
+
+
+def _summary(
+    cfg: Mapping[str, Any],
+    info: ModelInfo | None,
+    data: _Data | None,
+    figures: Mapping[str, float],
+    base: Base | None,
+) -> str:
+    family = f"a {re.split('[:.]', module_docstring(info.module))[0]}" if info else "timm's"
+    text = f"`{cfg['architecture']}` ({family})"
+    if base is not None:
+        text += f", {'fine-tuned from' if base.trained else 'with the weights'} `{base.name}`"
+    if data is not None and "top1" in figures:
+        text += f". Top-1 accuracy on {data.name}: {figures['top1']:.2f}%, measured"
+    return text + "."
+
+
+def _model_section(model: nn.Module, cfg: Mapping[str, Any], info: ModelInfo | None, half: bool) -> str:
+    from zoo.profiling import profile
+
+    costs = profile(model)
+    classes = getattr(model, "num_classes", 0)
+    size = tuple(cfg["input_size"])
+    rows = [
+        ("architecture", f"`{cfg['architecture']}`"),
+        ("classes", f"{classes:,}{_some_labels(cfg)}" if classes else "none: features"),
+        ("parameters", f"{costs.params:,}"),
+        ("MACs", f"{humanize(costs.macs)} for one input of {shape(size)}"),
+        ("activations", humanize(costs.activations)),
+        ("weights", "float16, halved after training" if half else _dtypes(model)),
+        ("preprocessing", _preprocessing(cfg)),
+    ]
+    text = [
+        markdown_table(("", ""), rows),
+        "MACs are multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts "
+        "one); activations are the output elements of the same operators.",
+    ]
+    if info and info.compact:
+        text.insert(0, f"{info.compact.rstrip('.')}.")
+    if info and info.paper:
+        text.append(f"Paper: {cite(info.paper)}")
+    return "\n\n".join(text)
+
+
+def _some_labels(cfg: Mapping[str, Any]) -> str:
+    names = cfg.get("label_names")
+    if not isinstance(names, list | tuple):
+        return ""
+    return f": {', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''}"
+
+
+def _dtypes(model: nn.Module) -> str:
+    return ", ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in model.parameters()))
+
+
+def _preprocessing(cfg: Mapping[str, Any]) -> str:
+    def numbers(values: Sequence[float]) -> str:
+        return f"({', '.join(f'{value:g}' for value in values)})"
+
+    return (
+        f"resize the shorter side to input / {cfg.get('crop_pct', 1.0):g} ({cfg.get('interpolation')}), crop the "
+        f"centre, scale to 0..1, subtract {numbers(cfg['mean'])}, divide by {numbers(cfg['std'])}"
+    )
+
+
+def _use_section(place: str, cfg: Mapping[str, Any], info: ModelInfo | None, opens_in_timm: bool) -> str:
+    text = []
+    if info is not None:
+        text.append(
+            f'```python\nimport zoo\n\nmodel = zoo.create_model("hf-hub:{place}").eval()\n'
+            'print(zoo.predict(model, "picture.jpg"))\n```'
+            if cfg.get("num_classes")
+            else f'```python\nimport zoo\n\nmodel = zoo.create_model("hf-hub:{place}").eval()\n```'
+        )
+    create = f'model = timm.create_model("hf-hub:{place}", pretrained=True).eval()'
+    if opens_in_timm:
+        text.append(f"{'and with' if info else 'With'} timm\n\n```python\nimport timm\n\n{create}\n```")
+    elif info is not None:
+        text.append(
+            "and with timm, which computes this model otherwise, or not at all, by itself\n\n"
+            f"```python\nimport timm\nimport zoo\n\nzoo.register_with_timm(override=True)\n{create}\n```"
+        )
+    return "\n\n".join(text)
+
+
+def _evaluation_section(
+    place: str,
+    data: _Data | None,
+    figures: Mapping[str, float],
+    run: RunRecord | None,
+    results: Mapping[str, Any] | None,
+) -> str:
+    if data is None or not figures:
+        return "These weights come without measured results."
+    rows = [(METRICS[key][1], f"{value:.4f}" if key == "loss" else f"{value:.2f}") for key, value in figures.items()]
+    where = data.name + (f", split {data.split}" if data.split else "")
+    if results is not None:
+        if results.get("label_map"):
+            where += f", label map {without_paths(str(results['label_map']))}"
+        size = (results.get("preprocessing") or {}).get("input_size")
+        if isinstance(size, list):
+            where += f", at {shape(size)}"
+        images = f" on {results['images']:,} images" if isinstance(results.get("images"), int) else ""
+        source = f"Measured{images} of {where} with `eval.py`; `results.json` holds every figure."
+    else:
+        assert run is not None
+        assert run.row is not None
+        epoch = f"epoch {run.row['epoch']} of {run.history[-1]['epoch']}"
+        source = f"Measured on {where} at the end of {epoch} of the training run; `history.csv` holds every epoch."
+    command = f"python eval.py --model hf-hub:{place} {data.flags}".rstrip()
+    return (
+        f"{markdown_table(('metric', '>value'), rows)}\n\n{source} To measure again, with the data in its place:\n\n"
+        f"```bash\n{command}\n```"
+    )
+
+
+def _training_section(run: RunRecord | None, base: Base | None, files: Sequence[str]) -> str:
+    if run is None:
+        return ""
+    rows = [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in _recipe(run.config)]
+    text = [markdown_table(("setting", "value"), rows)]
+    history = [row for row in run.history if isinstance(row.get("seconds"), int | float)]
+    if history:
+        seconds = sum(row["seconds"] for row in history)
+        updates = f", {history[-1]['updates']:,} updates" if history[-1].get("updates") else ""
+        text.append(f"{len(history)} epochs{updates}, {_duration(seconds)} of training without the evaluations.")
+    if base is not None:
+        text.insert(0, f"Training began with the weights of `{base.name}`.")
+    if "training_config.yaml" in files:
+        text.append(
+            "Settings that are not in the table are the defaults; `training_config.yaml` holds all of them, and trains "
+            "again with `python train.py --config training_config.yaml`."
+        )
+    if "curves.png" in files:
+        text.append("![Loss and accuracy by epoch](curves.png)")
+    return "\n\n".join(text)
+
+
+def _recipe(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Dotted keys and values that differ from the defaults, without those that say where a run lay."""
+    chosen = dict(_flat(without_paths({k: v for k, v in config.items() if k not in ("output", "resume")})))
+    try:
+        from zoo.data import DataConfig
+        from zoo.training import TrainingConfig
+    except MissingDependencyError:  # without the training extra there are no defaults to compare with
+        return list(chosen.items())
+    defaults = dict(_flat(to_plain(TrainingConfig(data=DataConfig(name="digits")))))
+    return [(key, value) for key, value in chosen.items() if key == "data.name" or defaults.get(key) != value]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        flat += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [(prefix + key, value)]
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _limits_section(
+    run: RunRecord | None, results: Mapping[str, Any] | None, data: _Data | None, base: Base | None
+) -> str:
+    lines = []
+    if run is not None and run.checkpoint == "best" and data is not None:
+        lines.append(
+            "- The epoch was chosen by its accuracy on the split that the figures are of: they flatter it a little."
+            if data.is_training_data
+            else "- The epoch was chosen by its accuracy on the evaluation split of the training data."
+        )
+    if data is not None:
+        lines.append(f"- Accuracy was measured on {data.name}: on other pictures it is not known.")
+    lines.append("- The model knows the classes, and carries the biases, of its training data.")
+    if base is not None:
+        lines.append(f"- It inherits what is said of `{base.name}`.")
+    return "\n".join(lines)
+
+
+def _licence_section(license: str | None, base: Base | None, info: ModelInfo | None) -> str:
+    stated = {None: "none is stated: ask the authors before use", UNSTATED: "none is stated"}.get(license, license)
+    lines = [f"- These weights: {stated}."]
+    if base is not None:
+        known = {None: "not known here", UNSTATED: "none is stated by their authors"}.get(base.license, base.license)
+        lines.append(f"- `{base.name}`, which they come from: {known}.")
+    if info is not None and info.code_license:
+        lines.append(f"- The architecture's original code: {info.code_license}, <{info.code_url}>.")
+    return "\n".join(lines)

@@ -1,0 +1,725 @@
+"""Publishing on the Hub: everything is made and checked here first, goes up in one commit, and is read back.
+
+"Published" is said only of a commit whose files, downloaded again, are those that were sent, and whose model gives the
+same logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import filecmp
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
+from torch import Tensor, nn
+
+import zoo
+from zoo.errors import CheckpointError, ConfigError, PublishError, UnknownModelError, ZooError, did_you_mean
+from zoo.factory import create_model
+from zoo.files import whole_file
+from zoo.hub import CONFIG, WEIGHTS, save_pretrained
+from zoo.model_card import UNSTATED, Base, RunRecord, read_run, render_model_card, without_paths
+from zoo.registry import Weights, get_entry, list_models, model_info, split_name
+from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
+
+__all__ = ["Draft", "Publication", "model_card", "prepare", "publish"]
+
+Say = Callable[[str], object]
+Answer = TypeVar("Answer")
+
+TRIES = 5
+LONGEST_WAIT = 300.0  # seconds that a rate limit may ask for before it is an error
+RESULTS = ("evaluation/results.json", "results.json")  # where a run or a checkpoint may keep an evaluation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draft:
+    """What is to be published: a folder, its files and their sizes in bytes, and remarks on what was left out."""
+
+    folder: Path
+    files: Mapping[str, int]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def card(self) -> str:
+        return (self.folder / "README.md").read_text(encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What was published, and proved to be there.
+
+    `commit` is the full hash, `changed` whether it is a new one (else everything was there already), `replaced` files
+    that were there before under the same names, and `kept` those that stay beside what was published.
+    """
+
+    repo_id: str
+    url: str
+    commit: str
+    changed: bool
+    pull_request: str | None
+    files: Mapping[str, int]
+    replaced: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+# ----------------------------------------------------------------------------------------------------------- publishing
+
+
+def publish(
+    source: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | None = None,
+    say: Say = lambda _: None,
+    **options: Any,
+) -> Publication:
+    """Publish a model on the Hub: weights, configuration, what is known of its training, results and a card.
+
+    All files go up in one commit, or none does. They are then downloaded to a fresh folder and compared, tensors bit by
+    bit and logits, before this returns. Publishing the same again changes nothing and compares again.
+
+    Args:
+        source: a model that `create_model` made, the folder of a run (its best checkpoint), a folder in the Hub's
+            layout, or a file of weights with `model=`.
+        repo_id: "owner/name"; made if need be. Other files that it holds stay.
+        private: of a repository that is made; a public one that exists is refused.
+        create_pr: open a pull request instead of committing to main.
+        commit_message: by default "Publish ARCHITECTURE".
+        token: by default that of `hf auth login` or HF_TOKEN.
+        say: is called with a line when there is something to wait for or to know.
+        **options: those of `prepare`.
+
+    Raises:
+        PublishError: nothing was published, or what was cannot be proved; says which, and what to do.
+        ConfigError, CheckpointError, UnknownModelError: as `prepare`.
+    """
+    check_repo_id(repo_id)
+    with tempfile.TemporaryDirectory(prefix="zoo-publish-", ignore_cleanup_errors=True) as scratch:
+        draft = prepare(source, Path(scratch) / "repository", repo_id=repo_id, **options)
+        for remark in draft.remarks:
+            say(remark)
+        message = commit_message or f"Publish {read_json(draft.folder / CONFIG)['architecture']}"
+        hub = _Hub(repo_id, token, say)
+        publication = hub.upload(draft, private=private, create_pr=create_pr, message=message)
+        hub.verify(draft, publication)
+        return publication
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ConfigError for what cannot name a repository."""
+    try:
+        if not isinstance(repo_id, str) or repo_id.count("/") != 1:
+            raise errors.HFValidationError
+        validate_repo_id(repo_id)
+    except errors.HFValidationError:
+        raise ConfigError(
+            f"{repo_id!r} cannot name a repository: it should read OWNER/NAME, of letters, digits, '-', '_' and '.'."
+        ) from None
+
+
+class _Hub:
+    """One repository, while something is being published there."""
+
+    def __init__(self, repo_id: str, token: str | None, say: Say) -> None:
+        self.repo_id, self.token, self.say = repo_id, token, say
+        self.api = HfApi(token=token, library_name="backbone-zoo", library_version=zoo.__version__)
+        self.state = "Nothing was published."
+
+    def upload(self, draft: Draft, *, private: bool, create_pr: bool, message: str) -> Publication:
+        """Commit the draft, whole or not at all. Raises PublishError."""
+        with self._explained():
+            created = not self._patiently(lambda: self.api.repo_exists(self.repo_id))
+            if created:
+                self._patiently(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
+                self.state = f"Nothing was published; the repository {self.repo_id} was made and is empty."
+            before = self._patiently(lambda: self.api.model_info(self.repo_id, files_metadata=True))
+        if private and not before.private:
+            raise PublishError(
+                f"{self.repo_id} exists and is public, and --private was asked for. Nothing was published. "
+                "Make it private in its settings on the Hub, or choose another name."
+            )
+        there = {sibling.rfilename: sibling for sibling in before.siblings or ()}
+        replaced = [name for name in draft.files if name in there and not _is_same(draft.folder / name, there[name])]
+        additions = [CommitOperationAdd(name, str(draft.folder / name)) for name in draft.files]
+        try:
+            with self._explained():
+                commit = self._patiently(
+                    lambda: self.api.create_commit(
+                        self.repo_id,
+                        additions,
+                        commit_message=message,
+                        create_pr=create_pr,
+                        parent_commit=before.sha,  # a commit of another in between is an error, a second of ours, too
+                    ),
+                    (429,),
+                )
+        except PublishError as error:
+            raise PublishError(f"{str(error).removesuffix(self.state)}{self._state_now(before.sha)}") from error
+        except KeyboardInterrupt:
+            self.say(f"Interrupted. {self._state_now(before.sha)}")
+            raise
+        pull_request = commit.pr_url if create_pr else None
+        return Publication(
+            repo_id=self.repo_id,
+            url=pull_request or f"{constants.ENDPOINT}/{self.repo_id}",
+            commit=commit.oid,
+            changed=commit.oid != before.sha,
+            pull_request=pull_request,
+            files=draft.files,
+            replaced=tuple(replaced),
+            kept=tuple(sorted(there.keys() - draft.files.keys() - {".gitattributes"})),
+        )
+
+    def verify(self, draft: Draft, publication: Publication) -> None:
+        """Download what was committed to a fresh cache, and hold it to the draft. Raises PublishError."""
+        commit = publication.commit
+        what = f"commit {commit[:12]} of {self.repo_id}"
+        advice = (
+            "Publish again to check again: what is there already is not sent twice. To take it back, revert the commit."
+        )
+        with tempfile.TemporaryDirectory(prefix="zoo-verify-", ignore_cleanup_errors=True) as cache:
+            where: dict[str, Any] = {"cache_dir": cache, "token": self.token}
+            try:
+                for name in draft.files:
+                    path = fetch_from_hub(self.repo_id, (name,), revision=commit, **where)
+                    if not filecmp.cmp(path, draft.folder / name, shallow=False):
+                        raise PublishError(f"{what} does not hold what was sent: {name} differs. {advice}")
+                ours = _open(f"local-dir:{draft.folder}")
+                theirs = _open(f"hf-hub:{self.repo_id}@{commit}", **where)
+                images = _fixed_input(ours)
+                if not _same_tensors(ours, theirs) or not _close(_logits(ours, images), _logits(theirs, images), 1e-6):
+                    raise PublishError(f"The model of {what} is not the one that was sent. {advice}")
+            except PublishError:
+                raise
+            except (ZooError, OSError) as error:
+                raise PublishError(
+                    f"The files went up, but {what} is not proved to be whole. {error} {advice}"
+                ) from error
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    def _patiently(self, ask: Callable[[], Answer], retried: tuple[int, ...] = (429, 500, 502, 503, 504)) -> Answer:
+        """`ask()`, again after the time that a busy Hub asks to wait. The client itself retries only uploads."""
+        for attempt in range(1, TRIES + 1):
+            try:
+                return ask()
+            except errors.HfHubHTTPError as error:
+                status = error.response.status_code
+                wait = _seconds_to_wait(error.response.headers, 2.0**attempt / 2)
+                if status not in retried or attempt == TRIES or wait > LONGEST_WAIT:
+                    raise
+                reason = "is asked too often" if status == 429 else "has trouble"
+                self.say(f"The Hub {reason} (HTTP {status}): trying again in {wait:g} s.")
+                time.sleep(wait)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except ZooError:
+            raise
+        except (OSError, ValueError, RuntimeError, LookupError, errors.HTTPError) as error:
+            raise PublishError(f"{self._explain(error)} {self.state}") from error
+
+    def _explain(self, error: Exception) -> str:
+        host = constants.ENDPOINT.partition("://")[2]
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        stated = response.headers.get("X-Error-Message") if response is not None else None
+        said = f" ({stated.rstrip('.')})" if stated else ""
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return "Offline mode (HF_HUB_OFFLINE) is on, and publishing needs the network: unset it."
+        if status == 401 and (self.token or get_token()) is None:
+            return "You are not logged in: run `hf auth login`, or set HF_TOKEN, with a token that may write."
+        if status == 401:
+            return f"The Hub does not accept your token (HTTP 401){said}: log in again with one that may write."
+        if isinstance(error, errors.GatedRepoError):
+            return f"{self.repo_id} is gated, and your account has no access: ask for it on its page."
+        if status == 403:
+            return (
+                f"Your token may not do that to {self.repo_id} (HTTP 403){said}: use one that may write for "
+                f"{self.repo_id.partition('/')[0]}, or, where the repository exists, propose the model with --pr."
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return f"There is no repository {self.repo_id}, or your token may not see it."
+        if status == 412:
+            return f"Someone else changed {self.repo_id} in the meantime (HTTP 412): publish again."
+        if status == 429:
+            return f"The Hub is asked too often (HTTP 429){said}: publish again later."
+        if status is not None and status >= 500:
+            return f"The Hub has trouble (HTTP {status}){said}: publish again later."
+        if status is not None:
+            return f"The Hub refuses (HTTP {status}){said or f': {_first_line(error)}'}."
+        if isinstance(error, ValueError) and "Invalid metadata" in str(error):
+            reason = " ".join(str(error).split()).partition(". ")[2].removeprefix("- ").rstrip(".")
+            return f"The Hub refuses the card's metadata: {reason}."
+        if isinstance(error, json.JSONDecodeError | LookupError):
+            return f"{host} does not answer as a Hub does: check HF_ENDPOINT, or try again later."
+        return f"The connection to {host} broke ({_first_line(error)}): publish again."
+
+    def _state_now(self, before: str | None) -> str:
+        """What an upload that failed has left: asked of the Hub, for a lost answer may have been a yes."""
+        page = f"{constants.ENDPOINT}/{self.repo_id}/commits/main"
+        try:
+            now = self.api.model_info(self.repo_id, timeout=10).sha
+        except Exception:  # there is trouble already, and this is but a question about it
+            return f"Whether a commit was made is not known: see {page}."
+        return self.state if now == before else f"Its main branch has another commit now, {str(now)[:12]}: see {page}."
+
+
+def _is_same(path: Path, there: RepoSibling) -> bool:
+    """Whether a file of the repository has the bytes of `path`, by the hash that the Hub states."""
+    if there.lfs is not None:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == there.lfs.sha256
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id  # as git does
+
+
+def _seconds_to_wait(headers: Mapping[str, str], otherwise: float) -> float:
+    stated = headers.get("Retry-After", "").strip()
+    if stated.isdigit():
+        return float(stated)
+    limit = parse_ratelimit_headers(headers)
+    return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else otherwise
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------------------ preparing
+
+
+def prepare(
+    source: nn.Module | str | Path,
+    folder: str | Path,
+    *,
+    repo_id: str | None = None,
+    model: str | None = None,
+    license: str | None = None,
+    dataset: str | None = None,
+    note: str | None = None,
+    results: str | Path | None = None,
+    has_rights: bool = False,
+    half: bool = False,
+) -> Draft:
+    """Make the folder that `publish` would upload, without the network.
+
+    Args:
+        source: as in `publish`.
+        folder: new or empty; its parent must exist.
+        repo_id: where it will be published, for the card.
+        model: the architecture, where `source` is a file of weights.
+        license: of the weights, by its id on the Hub, such as "apache-2.0"; by default that of the weights they come
+            from.
+        dataset: id on the Hub of the data that the model was trained and measured on.
+        note: what else the card should say.
+        results: the `results.json` of an evaluation of these weights, or its folder.
+        has_rights: publish weights that come from others without a licence, or under one that forbids it.
+        half: keep the weights in half precision.
+
+    Raises:
+        ConfigError: a source, option or folder that will not do, weights without rights, outputs that are not finite.
+        CheckpointError, UnknownModelError: a checkpoint that cannot be read, or is of no known model.
+    """
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise ConfigError(f"{license!r} is no licence's id on the Hub: such an id reads like apache-2.0 or cc-by-4.0.")
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another.")
+    found = _find(source, model)
+    base = found.base
+    _check_rights(base, license, has_rights)
+    license = license or (base.license if base else None)
+    evaluation, remarks = _read_results(found, results)
+    note = note or found.note
+    with _described(found.model, base, license) as module:
+        dtype = torch.float16 if half else None
+        draft = save_pretrained(module, folder, labels=_labels(module), note=note, dtype=dtype)
+    served = _open(f"local-dir:{draft}")
+    images = _fixed_input(served)
+    logits = _logits(served, images)
+    if not torch.isfinite(logits).all():
+        shutil.rmtree(draft)
+        raise ConfigError(
+            "The model's outputs are not finite (NaN or infinite), so there is nothing worth publishing"
+            + (": float16 does not hold these weights; leave out --half." if half else ".")
+        )
+    if found.run is not None:
+        _add_records(found.run, draft)
+    if evaluation is not None:
+        text = json.dumps(without_paths(evaluation), indent=1) + "\n"
+        _write(draft / "results.json", text)
+    names = sorted(path.name for path in draft.iterdir())
+    card = render_model_card(
+        served,
+        repo_id=repo_id,
+        opens_in_timm=_opens_in_timm(draft, images, logits),
+        run=found.run,
+        results=evaluation,
+        base=base,
+        license=license,
+        dataset=dataset,
+        note=note,
+        half=half,
+        files=names,
+    )
+    _write(draft / "README.md", card)
+    if not license:
+        remarks.append("No licence is stated for these weights: name one with --license.")
+    first = ("README.md", CONFIG, WEIGHTS)
+    ordered = [*first, *(name for name in names if name not in first)]
+    return Draft(folder=draft, files={name: (draft / name).stat().st_size for name in ordered}, remarks=tuple(remarks))
+
+
+def model_card(source: nn.Module | str | Path, *, say: Say = lambda _: None, **options: Any) -> str:
+    """The card that `publish` would give a model. Takes the options of `prepare`, and raises as it does."""
+    with tempfile.TemporaryDirectory(prefix="zoo-card-", ignore_cleanup_errors=True) as scratch:
+        draft = prepare(source, Path(scratch) / "repository", **options)
+        for remark in draft.remarks:
+            say(remark)
+        return draft.card
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A model with its weights, and what is known of them."""
+
+    model: nn.Module
+    base: Base | None
+    run: RunRecord | None = None
+    checkpoint: Path | None = None  # the folder with the weights
+    note: str | None = None
+
+
+def _find(source: nn.Module | str | Path, model: str | None) -> _Source:
+    if isinstance(source, nn.Module):
+        if not isinstance(getattr(source, "pretrained_cfg", None), Mapping):
+            raise ConfigError(f"{type(source).__name__} has no pretrained_cfg: publish a model of zoo.create_model.")
+        return _Source(model=source, base=_base_in_cfg(_cfg(source), source) if _has_loaded(source) else None)
+    if not isinstance(source, str | os.PathLike):
+        raise ConfigError(f"A model, a folder or a file is published, not {type(source).__name__}.")
+    path = Path(os.fspath(source).removeprefix("local-dir:")).expanduser()
+    if not path.exists():
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"There is no run or checkpoint {str(path)!r}.{near}")
+    if path.is_file() and not (path.name == WEIGHTS and model is None and (path.parent / CONFIG).is_file()):
+        if model is None:
+            raise ConfigError(f"{str(path)!r} does not say what model it is of: name the architecture with --model.")
+        return _from_file(path, model)
+    if model is not None:
+        raise ConfigError(f"{str(path)!r} says itself what model it holds: leave out --model.")
+    folder = path if path.is_dir() else path.parent
+    if (folder / "config.yaml").is_file() and not (folder / CONFIG).is_file():
+        return _from_run(folder)
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(
+            f"{str(folder)!r} is neither the folder of a run (config.yaml, best or last) nor a checkpoint ({CONFIG}, "
+            f"{WEIGHTS})."
+        )
+    if folder.name in ("best", "last") and (folder.parent / "config.yaml").is_file():
+        return _from_run(folder.parent, folder.name)
+    module = _open(f"local-dir:{folder}")
+    note = read_json(folder / CONFIG).get("note")
+    note = note if isinstance(note, str) else None
+    return _Source(model=module, base=_base_in_cfg(_cfg(module), module), checkpoint=folder, note=note)
+
+
+def _has_loaded(module: nn.Module) -> bool:
+    """Whether a model took weights when it was made: else its description is of weights that it never had."""
+    return hasattr(module, "load_report") or _cfg(module).get("architecture") not in list_models()
+
+
+def _from_run(folder: Path, checkpoint: str | None = None) -> _Source:
+    there = [name for name in ("best", "last") if (folder / name / CONFIG).is_file()]
+    if not there:
+        raise ConfigError(f"The run {str(folder)!r} has no checkpoint yet, neither best nor last.")
+    checkpoint = checkpoint or there[0]
+    run = read_run(folder, checkpoint)
+    module = _open(f"local-dir:{folder / checkpoint}")
+    return _Source(model=module, base=_base_of_run(run, module), run=run, checkpoint=folder / checkpoint)
+
+
+def _from_file(path: Path, name: str) -> _Source:
+    """A bare file of weights, in any published layout, as wide as it is."""
+    base_name, tag, _ = split_name(name)
+    entry = get_entry(base_name)
+    with tempfile.TemporaryDirectory(prefix="zoo-convert-") as scratch:
+        converted = Path(scratch) / WEIGHTS
+        report = convert_checkpoint(path, converted, name)
+        tensors = read_state_dict(converted)
+        args: dict[str, Any] = {}
+        for argument, layers, axis in (("num_classes", entry.classifier, 0), ("in_chans", entry.first_conv, 1)):
+            weight = tensors.get(f"{layers}.weight") if isinstance(layers, str) else None
+            if weight is not None:
+                args[argument] = weight.shape[axis]
+        module = create_model(name, checkpoint_path=converted, **args)
+    # weights in their authors' layout are theirs: training here, or in timm, saves another one
+    published = entry.find_weights(tag) if entry.weights and (tag or report.converted) else None
+    return _Source(model=module, base=_base_of_weights(entry.name, published, trained=False) if published else None)
+
+
+def _open(name: str, **where: Any) -> nn.Module:
+    """The model of a repository or folder on the CPU, ready to be asked; timm's own where the zoo has none."""
+    try:
+        return create_model(name, **where).eval()
+    except UnknownModelError:
+        import timm
+
+        config = read_json(_config_path(name, **where))
+        if not timm.is_model(str(config.get("architecture"))):
+            raise
+    where.pop("token", None)
+    try:
+        model = timm.create_model(name, pretrained=True, **where)
+    except (RuntimeError, TypeError, ValueError, AssertionError, OSError) as error:
+        raise CheckpointError(f"timm does not open {name}: {error}") from error
+    cfg = model.pretrained_cfg
+    model.pretrained_cfg = model.default_cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    return model.eval()
+
+
+def _config_path(name: str, **where: Any) -> Path:
+    if name.startswith(HUB_PREFIXES):
+        repo, revision = split_hub_id(name)
+        return fetch_from_hub(repo, (CONFIG,), revision=revision, **where)
+    return Path(name.removeprefix("local-dir:")) / CONFIG
+
+
+# -------------------------------------------------------------------------------------------------- origin and licences
+
+
+def _base_of_run(run: RunRecord, module: nn.Module) -> Base | None:
+    """What a run started from, by its configuration; what it saved says it for what came before."""
+    section = run.config.get("model")
+    section = section if isinstance(section, Mapping) else {}
+    name, checkpoint = str(section.get("name", "")), section.get("checkpoint_path")
+    if isinstance(checkpoint, str) and checkpoint:
+        return _base_by_name(checkpoint, module)
+    named = ":" in name or "." in name or Path(name).expanduser().is_dir()
+    pretrained = section.get("pretrained")
+    if not (named if pretrained is None else pretrained or ":" in name):
+        return None
+    return _base_by_name(name, module)
+
+
+def _base_by_name(name: str, module: nn.Module) -> Base:
+    if name.startswith(HUB_PREFIXES):
+        repo = split_hub_id(name)[0]
+        known = _published_at(repo)
+        license = known.license if known else _cfg(module).get("license")
+        return Base(name=repo, hub_id=repo, license=license, trained=True)
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if path.exists() or name.startswith("local-dir:") or "/" in name.removeprefix("timm/"):
+        before = _base_in_cfg(_saved_cfg(path) or _cfg(module))  # what those weights themselves came from
+        if before is not None:
+            return dataclasses.replace(before, trained=True)
+        return Base(name=str(without_paths(str(path.absolute()))), license=_cfg(module).get("license"), trained=True)
+    if name.startswith("timm/"):
+        full = name if "." in name else f"{name}.{_cfg(module).get('tag', '')}".rstrip(".")
+        return Base(name=full, hub_id=full, license=_cfg(module).get("license"), trained=True)
+    base_name, tag, _ = split_name(name)
+    if base_name in list_models():
+        return _base_of_weights(base_name, get_entry(base_name).find_weights(tag), trained=True)
+    return Base(name=name, trained=True)
+
+
+def _saved_cfg(path: Path) -> dict[str, Any] | None:
+    """The description in a checkpoint's folder, or a run's, where it is still there."""
+    for folder in (path / "best", path / "last", path, path.parent):
+        if (folder / CONFIG).is_file():
+            config = read_json(folder / CONFIG)
+            saved = config.get("pretrained_cfg")
+            kept = {key: config.get(key) for key in ("architecture", "num_classes")}
+            return {**saved, **kept} if isinstance(saved, dict) else None
+    return None
+
+
+def _base_in_cfg(cfg: Mapping[str, Any], module: nn.Module | None = None) -> Base | None:
+    """The published weights that a model was loaded with, or has come from, as its `pretrained_cfg` says."""
+    classes = getattr(module, "num_classes", cfg.get("num_classes"))
+    architecture, tag = str(cfg.get("architecture")), cfg.get("tag")
+    if tag and architecture in list_models():
+        known = next((w for w in model_info(architecture).weights if w.tag == tag), None)
+        if known is not None:
+            return _base_of_weights(architecture, known, trained=classes != known.num_classes)
+    origin = str(cfg.get("origin_url") or "")
+    if origin.startswith(f"{ORIGIN}/"):
+        repo = origin.removeprefix(f"{ORIGIN}/")
+        return Base(name=repo, hub_id=repo, license=cfg.get("license"), trained=True)
+    if tag and architecture not in list_models():
+        full = f"timm/{architecture}.{tag}"
+        return Base(name=full, hub_id=full, license=cfg.get("license"))
+    return None
+
+
+ORIGIN = "https://huggingface.co"
+
+
+def _base_of_weights(architecture: str, weights: Weights, trained: bool) -> Base:
+    return Base(name=f"{architecture}.{weights.tag}", hub_id=weights.hub_id, license=weights.license, trained=trained)
+
+
+def _published_at(repo: str) -> Weights | None:
+    """The authors' weights that lie in a repository, where the registry knows one set of them there."""
+    found = [w for name in list_models() for w in model_info(name).weights if w.hub_id == repo]
+    return found[0] if len({w.license for w in found}) == 1 else None
+
+
+def _check_rights(base: Base | None, license: str | None, has_rights: bool) -> None:
+    """Raise ConfigError where the weights come from others who have not allowed it."""
+    if base is None or has_rights:
+        return
+    if base.license == UNSTATED:
+        raise ConfigError(
+            f"These weights come from {base.name}, whose authors state no licence, so nobody may pass them on without "
+            "asking. Where you have their leave, say so with --i-have-the-rights."
+        )
+    if license and license != base.license and re.search(r"(^|-)nc(-|$)|non-?commercial", base.license or ""):
+        raise ConfigError(
+            f"These weights come from {base.name}, whose licence is {base.license}: they cannot be given out as "
+            f"{license}. Leave out --license, or, where you may, say so with --i-have-the-rights."
+        )
+
+
+@contextlib.contextmanager
+def _described(module: nn.Module, base: Base | None, license: str | None) -> Iterator[nn.Module]:
+    """The model, its description naming its licence, and what it was trained from instead of what that was called."""
+    before = _cfg(module)
+    cfg = dict(before)
+    if not _has_loaded(module):
+        cfg = {key: value for key, value in cfg.items() if key not in ("tag", "license")}
+    if license:
+        cfg["license"] = license
+    if base is not None and base.trained:
+        cfg.pop("tag", None)
+        if base.hub_id:
+            cfg["origin_url"] = f"{ORIGIN}/{base.hub_id}"
+    module.pretrained_cfg = cfg  # type: ignore[assignment]
+    try:
+        yield module
+    finally:
+        module.pretrained_cfg = before  # type: ignore[assignment]
+
+
+def _cfg(module: nn.Module) -> dict[str, Any]:
+    return module.pretrained_cfg  # type: ignore[return-value]
+
+
+def _labels(module: nn.Module) -> list[str] | None:
+    names = _cfg(module).get("label_names")
+    fits = isinstance(names, list | tuple) and len(names) == getattr(module, "num_classes", None)
+    return [str(name) for name in names] if fits and names else None
+
+
+# -------------------------------------------------------------------------------------------------------------- records
+
+
+def _read_results(found: _Source, given: str | Path | None) -> tuple[dict[str, Any] | None, list[str]]:
+    """An evaluation's `results.json`, given or kept beside the checkpoint, and why one was left out."""
+    path = None
+    if given is not None:
+        path = Path(given).expanduser()
+        path = path / "results.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ConfigError(f"There are no results at {str(given)!r}: `eval.py --output FOLDER` writes them.")
+    elif found.checkpoint is not None:
+        folders = [found.checkpoint]
+        if found.run is not None and _is_evaluated(found.run):
+            folders.insert(0, found.run.folder)
+        path = next((folder / name for folder in folders for name in RESULTS if (folder / name).is_file()), None)
+        if path is not None and path.stat().st_mtime < (found.checkpoint / CONFIG).stat().st_mtime:
+            return None, [f"Left out: {path} is older than the checkpoint. Evaluate again, or name it with --results."]
+    if path is None:
+        return None, []
+    results = read_json(path)
+    classes = getattr(found.model, "num_classes", None)
+    per_class = results.get("per_class")
+    if not isinstance(results.get("top1"), int | float):
+        raise ConfigError(f"{str(path)!r} does not hold the results of an evaluation: it has no top1.")
+    if results.get("method", "classifier") != "classifier":
+        raise ConfigError(f"{str(path)!r} is of the features by {results['method']}, and not of the classifier.")
+    if isinstance(per_class, Mapping) and len(per_class) != classes:
+        raise ConfigError(f"{str(path)!r} is of a model with {len(per_class)} classes, and this one has {classes}.")
+    return results, []
+
+
+def _is_evaluated(run: RunRecord) -> bool:
+    """Whether `eval.py --model RUN` evaluates this checkpoint: the best, or the last where there is no best."""
+    return run.checkpoint == "best" or not (run.folder / "best" / CONFIG).is_file()
+
+
+def _add_records(run: RunRecord, draft: Path) -> None:
+    """The run's configuration without what is private, its history and its curves."""
+    config = {key: value for key, value in without_paths(run.config).items() if key not in ("output", "resume")}
+    _write(draft / "training_config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    for name in ("history.csv", "curves.png"):
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, draft / name)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with whole_file(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise ConfigError(f"Cannot write {str(path)!r}: {os.strerror(error.errno or errno.EIO)}.") from error
+
+
+# ------------------------------------------------------------------------------------------------------------ comparing
+
+
+def _fixed_input(module: nn.Module) -> Tensor:
+    """The same two images for whoever asks. (2, C, H, W)"""
+    size = _cfg(module)["input_size"]
+    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+
+
+def _logits(module: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return module(images.to(next(module.parameters())))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    scale = float(b.abs().max())
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance * scale)
+
+
+def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def _opens_in_timm(folder: Path, images: Tensor, logits: Tensor) -> bool:
+    """Whether plain timm makes a model of the folder that gives these logits."""
+    import timm
+
+    architecture = str(read_json(folder / CONFIG)["architecture"])
+    if not timm.is_model(architecture) or not timm.model_entrypoint(architecture).__module__.startswith("timm."):
+        return False
+    try:
+        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception:  # whatever stops timm is an answer to the question
+        return False
+    return _close(_logits(theirs, images), logits, 1e-4)
