@@ -1,11 +1,11 @@
-"""poolformer_s12 on CIFAR-10, ours and timm's, under one recipe, one seed and one engine.
+"""poolformer_s12 on CIFAR-10, ours and timm's, under one recipe, one engine and the same seeds.
 
-    python benchmarks/cifar10.py [--data PATH] [--epochs 3] [--seed 0]
+    python benchmarks/cifar10.py [--data PATH] [--epochs 2] [--seeds 0 1 2]
 
 Both get a 3x3 stem of stride 2 for 32x32 images. What differs is what differs between the two: PoolFormer's head (the
 authors' order of norm and pooling in ours), the initialisation of the stem and downsampling convolutions (PyTorch's in
 ours, as published; truncated normal in timm's), and our own implementation. The curves of both and the figures, with
-the command, device and versions, go to benchmarks/results/cifar10/.
+the command, device and versions, go to benchmarks/results/cifar10/, written anew after every run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -60,12 +61,12 @@ def data_folder(given: str | None) -> Path:
     return folder
 
 
-def configurations(arguments: argparse.Namespace, output: Path) -> dict[str, TrainingConfig]:
+def configurations(arguments: argparse.Namespace, seed: int, output: Path) -> dict[str, TrainingConfig]:
     """What to train under which name: the same in all but the model."""
     changes: dict[str, Any] = {
         "data": {"path": str(data_folder(arguments.data)), "workers": arguments.workers},
         "scheduler": {"epochs": arguments.epochs, "warmup_epochs": arguments.warmup_epochs},
-        "train": {"seed": arguments.seed, "amp": arguments.amp, "max_updates": arguments.max_updates},
+        "train": {"seed": seed, "amp": arguments.amp, "max_updates": arguments.max_updates},
         "output": {"tracker": None},
     }
     ours = load_config(TrainingConfig, RECIPE, **changes)
@@ -99,13 +100,46 @@ def _starts(run: Run) -> list[int]:
     return [0, *(row["updates"] for row in run.history[:-1])]
 
 
+def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread (sample standard deviation) over the seeds, by name."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(key.partition("/")[0] for key in runs):
+        mine = [run for key, run in runs.items() if key.startswith(f"{name}/")]
+        top1 = [run["last_top1"] for run in mine]
+        found[name] = {
+            "model": mine[0]["model"],
+            "epochs": len(mine[0]["history"]),
+            "seeds": len(top1),
+            "top1_mean": round(statistics.mean(top1), 2),
+            "top1_std": round(statistics.stdev(top1), 2) if len(top1) > 1 else None,
+        }
+    return found
+
+
+def mean_history(runs: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows of `name`, each the mean over its seeds."""
+    histories = [run["history"] for key, run in runs.items() if key.startswith(f"{name}/")]
+    keys = ("epoch", "train_loss", "val_loss", "val_top1")
+    return [{key: statistics.mean(row[key] for row in rows) for key in keys} for rows in zip(*histories, strict=False)]
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    with whole_file(folder / "results.json") as file:
+        file.write((json.dumps(report, indent=1) + "\n").encode())
+    found = report["summary"]
+    curves = {f"{name} ({found[name]['seeds']} seeds)": mean_history(report["runs"], name) for name in found}
+    epochs = max(row["epochs"] for row in found.values())
+    title = f"poolformer_s12 (stem for 32x32) on CIFAR-10 (JPEG), {epochs} epochs, mean over seeds"
+    plot_curves(curves, "top1", title, folder / "curves.png")
+
+
 def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", help="folder with train.parquet and test.parquet")
-    parser.add_argument("--epochs", type=int, default=100 if gpu else 3)
+    parser.add_argument("--epochs", type=int, default=100 if gpu else 2)
     parser.add_argument("--warmup-epochs", type=float, default=5 if gpu else 0.5)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="bf16", help="mixed precision")
     parser.add_argument("--workers", type=int, default=8 if gpu else 0)
     parser.add_argument("--models", nargs="+", choices=("zoo", "timm"), default=["zoo", "timm"])
@@ -114,30 +148,31 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        runs, measured = {}, {}
-        for name, config in configurations(arguments, Path(folder)).items():
-            print(f"== {name}: {config.model.name}", flush=True)
-            runs[name] = train(config)
-            measured[name] = figures(runs[name], config)
-            recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
-            recipe.pop("output")
-            measured[name]["config"] = recipe
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-    report = {
+    report: dict[str, Any] = {
         "what": "CIFAR-10 (JPEG), evaluated on its 10,000 test images",
         "command": " ".join(["python", "benchmarks/cifar10.py", *sys.argv[1:]]),
         "device": device,
         "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
-        "runs": measured,
+        "summary": {},
+        "runs": {},
     }
-    with whole_file(arguments.results / "results.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
-    title = f"poolformer_s12 (stem for 32x32) on CIFAR-10 (JPEG), {arguments.epochs} epochs, seed {arguments.seed}"
-    plot_curves({name: run.history for name, run in runs.items()}, "top1", title, arguments.results / "curves.png")
-    for name, found in measured.items():
+    for seed in arguments.seeds:  # seeds outside: a run that is cut short has as many of ours as of timm's
+        with tempfile.TemporaryDirectory() as folder:
+            for name, config in configurations(arguments, seed, Path(folder)).items():
+                print(f"== {name}, seed {seed}: {config.model.name}", flush=True)
+                run = train(config)
+                found = report["runs"][f"{name}/seed{seed}"] = figures(run, config)
+                recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
+                recipe.pop("output")
+                found["config"] = recipe
+                report["summary"] = summary(report["runs"])
+                write(report, arguments.results)
+                print(f"{name:<5} seed {seed}: top-1 {found['last_top1']:.2f}%, {found['seconds']:.0f} s", flush=True)
+    for name, found in report["summary"].items():
+        spread = "" if found["top1_std"] is None else f" ± {found['top1_std']:.2f}"
         print(
-            f"{name:<5} top-1 {found['last_top1']:.2f}% after {len(found['history'])} epochs, {found['seconds']:.0f} s"
+            f"{name:<5} top-1 {found['top1_mean']:.2f}{spread}% over {found['seeds']} seeds, {found['epochs']} epochs"
         )
     print(f"Written to {arguments.results}")
 

@@ -1,0 +1,272 @@
+"""One training step, ours and timm's: time and peak memory of model and loop under equal settings.
+
+    OMP_WAIT_POLICY=passive python benchmarks/train_step.py
+
+Ours is `zoo.training.fit` itself, timed from the moment it gets a batch until it asks for the next. timm's is its model
+in the step of its train.py: mixup, autocast, loss, backward, clipping, optimizer, schedule. The two take turns in one
+process, and both get the same batch. Reported are medians over the steps after warm-up: on a GPU of wall-clock time, on
+a CPU of CPU time summed over threads, which does not depend on what else runs (OMP_WAIT_POLICY=passive keeps waiting
+threads out of it). Peak memory is measured in a process of its own for each: on a GPU what torch allocated, on a CPU
+how far the resident set rose above what it was before the model was made.
+
+PoolFormer's head is the authors' here and timm's there (the order of norm and pooling); all else computes the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.console import Console
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import dispatch_clip_grad
+
+import zoo
+from zoo.config import run_command
+from zoo.data import AugmentConfig, Batch, DataConfig
+from zoo.errors import ZooError
+from zoo.files import whole_file
+from zoo.training import ImageClassification, TrainingConfig, fit
+from zoo.training.config import ModelConfig, OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.training.loop import make_accelerator
+
+MODELS = ("poolformer_s12", "caformer_s18")
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+MEMORY_STEPS = 3
+
+
+def configuration(model: str, arguments: argparse.Namespace, folder: str) -> TrainingConfig:
+    """The settings of both sides. The images are digits, enlarged: what they show costs nothing."""
+    return TrainingConfig(
+        model=ModelConfig(name=model, args={"drop_path_rate": 0.1}),
+        data=DataConfig(
+            name="digits",
+            batch_size=arguments.batch_size,
+            workers=0,
+            input_size=(3, arguments.input_size, arguments.input_size),
+        ),
+        augment=AugmentConfig(mixup=0.8, cutmix=1.0),
+        optimizer=OptimizerConfig(lr=1e-4, clip_grad=1.0),
+        scheduler=SchedulerConfig(epochs=1, warmup_epochs=0),
+        train=TrainConfig(
+            amp=arguments.amp,
+            channels_last=arguments.channels_last,
+            torchcompile=arguments.compile,
+            device=arguments.device,
+        ),
+        output=OutputConfig(dir=folder, tracker=None),
+    )
+
+
+class Timed(ImageClassification):
+    """One batch, again and again; the seconds that the loop takes with it, and what runs in between."""
+
+    def __init__(self, config: TrainingConfig, steps: int, between: Callable[[Timed, Batch], None] | None) -> None:
+        super().__init__(config, make_accelerator(config.train, config.output))
+        self.batches_per_epoch, self.between = steps, between
+        self.seconds: list[float] = []
+        self.peak = 0
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        batch = next(super().batches(epoch, start))
+        for _ in range(self.batches_per_epoch):
+            if self.between is not None:
+                self.between(self, batch)
+            started = now(self.accelerator.device)
+            yield batch
+            self.seconds.append(now(self.accelerator.device) - started)
+            self.peak = peak_memory(self.accelerator.device)
+
+    def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
+        return {"loss": 0.0, "top1": 0.0}  # not what is measured
+
+    def save(self, folder: Path) -> Path:
+        folder.mkdir()
+        return folder
+
+
+class TimmsLoop:
+    """The step of timm's train.py, on timm's model."""
+
+    def __init__(self, config: TrainingConfig, task: Timed, steps: int) -> None:
+        device, self.task, self.config = task.accelerator.device, task, config
+        model = timm.create_model(config.model.name, num_classes=task.num_classes, **config.model.args)
+        model.to(device)
+        if config.train.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.optimizer = create_optimizer_v2(
+            model, opt=config.optimizer.opt, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, num_epochs=1, step_on_epochs=False, updates_per_epoch=steps
+        )
+        self.parameters = list(model.parameters())
+        model.train()
+        self.model = torch.compile(model) if config.train.torchcompile else model
+        self.mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=task.num_classes)
+        self.loss = SoftTargetCrossEntropy()
+        self.autocast = (
+            (lambda: torch.autocast(device.type, torch.bfloat16))
+            if config.train.amp == "bf16"
+            else contextlib.nullcontext
+        )
+        self.updates = 0
+        self.seconds: list[float] = []
+
+    def step(self, task: Timed, batch: Batch) -> None:
+        device = task.accelerator.device
+        started = now(device)
+        images = task.train_loader.prepare(batch, device, task.memory_format)
+        images, labels = self.mixup(images, batch.labels.to(device, non_blocking=True))
+        with self.autocast():
+            loss = self.loss(self.model(images), labels)
+        loss.backward()
+        dispatch_clip_grad(self.parameters, self.config.optimizer.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        self.scheduler.step_update(self.updates)
+        self.seconds.append(now(device) - started)
+
+
+def now(device: torch.device) -> float:
+    """Seconds: of the wall clock when a GPU has finished its work, of this process's CPU time on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, at their highest: what torch allocated on a GPU, the resident set on a CPU."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM:")
+
+
+def resident(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def time_both(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a step, ours and timm's in turns."""
+    steps = arguments.warmup + arguments.steps + 1  # the loop does not ask again after the last
+    with tempfile.TemporaryDirectory() as folder:
+        config = configuration(model, arguments, f"{folder}/run")
+        task = Timed(config, steps, between=None)
+        timms = TimmsLoop(config, task, steps)
+        task.between = timms.step
+        fit(task, config, task.accelerator, quiet())
+    ours, theirs = (sorted(loop.seconds[arguments.warmup :][: arguments.steps]) for loop in (task, timms))
+    return {
+        "zoo_ms": round(1000 * statistics.median(ours), 2),
+        "timm_ms": round(1000 * statistics.median(theirs), 2),
+        "timm_over_zoo": round(statistics.median(theirs) / statistics.median(ours), 3),
+        "zoo_ms_fastest": round(1000 * ours[0], 2),
+        "timm_ms_fastest": round(1000 * theirs[0], 2),
+        "steps": arguments.steps,
+    }
+
+
+def measure_memory(side: str, model: str, arguments: argparse.Namespace) -> int:
+    """Bytes that a few steps of one side need at their peak, in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = configuration(model, arguments, f"{folder}/run")
+        before = resident("VmRSS:")
+        task = Timed(config, MEMORY_STEPS, between=None)
+        device = task.accelerator.device
+        if side == "zoo":
+            fit(task, config, task.accelerator, quiet())
+            peak = task.peak
+        else:
+            timms = TimmsLoop(config, task, MEMORY_STEPS)
+            del task.model, task.learner
+            for batch in itertools.islice(ImageClassification.batches(task, 0, 0), MEMORY_STEPS):
+                timms.step(task, batch)
+            peak = peak_memory(device)
+    return peak if device.type == "cuda" else peak - before
+
+
+def memory_in_a_child(side: str, model: str) -> float:
+    """MiB. The child gets this process's own flags."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", side, model]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise ZooError(f"Measuring the memory of {side}'s {model} failed: {done.stderr.strip().splitlines()[-1]}")
+    return round(int(done.stdout.split()[-1]) / 2**20, 1)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--batch-size", type=int, default=128 if gpu else 4)
+    parser.add_argument("--input-size", type=int, default=224)
+    parser.add_argument("--steps", type=int, default=50 if gpu else 7)
+    parser.add_argument("--warmup", type=int, default=10 if gpu else 2, help="steps before the clock counts")
+    parser.add_argument("--amp", choices=("no", "bf16"), default="bf16" if gpu else "no")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
+    parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        side, model = arguments.memory_of
+        print(measure_memory(side, model, arguments))
+        return
+
+    on_gpu = gpu and arguments.device == "auto"
+    device = (
+        torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+    )
+    environment = [
+        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ
+    ]
+    settings = {key: getattr(arguments, key) for key in ("batch_size", "input_size", "amp", "compile", "channels_last")}
+    key = "gpu" if on_gpu else "cpu"
+    report = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
+    report[key] = {
+        "command": " ".join([*environment, "python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "device": device,
+        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "settings": settings,
+        "models": {},
+    }
+    for model in arguments.models:
+        found = time_both(model, arguments)
+        found |= {f"{side}_peak_mib": memory_in_a_child(side, model) for side in ("zoo", "timm")}
+        report[key]["models"][model] = found
+        print(
+            f"{model:<16} zoo {found['zoo_ms']:.1f} ms, {found['zoo_peak_mib']:.0f} MiB   "
+            f"timm {found['timm_ms']:.1f} ms, {found['timm_peak_mib']:.0f} MiB   "
+            f"timm/zoo {found['timm_over_zoo']:.2f}",
+            flush=True,
+        )
+        with whole_file(arguments.results) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+    print(f"Written to {arguments.results}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
