@@ -45,19 +45,42 @@ def write_checkpoint(folder: Path, save_weights: Callable[[Path], object], state
         os.replace(fresh, folder)
         _flush(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, CheckpointError) as error:
         with contextlib.suppress(OSError):
             shutil.rmtree(fresh)
+        reason = _reason(error)
+        if reason is None:
+            raise
         raise ConfigError(
-            f"The checkpoint {str(folder)!r} cannot be written: {error}. The one before it stays."
+            f"The checkpoint {str(folder)!r} cannot be written: {reason}. The one before it stays."
         ) from error
 
 
+def _reason(error: BaseException) -> str | None:
+    """Why nothing can be written; None when `error` is about something else."""
+    if isinstance(error, CheckpointError):  # of who writes the weights
+        return str(error).removesuffix("Nothing was left behind.").rstrip(". ")
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):  # torch.save makes a RuntimeError of a full disk
+        cause = cause.__cause__ or cause.__context__
+    return None if cause is None else cause.strerror or str(cause)
+
+
 def recover(folder: Path) -> None:
-    """Undo a replacement that was cut off between its two renames."""
+    """Undo a replacement that was cut off between its two renames. Several processes may do so at once."""
     if not folder.exists() and _old(folder).exists():
-        os.replace(_old(folder), folder)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(_old(folder), folder)
     shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def clean(run: Path) -> None:
+    """Remove from a run's folder what a killed process had begun to write. Several processes may do so at once."""
+    for path in run.glob(".*.tmp"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _fresh(folder: Path) -> Path:

@@ -5,32 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from zoo.data.images import (
+from zoo.data import (
     Batch,
     DamageReport,
-    EpochSampler,
-    ImageDataset,
     align_classes,
-    eval_transform,
+    evaluation_loader,
     load_split,
-    make_loader,
     preprocessing,
-    random_transform,
+    training_loader,
 )
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError
 from zoo.evaluation.image_classification import Counts, count, create_timm_model
 from zoo.factory import create_model
 from zoo.hub import save_pretrained
 from zoo.registry import get_entry
-from zoo.training.config import ModelConfig, TrainingConfig
+from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
+from zoo.training.distillation import Distillation
+from zoo.training.freezing import freeze
 from zoo.training.loop import Run, fit, make_accelerator, prepare_folder
 
 __all__ = ["ImageClassification", "train"]
@@ -60,38 +59,22 @@ class ImageClassification:
         self.classes = training.classes
         evaluation = align_classes(load_split(data, training=False), self.classes)
         self.model = build_model(config.model, len(self.classes), data.input_size)
+        freeze(self.model, config.model.freeze)
         self.num_classes = len(self.classes)
-        counts = np.bincount(training.labels, minlength=self.num_classes)
-        self.empty_classes = [name for name, images in zip(self.classes, counts, strict=True) if not images]
+        self.empty_classes = training.empty_classes
 
         preprocess = preprocessing(self.model, data)
         self._describe(preprocess)
-        channels = preprocess["input_size"][0]
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         pin_memory = accelerator.device.type == "cuda"
-
         processes, rank = accelerator.num_processes, accelerator.process_index
-        self.sampler = EpochSampler(len(training), seed=seed, rank=rank, processes=processes)
-        self.batches_per_epoch = len(self.sampler) // data.batch_size
-        if self.batches_per_epoch == 0:
-            raise DataError(
-                f"{len(training)} training images do not fill one batch: lower data.batch_size ({data.batch_size})."
-            )
-        self.train_loader = make_loader(
-            ImageDataset(
-                training, random_transform(preprocess, augment), channels=channels, seed=seed, replace_damaged=True
-            ),
-            data,
-            sampler=self.sampler,
-            drop_last=True,
-            pin_memory=pin_memory,
+        self.train_loader = training_loader(
+            training, data, preprocess, augment, seed=seed, rank=rank, processes=processes, pin_memory=pin_memory
         )
-        self.eval_loader = make_loader(
-            ImageDataset(evaluation, eval_transform(preprocess), channels=channels),
-            data,
-            sampler=range(rank, len(evaluation), processes),
-            pin_memory=pin_memory,
+        self.eval_loader = evaluation_loader(
+            evaluation, data, preprocess, rank=rank, processes=processes, pin_memory=pin_memory
         )
+        self.batches_per_epoch = self.train_loader.batches_per_epoch
         self.damage = DamageReport(data.strict)
         self.mixup = None
         if augment.mixes:
@@ -104,12 +87,19 @@ class ImageClassification:
                 label_smoothing=config.loss.smoothing,
                 num_classes=self.num_classes,
             )
-        self.soft_loss, self.hard_loss = _losses(config)
+        self.soft_loss, self.hard_loss = _losses(config.loss)
+        self.learner = self.model
+        self.distillation = None
+        if config.distill.teacher is not None:
+            self.distillation = Distillation(
+                config.distill, self.model, training, preprocess, accelerator.device, self.memory_format
+            )
+            self.learner = self.distillation.learner
 
     def _describe(self, preprocess: dict) -> None:
         """Let the model's `pretrained_cfg` say what it is being trained with: prediction later needs nothing else."""
         cfg = dict(self.model.pretrained_cfg)  # type: ignore[arg-type]
-        if not (self.config.model.pretrained or self.config.model.checkpoint_path):
+        if not _takes_weights(self.config.model):
             for key in ("hf_hub_id", "hf_hub_filename", "url", "tag", "license", "origin_url", "paper_ids"):
                 cfg.pop(key, None)
         for key in ("test_input_size", "test_crop_pct", "label_descriptions", "pool_size"):
@@ -119,21 +109,21 @@ class ImageClassification:
         self.model.pretrained_cfg = self.model.default_cfg = cfg  # type: ignore[assignment]
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        self.sampler.epoch, self.sampler.start = epoch, start * self.config.data.batch_size
-        return iter(self.train_loader)
+        return self.train_loader.batches(epoch, start)
 
     def loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
         self.damage.add(batch.damaged)
-        if len(batch.images) < self.config.data.batch_size:
-            raise DataError(f"Too many images in a row cannot be read: {batch.damaged[0]}.")
         device = self.accelerator.device
-        images = batch.images.to(device, non_blocking=True, memory_format=self.memory_format)
+        images = self.train_loader.prepare(batch, device, self.memory_format)
         labels = batch.labels.to(device, non_blocking=True)
+        criterion = self.hard_loss
         off_from = self.config.augment.mixup_off_epoch
         if self.mixup is not None and not (off_from and epoch >= off_from):
             images, labels = self.mixup(images, labels)
-            return self.soft_loss(model(images), labels)
-        return self.hard_loss(model(images), labels)
+            criterion = self.soft_loss
+        if self.distillation is None:
+            return criterion(model(images), labels)
+        return self.distillation.loss(model, images, lambda logits: criterion(logits, labels))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         counts = Counts(self.num_classes, self.accelerator.device)
@@ -160,12 +150,15 @@ class ImageClassification:
         return "\n".join(problems)
 
 
-def _losses(config: TrainingConfig) -> tuple[nn.Module, nn.Module]:
+def _losses(config: LossConfig) -> tuple[nn.Module, nn.Module]:
     """(for mixed labels, which are smoothed already; for class numbers)"""
-    smoothing = config.loss.smoothing
-    if config.loss.bce_loss:
-        return BinaryCrossEntropy(smoothing=0.0), BinaryCrossEntropy(smoothing=smoothing)
-    hard = LabelSmoothingCrossEntropy(smoothing) if smoothing else nn.CrossEntropyLoss()
+    if config.bce_loss:
+
+        def bce(smoothing: float) -> nn.Module:
+            return BinaryCrossEntropy(smoothing, config.bce_target_thresh, sum_classes=config.bce_sum)
+
+        return bce(0.0), bce(config.smoothing)
+    hard = LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()
     return SoftTargetCrossEntropy(), hard
 
 
@@ -175,17 +168,42 @@ def build_model(config: ModelConfig, num_classes: int, input_size: tuple[int, in
     given = args.pop("num_classes", num_classes)
     if given != num_classes:
         raise ConfigError(f"model.args.num_classes is {given}, but the data has {num_classes} classes: leave it out.")
-    if config.name.startswith("timm/"):
-        weights = {"pretrained": config.pretrained, "checkpoint_path": config.checkpoint_path or ""}
-        return create_timm_model(config.name, num_classes=num_classes, **weights, **args)
+    name = _of_run(config.name, "local-dir:")
+    checkpoint_path = config.checkpoint_path and _of_run(config.checkpoint_path)
     if input_size is not None:
         args.setdefault("in_chans", input_size[0])
-        if ":" not in config.name and get_entry(config.name).fixed_input_size:
+        if _has_fixed_size(name):
             args.setdefault("img_size", input_size[1:])
+    if name.startswith("timm/"):
+        weights = {
+            "pretrained": _takes_weights(config) and not checkpoint_path,
+            "checkpoint_path": checkpoint_path or "",
+        }
+        return create_timm_model(name, num_classes=num_classes, **weights, **args)
     return create_model(
-        config.name,
-        pretrained=config.pretrained or (None if ":" in config.name else False),
-        checkpoint_path=config.checkpoint_path,
-        num_classes=num_classes,
-        **args,
+        name, pretrained=config.pretrained, checkpoint_path=checkpoint_path, num_classes=num_classes, **args
     )
+
+
+def _takes_weights(config: ModelConfig) -> bool:
+    """Whether training starts from weights: by default where the name, with a tag or a place, says which."""
+    name = _of_run(config.name, "local-dir:")
+    wanted = (":" in name or "." in name) if config.pretrained is None else config.pretrained
+    return wanted or config.checkpoint_path is not None
+
+
+def _of_run(path: str, prefix: str = "") -> str:
+    """`path`, or, where that is the folder of a run or a model, where its weights lie."""
+    folder = Path(path).expanduser()
+    for candidate in (folder / "best", folder / "last", folder):
+        if (candidate / "config.json").is_file():
+            return f"{prefix}{candidate}"
+    return path
+
+
+def _has_fixed_size(name: str) -> bool:
+    """Whether the model is made for one size of input, and must be told which."""
+    if name.startswith("timm/"):
+        cfg = get_pretrained_cfg(name.removeprefix("timm/"))
+        return cfg is not None and cfg.fixed_input_size
+    return ":" not in name and get_entry(name).fixed_input_size

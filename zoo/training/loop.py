@@ -1,19 +1,35 @@
 """The one training loop. What is particular about images or text is a `Task`'s; this file knows neither.
 
-A run's folder holds `config.yaml`, `history.csv` (a row for each epoch), `curves.png`, and the checkpoints `last` and
-`best`. A run that is stopped by Ctrl-C or SIGTERM saves itself, and `resume` goes on as if it had not been stopped.
+A run's folder holds `config.yaml`, `history.csv` (a row for each epoch; `lr` is the rate that it ended with),
+`curves.png`, and the checkpoints `last` and `best`. A run that is stopped by Ctrl-C or SIGTERM saves itself, and
+`resume` goes on as if it had not been stopped: on the CPU bit for bit, on the same number of processes.
+
+Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
+learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
+update takes `data.batch_size` x processes x `train.grad_accum_steps` successive images of that order, and gradients are
+averaged over them. Only what is drawn for a batch, not an image, differs: mixup, drop path, dropout. On several
+machines, run the same command on each, with a folder for the run that all of them share:
+
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --config ...
+
+On CPUs (`train.device cpu`) start them with torchrun: `accelerate launch` needs mpirun there. A process that dies ends
+the run; `--resume auto` goes on from the last checkpoint, with as many processes or others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import csv
 import dataclasses
+import importlib.util
 import io
 import itertools
 import math
+import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +39,7 @@ import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
@@ -31,13 +47,16 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from zoo.config import to_plain, to_yaml
-from zoo.errors import CheckpointError, ConfigError, MissingDependencyError, ZooError, did_you_mean
+from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.evaluation.image_classification import make_folder
 from zoo.files import whole_file
 from zoo.training.checkpoint import (
     STATE,
+    clean,
     find_checkpoint,
     read_state,
     recover,
@@ -46,11 +65,14 @@ from zoo.training.checkpoint import (
     write_checkpoint,
 )
 from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.training.parallel import TIMEOUT, Peers, gather, is_broken_connection, shard, shard_optimizer_state, whole
 from zoo.training.plots import plot_curves
 
 __all__ = ["Interrupted", "Run", "RunConfig", "Task", "TrainingError", "fit", "make_accelerator"]
 
 READ_LOSS_EVERY = 20  # updates; reading it waits for the accelerator
+DRAW_EVERY = 10.0  # seconds; drawing takes longer than a small epoch
+TRACKERS = {"tensorboard": '"backbone-zoo[train]"', "wandb": "wandb", "trackio": "trackio"}  # what pip installs
 
 
 class TrainingError(ZooError, RuntimeError):
@@ -65,9 +87,17 @@ class Interrupted(ZooError):
         self.exit_status = exit_status
 
 
+class HasBatchSize(Protocol):
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch of one process."""
+
+
 class RunConfig(Protocol):
     """What the loop reads of a run's configuration, whatever the task adds to it."""
 
+    @property
+    def data(self) -> HasBatchSize: ...
     @property
     def optimizer(self) -> OptimizerConfig: ...
     @property
@@ -83,21 +113,31 @@ class RunConfig(Protocol):
 class Task(Protocol):
     """What is learned, from which data, and how well: everything that the loop does not know.
 
+    `model` is averaged, evaluated and saved. `learner` is what is optimised, and prepared for several processes:
+    `model` itself, or a module that holds it beside what training alone needs, such as projections onto a teacher's
+    features.
     `metric` names the entry of `evaluate`'s answer, the higher the better, that decides which checkpoint is best.
     """
 
     model: nn.Module
+    learner: nn.Module
     metric: str
     batches_per_epoch: int
 
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
-        """This process's batches of an epoch, from the `start`-th on; the same whenever they are asked for."""
+        """This process's batches of an epoch, from the `start`-th on; the same whenever they are asked for.
+
+        The processes' `i`-th batches together are the `i`-th batch of one process that takes as many samples.
+        """
 
     def loss(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
-        """The mean loss over `batch`, a scalar on the accelerator."""
+        """The mean loss over `batch`, a scalar on the accelerator. `model` is `learner`, prepared."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """`loss`, `metric` and what else is worth a column, over the whole evaluation data."""
+        """`loss`, `metric` and what else is worth a column, over the whole evaluation data, each sample once.
+
+        Every process gets the same numbers. `model` is `model` or its average, whole, on the accelerator.
+        """
 
     def save(self, folder: Path) -> object:
         """Make `folder` with the task's model in the Hub's layout."""
@@ -108,7 +148,7 @@ class Task(Protocol):
 
 @dataclasses.dataclass
 class RunState:
-    """How far a run is. `loss_sum` and `seconds` are of the current epoch."""
+    """How far a run is. `loss_sum` (over batches and processes) and `seconds` are of the current epoch."""
 
     epoch: int = 0
     batch: int = 0  # of the current epoch: batches that are done
@@ -137,24 +177,33 @@ class Run:
 
 
 def make_accelerator(train: TrainConfig, output: OutputConfig) -> Accelerator:
-    """The devices and the precision of a run, its seeds set. Raises ConfigError for what the machine cannot do."""
-    if output.tracker == "tensorboard":
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError as error:
-            raise MissingDependencyError(
-                'output.tracker needs tensorboard: pip install "backbone-zoo[train]", or set output.tracker to null.'
-            ) from error
+    """The devices, processes and precision of a run, its seeds set. Raises ConfigError for what cannot be."""
+    if output.tracker and importlib.util.find_spec(output.tracker) is None:
+        raise MissingDependencyError(
+            f"output.tracker needs {output.tracker}: pip install {TRACKERS[output.tracker]}, or set output.tracker to "
+            "null."
+        )
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "").lower() == "true":
+            raise ConfigError(f"accelerate is set to use {name}: leave that out there, and set train.parallel to fsdp.")
+    if train.parallel == "fsdp" and train.amp == "fp16":
+        raise ConfigError("train.parallel fsdp does not go with train.amp fp16: take bf16, which scales no losses.")
     _forget_accelerator()
     try:
         accelerator = Accelerator(
             mixed_precision=train.amp,
-            cpu=train.device == "cpu",
+            cpu=train.device == "cpu" or not torch.accelerator.is_available(),  # else its processes would not meet
             log_with=output.tracker,
             project_config=ProjectConfiguration(project_dir=output.dir),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
     except (ValueError, ImportError) as error:
         raise ConfigError(f"train.amp is {train.amp!r}, which this device cannot do: {error}") from None
+    except RuntimeError as error:
+        if is_broken_connection(error):
+            raise TrainingError(f"The processes of the run did not find each other: {_first_line(error)}") from None
+        raise
+    accelerator.gradient_accumulation_steps = 1  # the loop divides; accelerate's own may be set from outside
     set_seed(train.seed, device_specific=True)
     return accelerator
 
@@ -169,6 +218,8 @@ def prepare_folder(config: RunConfig) -> Path:
     """The run's folder, made if need be. Raises ConfigError when it holds a run that is not being resumed."""
     folder = make_folder(config.output.dir)
     recover(folder / "last")
+    recover(folder / "best")
+    clean(folder)
     goes_on = config.resume is not None and (
         config.resume == "auto"
         or Path(config.resume).expanduser().resolve() in (folder.resolve(), *_checkpoints(folder))
@@ -185,56 +236,91 @@ def _checkpoints(folder: Path) -> tuple[Path, Path]:
 
 
 def fit(task: Task, config: RunConfig, accelerator: Accelerator, console: Console | None = None) -> Run:
-    """Train `task.model`, evaluate it after each epoch, and keep the last and the best checkpoint.
+    """Train `task.learner`, evaluate `task.model` after each epoch, and keep its last and its best checkpoint.
 
-    Raises TrainingError when the loss is no longer finite, Interrupted when stopped by a signal (after saving),
-    ConfigError, CheckpointError and DataError for what they say.
+    Raises TrainingError when the loss is no longer finite, memory does not suffice or another process is gone,
+    Interrupted when stopped by a signal (after saving), ConfigError, CheckpointError and DataError for what they say.
+    The last good checkpoint stays, whatever happens.
     """
-    return _Loop(task, config, accelerator, console or Console(stderr=True)).run()
+    try:
+        return _Loop(task, config, accelerator, console or Console(stderr=True)).run()
+    except (RuntimeError, MemoryError) as error:
+        explanation = None if isinstance(error, ZooError) else explain(error)
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
 class _Loop:
     def __init__(self, task: Task, config: RunConfig, accelerator: Accelerator, console: Console) -> None:
         self.task, self.config, self.accelerator, self.console = task, config, accelerator, console
+        train, device, processes = config.train, accelerator.device, accelerator.num_processes
         self.folder = prepare_folder(config)
+        self.peers = Peers(processes)
         self.progress = RunState()
-        train = config.train
-        self.updates_per_epoch = math.ceil(task.batches_per_epoch / train.grad_accum_steps)
+        self.signal: signal.Signals | None = None
+        self.evaluating = False
+        self.drawn = time.monotonic()
+        self.accumulation = accumulation_steps(config, processes)
+        self.updates_per_epoch = task.batches_per_epoch // self.accumulation
+        if self.updates_per_epoch == 0:
+            raise ConfigError(
+                f"The training data holds {task.batches_per_epoch} batches for each process, and one update takes "
+                f"{self.accumulation}: accumulate less, or lower data.batch_size."
+            )
 
-        self.raw_model = task.model.to(accelerator.device)
+        model, learner = task.model, task.learner
+        learner.to(device)
         if train.channels_last:
-            self.raw_model.to(memory_format=torch.channels_last)
+            learner.to(memory_format=torch.channels_last)
         if train.grad_checkpointing:
-            if not hasattr(self.raw_model, "set_grad_checkpointing"):
-                raise ConfigError(f"train.grad_checkpointing: {type(self.raw_model).__name__} cannot do that.")
-            self.raw_model.set_grad_checkpointing(True)  # type: ignore[operator]
+            if not hasattr(model, "set_grad_checkpointing"):
+                raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} cannot do that.")
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+
+        saved = self._find_checkpoint()
+        if saved is not None:
+            self._load_averaged(*saved)
+        else:
+            self.peers.copy_from_first([*learner.parameters(), *learner.buffers()])
         self.ema = (
-            ModelEmaV3(self.raw_model, decay=train.model_ema_decay, use_warmup=train.model_ema_warmup)
+            ModelEmaV3(model, decay=train.model_ema_decay, use_warmup=train.model_ema_warmup)
             if train.model_ema
             else None
         )
-        optimizer = make_optimizer(self.raw_model, config.optimizer)
+        if saved is not None:
+            self._load_learner(*saved)
+
+        self.sharded = train.parallel == "fsdp" and processes > 1
+        if self.sharded:
+            if config.optimizer.clip_mode == "agc" and config.optimizer.clip_grad is not None:
+                raise ConfigError("optimizer.clip_mode agc does not go with train.parallel fsdp: take norm or value.")
+            self.whole_model = copy.deepcopy(model).cpu()
+            for module in (learner, *([self.ema.module] if self.ema else [])):
+                shard(module, device)
+        optimizer = make_optimizer(learner, config.optimizer)
         self.scheduler, self.epochs = make_scheduler(optimizer, config.scheduler, self.updates_per_epoch)
-        forward = torch.compile(self.raw_model) if train.torchcompile else self.raw_model
-        self.model, self.optimizer = accelerator.prepare(forward, optimizer)
-        self.signal: signal.Signals | None = None
+        forward = torch.compile(learner) if train.torchcompile else learner
+        self.learner: nn.Module = forward if self.sharded else accelerator.prepare_model(forward)  # type: ignore[assignment]
+        self.optimizer = accelerator.prepare_optimizer(optimizer)
+        if saved is not None:
+            self._resume(*saved)
 
     # ----------------------------------------------------------------------------------------------------------- epochs
 
     def run(self) -> Run:
-        self._resume()
         self._write_config()
         if self.scheduler is not None:
             self.scheduler.step_update(self.progress.updates)
-        if self.config.output.tracker:
-            self.accelerator.init_trackers("tensorboard", config=_flat(to_plain(self.config)))
+        self._start_tracker()
         started = time.perf_counter()
         with self._stop_on_signals():
-            while not self._is_done():
+            while not self._is_done() or self.progress.batch:  # an epoch that is begun is also finished
                 self._train_epoch()
                 self._finish_epoch()
+        self._write_history(draw=True)
         self.accelerator.end_training()
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(self.learner, keep_fp32_wrapper=False)
         problems = self.task.describe_data_problems()
         if problems:
             self._say(problems)
@@ -252,52 +338,70 @@ class _Loop:
         )
 
     def _is_done(self) -> bool:
+        return self.progress.epoch >= self.epochs or self._updates_left() == 0
+
+    def _updates_left(self) -> int:
+        """Of those that `train.max_updates` allows; of the current epoch where it allows all."""
+        left = max(0, self.updates_per_epoch - self.progress.batch // self.accumulation)
         limit = self.config.train.max_updates
-        return self.progress.epoch >= self.epochs or (limit is not None and self.progress.updates >= limit)
+        return left if limit is None else min(left, max(0, limit - self.progress.updates))
 
     def _train_epoch(self) -> None:
-        progress, train = self.progress, self.config.train
-        self.raw_model.train()
-        limit = math.inf if train.max_updates is None else train.max_updates
+        progress, left = self.progress, self._updates_left()
+        if left == 0:
+            return
+        interval = self.config.train.save_interval_updates
+        self.task.learner.train()
         started = time.perf_counter() - progress.seconds
         loss_sum = self._zero()
         batches = self.task.batches(progress.epoch, progress.batch)
         with self._bar() as advance:
-            while group := list(itertools.islice(batches, train.grad_accum_steps)):
+            while left:
+                group = list(itertools.islice(batches, self.accumulation))
+                if len(group) < self.accumulation:
+                    raise DataError(f"The training data ended {left} updates before the end of the epoch.")
                 loss_sum += self._update(group)
                 progress.batch += len(group)
                 progress.updates += 1
-                stop = self._stop_requested()
-                if progress.updates % READ_LOSS_EVERY == 0 or stop:
+                left -= 1
+                stop = self.peers.any_lately(self.signal is not None)
+                save = interval is not None and left > 0 and progress.updates % interval == 0
+                if progress.updates % READ_LOSS_EVERY == 0 or stop or save:
                     loss_sum = self._read_loss(loss_sum)
-                    advance(f"loss {progress.loss_sum / progress.batch:.3f}")
+                    advance(f"loss {self._mean_loss():.3f}")
                 else:
                     advance(None)
                 progress.seconds = time.perf_counter() - started
                 if stop:
                     self._save_and_stop()
-                if progress.updates >= limit:
-                    break
+                if save:
+                    self._save("last")
         self._read_loss(loss_sum)
 
     def _update(self, group: list[Any]) -> Tensor:
         """One optimizer step over the batches of `group`; the sum of their losses."""
         progress, total = self.progress, self._zero()
         for i, batch in enumerate(group):
-            is_last = i == len(group) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with self._gradients_stay_here(unless=i == len(group) - 1):
                 with self.accelerator.autocast():
-                    loss = self.task.loss(self.model, batch, progress.epoch)
+                    loss = self.task.loss(self.learner, batch, progress.epoch)
                 self.accelerator.backward(loss / len(group))
             total += loss.detach().to(total)
         self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update(self.raw_model, step=progress.updates + 1)
+            self.ema.update(self.task.model, step=progress.updates + 1)
         if self.scheduler is not None:
             self.scheduler.step_update(progress.updates + 1)
         return total
+
+    def _gradients_stay_here(self, unless: bool) -> contextlib.AbstractContextManager:
+        """Only the last backward pass of an update exchanges gradients with the other processes."""
+        if self.sharded:
+            self.task.learner.set_requires_gradient_sync(unless)  # type: ignore[operator]
+            return contextlib.nullcontext()
+        return contextlib.nullcontext() if unless else self.accelerator.no_sync(self.learner)
 
     def _zero(self) -> Tensor:
         """To sum losses in: double precision, so that the sum does not depend on where a run was interrupted."""
@@ -309,115 +413,170 @@ class _Loop:
         if bound is None:
             return
         self.accelerator.unscale_gradients()
-        dispatch_clip_grad(self.raw_model.parameters(), bound, mode=mode)
+        dispatch_clip_grad(self.task.learner.parameters(), bound, mode=mode)
 
     def _read_loss(self, loss_sum: Tensor) -> Tensor:
-        """Add `loss_sum` to the epoch's, mean over processes, and return zero to go on with."""
-        value = float(self.accelerator.reduce(loss_sum, reduction="mean"))
+        """Add `loss_sum`, of all processes, to the epoch's, and return zero to go on with."""
+        value = sum(self.peers.gather(float(loss_sum)))
         if not math.isfinite(value):
-            raise TrainingError(
-                f"The loss is no longer finite (epoch {self.progress.epoch + 1}, update {self.progress.updates}). "
-                "Lower optimizer.lr, lengthen the warm-up or set optimizer.clip_grad."
-                + (f" The last good checkpoint is {self.folder / 'last'}." if (self.folder / "last").exists() else "")
-            )
+            raise self._diverged("loss is")
         self.progress.loss_sum += value
         return torch.zeros_like(loss_sum)
 
+    def _diverged(self, what: str) -> TrainingError:
+        last = self.folder / "last"
+        return TrainingError(
+            f"The {what} no longer finite (epoch {self.progress.epoch + 1}, update {self.progress.updates}). "
+            "Lower optimizer.lr, lengthen the warm-up or set optimizer.clip_grad."
+            + (f" The last good checkpoint is {last}." if last.exists() else "")
+        )
+
+    def _mean_loss(self) -> float:
+        return self.progress.loss_sum / (self.progress.batch * self.accelerator.num_processes)
+
     def _finish_epoch(self) -> None:
-        progress, task = self.progress, self.task
-        batches = progress.batch
+        progress = self.progress
         row: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "updates": progress.updates,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
-            "train_loss": progress.loss_sum / batches,
+            "train_loss": self._mean_loss(),
             "seconds": round(progress.seconds, 3),
         }
+        limit = self.config.train.max_updates
+        is_last = progress.epoch + 1 >= self.epochs or (limit is not None and progress.updates >= limit)
+        is_best = False
+        if is_last or (progress.epoch + 1) % self.config.train.eval_interval == 0:
+            metrics = self._evaluate()
+            row |= {f"val_{name}": value for name, value in metrics.items()}
+            is_best = metrics[self.task.metric] > progress.best
+            if is_best:
+                progress.best, progress.best_epoch = metrics[self.task.metric], progress.epoch + 1
+        progress.history.append(row)
         progress.epoch += 1
         progress.batch, progress.loss_sum, progress.seconds = 0, 0.0, 0.0
-        is_best = False
-        if self._is_done() or progress.epoch % self.config.train.eval_interval == 0:
-            try:
-                metrics = task.evaluate(self.model if self.ema is None else self.ema.module)
-            except ZooError:  # what was learned does not depend on what it is evaluated on
-                progress.history.append(row)
-                self._save("last")
-                raise
-            row |= {f"val_{name}": value for name, value in metrics.items()}
-            is_best = metrics[task.metric] > progress.best
-            if is_best:
-                progress.best, progress.best_epoch = metrics[task.metric], progress.epoch
-        progress.history.append(row)
         self._save("last", *(["best"] if is_best else []))
-        self._write_history()
+        self._write_history(draw=False)
         if self.config.output.tracker:
             self.accelerator.log({k: v for k, v in row.items() if k != "updates"}, step=progress.updates)
         self._say(_row_text(row, self.epochs, is_best))
+
+    def _evaluate(self) -> dict[str, float]:
+        """What the epoch learned is saved first: evaluation may take long, fail, or be ended by a signal at once."""
+        self._save("last")
+        if self.peers.any(self.signal is not None):
+            raise self._interrupted()
+        model = self.task.model if self.ema is None else self.ema.module
+        if self.sharded:
+            gather(model, self.whole_model)
+            model = self.whole_model.to(self.accelerator.device)
+        self.peers.copy_from_first(list(model.buffers()))  # statistics of batch norms: what is saved is the first's
+        self.evaluating = True
+        try:
+            return self.task.evaluate(model)
+        finally:
+            self.evaluating = False
+            if self.sharded:
+                self.whole_model.cpu()
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _save(self, *names: str) -> None:
         """Write the named checkpoints. They hold the averaged weights where there are such."""
-        accelerator = self.accelerator
-        generators = gather_object([rng_state()]) if accelerator.num_processes > 1 else [rng_state()]
-        if accelerator.is_main_process:
-            state = {
-                "progress": dataclasses.asdict(self.progress),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-                "model": None if self.ema is None else self.raw_model.state_dict(),
-                "rng": generators,
-                "config": to_plain(self.config),
-            }
+        task, main = self.task, self.accelerator.is_main_process
+        norm = get_total_norm(task.learner.parameters())
+        if not math.isfinite(float(norm.full_tensor() if isinstance(norm, DTensor) else norm)):
+            raise self._diverged("weights are")
+        model = task.model if self.ema is None else self.ema.module
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "processes": self.accelerator.num_processes,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+            "learner": _others(task.learner, model),
+            "rng": self.peers.gather(rng_state()),
+            "config": to_plain(self.config),
+        }
+        if self.sharded:
+            gather(model, self.whole_model)
+            model, state = self.whole_model, whole(state)
+
+        def save_weights(folder: Path) -> None:
+            trained, task.model = task.model, model
+            try:
+                task.save(folder)
+            finally:
+                task.model = trained
+
+        if main:
             for name in names:
-                write_checkpoint(self.folder / name, self._save_weights, state)
-        accelerator.wait_for_everyone()
+                write_checkpoint(self.folder / name, save_weights, state)
+        self.peers.wait()
 
-    def _save_weights(self, folder: Path) -> None:
-        if self.ema is None:
-            self.task.save(folder)
-            return
-        trained, self.task.model = self.task.model, self.ema.module
-        try:
-            self.task.save(folder)
-        finally:
-            self.task.model = trained
-
-    def _resume(self) -> None:
-        if self.config.resume is None:
-            return
-        checkpoint = find_checkpoint(self.config.resume, self.folder)
+    def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        checkpoint = None if self.config.resume is None else find_checkpoint(self.config.resume, self.folder)
+        found = self.peers.gather((checkpoint is not None, socket.gethostname()))
+        if len({here for here, _ in found}) > 1:
+            hosts = sorted({host for here, host in found if not here})
+            raise CheckpointError(
+                f"{', '.join(hosts)} cannot see the checkpoint to resume: all machines must share the run's folder."
+            )
         if checkpoint is None:
-            return
+            return None
         state = read_state(checkpoint)
-        saved_config = state["config"]
-        changed = _changes(saved_config, to_plain(self.config))
-        if changed:
-            self._say(f"Going on with another configuration than the run began with: {', '.join(changed)}.")
+        missing = {"progress", "processes", "optimizer", "scaler", "learner", "rng", "config"} - state.keys()
+        if missing:
+            raise CheckpointError(f"{checkpoint / STATE} is of another version: it lacks {', '.join(sorted(missing))}.")
+        return checkpoint, state
+
+    def _load_averaged(self, checkpoint: Path, state: dict[str, Any]) -> None:
         from zoo.weights import load_checkpoint
 
+        load_checkpoint(self.task.model, checkpoint)
+
+    def _load_learner(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """What is learned, where that is not what is saved as the model, which is loaded already."""
         try:
-            if self.ema is None:
-                load_checkpoint(self.raw_model, checkpoint)
-            else:
-                load_checkpoint(self.ema.module, checkpoint)
-                self.raw_model.load_state_dict(state["model"] or self.ema.module.state_dict())
-            self.optimizer.load_state_dict(state["optimizer"])
+            unexpected = self.task.learner.load_state_dict(state["learner"], strict=False).unexpected_keys
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from None
+        if unexpected:
+            raise CheckpointError(f"{checkpoint} does not fit this configuration: it also holds {unexpected[0]}.")
+
+    def _resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """All but the weights."""
+        changed = _changes(state["config"], to_plain(self.config))
+        if changed:
+            self._say(f"Going on with another configuration than the run began with: {', '.join(changed)}.")
+        try:
+            load_optimizer(self.optimizer.optimizer, state["optimizer"])
         except (ValueError, RuntimeError, KeyError) as error:
-            if isinstance(error, ZooError):
-                raise
             raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from None
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = RunState(**state["progress"])
-        if len(state["rng"]) == self.accelerator.num_processes:
+        before, processes = state["processes"], self.accelerator.num_processes
+        if before == processes:
             set_rng_state(state["rng"][self.accelerator.process_index])
-        where = f"epoch {self.progress.epoch + 1}" + (
-            f", batch {self.progress.batch + 1}" if self.progress.batch else ""
-        )
+        else:
+            self._say(f"The run went on with {before} processes, and goes on with {processes}: random numbers differ.")
+            set_seed(self.config.train.seed + self.progress.updates, device_specific=True)
+        self._place(before * state["config"]["data"]["batch_size"], before)
+        progress = self.progress
         self._bring_best(checkpoint)
-        self._write_history()
+        self._write_history(draw=False)
+        where = f"epoch {progress.epoch + 1}" + (f", batch {progress.batch + 1}" if progress.batch else "")
         self._say(f"Resumed {checkpoint} at {where} of {self.epochs} epochs.")
+
+    def _place(self, together_before: int, processes_before: int) -> None:
+        """Find the place in the epoch again where batches are of another size, or shared by other processes."""
+        progress, processes = self.progress, self.accelerator.num_processes
+        together = self.config.data.batch_size * processes
+        batch = progress.batch * together_before // together
+        batch -= batch % self.accumulation
+        mean = progress.loss_sum / (progress.batch * processes_before) if progress.batch else 0.0
+        if (batch, processes) != (progress.batch, processes_before):
+            progress.batch, progress.loss_sum = batch, mean * batch * processes
 
     def _bring_best(self, checkpoint: Path) -> None:
         """A run that goes on in another folder takes its best checkpoint along: nothing later need be better."""
@@ -427,19 +586,26 @@ class _Loop:
             state = read_state(best)
             write_checkpoint(self.folder / "best", lambda fresh: shutil.copytree(best, fresh), state)
 
+    # ---------------------------------------------------------------------------------------------------------- signals
+
     def _save_and_stop(self) -> None:
         self._save("last")
-        self.accelerator.end_training()
+        raise self._interrupted()
+
+    def _interrupted(self) -> Interrupted:
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         by = self.signal or signal.SIGTERM
-        raise Interrupted(
+        return Interrupted(
             f"Stopped by {by.name} and saved in {self.folder / 'last'}. Go on with --resume auto.", 128 + by.value
         )
 
-    # ---------------------------------------------------------------------------------------------------------- signals
-
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks the loop to stop after its update; a second acts at once."""
+        """The first Ctrl-C or SIGTERM asks the loop to stop after its update; a second acts at once.
+
+        In an evaluation the first acts at once, too: the epoch is saved, and nobody waits for this process.
+        """
         before: dict[int, Any] = {}
 
         def restore() -> None:
@@ -449,6 +615,8 @@ class _Loop:
         def ask(number: int, frame: object) -> None:
             self.signal = signal.Signals(number)
             restore()
+            if self.evaluating:
+                raise self._interrupted()
 
         with contextlib.suppress(ValueError):  # signals belong to the main thread
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -458,21 +626,24 @@ class _Loop:
         finally:
             restore()
 
-    def _stop_requested(self) -> bool:
-        asked = self.signal is not None
-        if self.accelerator.num_processes == 1:
-            return asked
-        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)))
-
     # ----------------------------------------------------------------------------------------------------------- output
+
+    def _start_tracker(self) -> None:
+        """Each has its own words for the run's name and folder."""
+        tracker, name = self.config.output.tracker, self.folder.resolve().name
+        if tracker:
+            own = {"wandb": {"name": name, "dir": str(self.folder)}, "trackio": {"name": name}}
+            project = "tensorboard" if tracker == "tensorboard" else "backbone-zoo"
+            init = {tracker: own[tracker]} if tracker in own else {}
+            self.accelerator.init_trackers(project, config=_flat(to_plain(self.config)), init_kwargs=init)
 
     def _write_config(self) -> None:
         if self.accelerator.is_main_process:
             with whole_file(self.folder / "config.yaml") as file:
                 file.write(to_yaml(self.config).encode())
 
-    def _write_history(self) -> None:
-        """Written anew each time: a row more, or none, but never half a row."""
+    def _write_history(self, draw: bool) -> None:
+        """Written anew each time: a row more, or none, but never half a row. The curves may wait for some seconds."""
         rows = self.progress.history
         if not rows or not self.accelerator.is_main_process:
             return
@@ -483,7 +654,9 @@ class _Loop:
         writer.writerows(rows)
         with whole_file(self.folder / "history.csv") as file:
             file.write(text.getvalue().encode())
-        plot_curves({self.folder.name: rows}, self.task.metric, self.folder.name, self.folder / "curves.png")
+        if draw or time.monotonic() - self.drawn > DRAW_EVERY:
+            plot_curves({self.folder.name: rows}, self.task.metric, self.folder.name, self.folder / "curves.png")
+            self.drawn = time.monotonic()
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -496,7 +669,7 @@ class _Loop:
         with Progress(
             *columns, TextColumn("{task.fields[loss]}"), console=self.console, transient=True, disable=not shown
         ) as bar:
-            steps = self.task.batches_per_epoch
+            steps = self.updates_per_epoch * self.accumulation
             title = f"epoch {self.progress.epoch + 1}/{self.epochs}"
             row = bar.add_task(title, total=steps, completed=self.progress.batch, loss="")
 
@@ -510,7 +683,7 @@ class _Loop:
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """timm's optimizer of that name over the model's parameters. Raises ConfigError for one that there is not."""
     names = timm.optim.list_optimizers()
-    if config.opt.lower() not in names:
+    if config.opt.lower().removeprefix("lookahead_") not in names:
         raise ConfigError(
             f"optimizer.opt is {config.opt!r}, which timm does not have.{did_you_mean(config.opt, names)}"
         )
@@ -528,6 +701,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
             momentum=config.momentum,
             layer_decay=config.layer_decay,
             **given,
+            **config.args,
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"The optimizer {config.opt!r} cannot be made: {error}") from None
@@ -553,7 +727,63 @@ def make_scheduler(
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"The schedule {config.sched!r} cannot be made: {error}") from None
+    if scheduler is None:  # a schedule scales the rates of layers; without one they are scaled here
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return scheduler, epochs
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore what the optimizer remembers; its options stay those of the configuration, which may have changed."""
+    kept = {"lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"}
+    options = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        if group.keys() - kept != saved.keys() - kept:
+            raise ValueError("it was trained with another optimizer")
+    optimizer.load_state_dict(shard_optimizer_state(optimizer, state))
+    for group, now in zip(optimizer.param_groups, options, strict=True):
+        group.update(now)
+
+
+def _others(learner: nn.Module, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `learner` that are not `model`'s, which are saved apart."""
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    tensors = learner.state_dict(keep_vars=True)
+    return {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in saved}
+
+
+def accumulation_steps(config: RunConfig, processes: int) -> int:
+    """Batches of each process to an update. Raises ConfigError when they cannot add up to `train.global_batch_size`."""
+    train, together = config.train, config.data.batch_size * processes
+    if train.global_batch_size is None:
+        return train.grad_accum_steps
+    if train.global_batch_size % together:
+        raise ConfigError(
+            f"train.global_batch_size ({train.global_batch_size}) is no multiple of data.batch_size "
+            f"({config.data.batch_size}) x {processes} process{'es' * (processes > 1)}."
+        )
+    return train.global_batch_size // together
+
+
+def explain(error: BaseException) -> ZooError | None:
+    """What a user can do about an error of torch's; None for one that is a bug."""
+    line = _first_line(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in line:
+        return TrainingError(
+            "There is not enough memory: lower data.batch_size (and set train.global_batch_size to what it was, which "
+            f"accumulates gradients), or set train.grad_checkpointing. {line}"
+        )
+    if "DataLoader worker" in line:
+        return DataError(
+            f"A process that loads data died, perhaps for want of memory: lower data.workers or data.batch_size. {line}"
+        )
+    if is_broken_connection(error):
+        return TrainingError(f"Another process of the run is gone, or out of reach. {line}")
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _changes(saved: Any, current: Any, prefix: str = "") -> list[str]:
