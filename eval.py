@@ -1,5 +1,6 @@
 """Evaluate image classifiers: `python eval.py --model runs/digits`, or any names, checkpoints, folders and Hub ids."""
 
+import os
 import sys
 
 from zoo.config import run_command
@@ -8,8 +9,10 @@ from zoo.config import run_command
 def main() -> int:
     from zoo.evaluation.command import run
     from zoo.evaluation.config import parse_evaluation
+    from zoo.model_card import command_without_paths
 
-    return run(parse_evaluation(sys.argv[1:]))
+    launcher = [] if "WORLD_SIZE" in os.environ else ["python"]  # else torchrun's or accelerate's, which is not known
+    return run(parse_evaluation(sys.argv[1:]), command_without_paths([*launcher, *sys.argv]))
 
 
 if __name__ == "__main__":

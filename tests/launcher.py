@@ -67,15 +67,25 @@ class Launcher:
         self.server.stdin.flush()
         return json.loads(self.server.stdout.readline())
 
-    def start(self, folder: Path, *argv: object, processes: int = 1, max_file_size: int | None = None) -> Job:
-        """Run `train.py` with `argv` in so many processes, which find each other as under torchrun."""
+    def start(
+        self,
+        folder: Path,
+        *argv: object,
+        processes: int = 1,
+        max_file_size: int | None = None,
+        pause: float = 0.0,
+    ) -> Job:
+        """Run `train.py` with `argv` in so many processes, which find each other as under torchrun.
+
+        With a `pause`, in seconds, before each batch it is not at its end before a busy machine gets round to stop it.
+        """
         self.jobs += 1
         output, port = folder / f"output{self.jobs}.txt", _free_port()
         pids = []
         for rank in range(processes):
             environment = {} if processes == 1 else _torchrun_environment(rank, processes, port)
             question = {"argv": [str(arg) for arg in argv], "env": environment, "output": str(output)}
-            pids.append(self.ask({**question, "max_file_size": max_file_size}))
+            pids.append(self.ask({**question, "max_file_size": max_file_size, "pause": pause}))
         return Job(self, pids, output)
 
     def run(self, folder: Path, *argv: object, **options: Any) -> str:
@@ -102,6 +112,8 @@ def _free_port() -> int:
 
 def serve() -> int:
     """Fork as asked until there are no more questions. In the forked process: the exit status of `train.py`."""
+    import docstring_parser  # noqa: F401
+    import jsonargparse  # noqa: F401
     import matplotlib.figure  # noqa: F401
     import sklearn.datasets
     import sklearn.model_selection  # noqa: F401
@@ -140,10 +152,24 @@ def _become(question: dict[str, Any]) -> None:
     if question["max_file_size"]:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at its start: the write fails instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (question["max_file_size"], resource.RLIM_INFINITY))
+    if question["pause"]:
+        _slow_down(question["pause"])
     output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+
+def _slow_down(pause: float) -> None:
+    from zoo.training import ImageClassification
+
+    loss = ImageClassification.loss
+
+    def slow(*args: Any) -> Any:
+        time.sleep(pause)
+        return loss(*args)
+
+    ImageClassification.loss = slow  # type: ignore[assignment, method-assign]
 
 
 if __name__ == "__main__":

@@ -214,11 +214,22 @@ def test_tables_that_hold_no_data(tmp_path: Path):
     assert "1 labels of missing.parquet are missing" in complaint("missing.parquet")
 
 
+@pytest.mark.parametrize("name", ["parquet", "webdataset"])
+def test_what_is_learned_is_not_what_is_evaluated(tmp_path: Path, name: str):
+    """A file by itself can be evaluated; trained on, it would be both splits, and its accuracy nothing worth."""
+    path = tmp_path / "all.tar"
+    if name == "parquet":
+        path = make_parquet(tmp_path / "all.parquet", [0, 1, 0], ["a", "b"])
+        assert len(load_split(DataConfig(name="parquet", path=str(path)), training=False)) == 3
+    with pytest.raises(DataError, match=f"{path.name}' is one split, and another one is needed to evaluate"):
+        load_split(DataConfig(name=name, path=str(path)), training=True)  # type: ignore[arg-type]
+
+
 def test_classes_are_matched_by_name(tmp_path: Path):
     make_folder(tmp_path / "val", "bd", 2)
     split = load_split(DataConfig(name="folder", path=str(tmp_path)), False)
     assert align_classes(split, "abcd").labels.tolist() == [1, 1, 3, 3]
-    with pytest.raises(DataError, match="1 classes are not among the 2 that the model knows: 'd'"):
+    with pytest.raises(DataError, match="1 class is not among the 2 that the model knows: 'd'"):
         align_classes(split, "ab")
 
 

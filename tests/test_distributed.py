@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def test_going_on_is_exact(launcher: Launcher, home: Path, runs: dict[str, Path]
     """One of two processes is told to stop in the middle of an epoch: both do. The end is an unbroken run's."""
     output = home / f"broken_{name}"
     argv = [*flags(home, **changes), "--output.dir", output, "--resume", "auto"]
-    job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=2)
+    job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=2, pause=0.2)
     job.wait_for(output / "last" / "state.pt")
     job.kill(signal.SIGTERM, rank=1)
     assert job.wait() == [128 + signal.SIGTERM] * 2, job.text()
@@ -118,10 +119,11 @@ def test_going_on_with_another_number_of_processes(launcher: Launcher, home: Pat
     output = home / "changing"
     for changes, processes in ((ONE, 1), (FSDP, 2)):
         argv = [*flags(home, **changes), "--output.dir", output, "--resume", "auto"]
-        job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=processes)
+        job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=processes, pause=0.2)
         before = updates(output)
         while updates(output) == before:
             assert job.is_running(), job.text()
+            time.sleep(0.01)
         job.kill(signal.SIGTERM)
         assert job.wait() == [128 + signal.SIGTERM] * processes, job.text()
     assert updates(output) < 10
@@ -135,10 +137,12 @@ def updates(run: Path) -> int:
 
 
 def test_evaluation_counts_every_image_once(launcher: Launcher, home: Path, tmp_path: Path):
-    """Seven images over two processes, in batches of two: four and three, two batches each, the last not full."""
+    """Nine images over two processes, in batches of two: five and four, and each meets a damaged one."""
     make_folder(tmp_path / "data" / "train", "ab", 8)
-    make_folder(tmp_path / "data" / "val", "a", 4)
+    make_folder(tmp_path / "data" / "val", "a", 6)
     make_folder(tmp_path / "data" / "val", "b", 3)
+    for damaged in ("0.png", "1.png"):  # with two processes, one for each
+        (tmp_path / "data" / "val" / "a" / damaged).write_bytes(b"damaged")
     found = {}
     for parallel, processes in (("ddp", 1), ("ddp", 2), ("fsdp", 2)):
         changes = {
@@ -146,7 +150,8 @@ def test_evaluation_counts_every_image_once(launcher: Launcher, home: Path, tmp_
             "train": {"parallel": parallel, "max_updates": 1},
         }
         output = tmp_path / f"{parallel}{processes}"
-        launcher.run(tmp_path, *flags(home, **changes), "--output.dir", output, processes=processes)
+        said = launcher.run(tmp_path, *flags(home, **changes), "--output.dir", output, processes=processes)
+        assert "Skipped 2 damaged images:" in said
         found[parallel, processes] = rows(output)[0]
     expected = found.pop(("ddp", 1))
     assert (float(expected["val_top1"]) * 7 / 100) % 1 == pytest.approx(0, abs=1e-6)
@@ -173,9 +178,11 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(launcher: Launcher, h
     """kill -9 of one of torchrun's two: the other says so and ends, and so does torchrun."""
     output = home / "killed"
     argv = [*flags(home, **TWO), "--output.dir", output, "--resume", "auto"]
-    process = torchrun(*argv, "--train.save_interval_updates", "2", "--scheduler.epochs", "200")
+    longer = ["--train.save_interval_updates", 2, "--scheduler.epochs", 200, "--train.eval_interval", 200]
+    process = torchrun(*argv, *longer)
     while not (output / "last" / "state.pt").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
     for pid in children(process.pid):
         if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
             os.kill(pid, signal.SIGKILL)
@@ -186,7 +193,7 @@ def test_a_killed_process_ends_the_run_and_the_run_goes_on(launcher: Launcher, h
     assert "zoo/training" not in said  # torchrun's own traceback is all there is
     state = read_state(output / "last")["progress"]
     assert state["updates"] > 0
-    said = launcher.run(home, *argv, "--train.max_updates", state["updates"] + 1, processes=2)
+    said = launcher.run(home, *argv, *longer, "--train.max_updates", state["updates"] + 1, processes=2)
     assert "Resumed" in said
     assert read_state(output / "last")["progress"]["updates"] == state["updates"] + 1
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +18,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -91,12 +94,18 @@ def test_a_list_goes_on_where_one_fails(eval_py: Any, models: list[Path], data: 
 def test_everything_of_one_model_is_saved(eval_py: Any, models: list[Path], data: list[str], tmp_path: Path):
     out, parquet = tmp_path / "out", tmp_path / "answers.parquet"
     predictions = ["--predictions", parquet, "--topk", "2", "--channels_last", "true", "--amp", "bf16"]
-    status, _, errors = eval_py("--model", models[0], *data, "--output", out, *predictions)
+    status, _, errors = eval_py("--model", models[0], *data, f"--output={out}", *predictions)
     assert status == 0, errors
     assert {path.name for path in out.iterdir()} == {
         *("results.json", "results.csv", "per_class.csv", "confusion.csv", "confusion.png", "calibration.png")
     }
     results = json.loads((out / "results.json").read_text())
+    command = "python eval.py --model first --data.name parquet --data.path data0 --data.workers 0 --device cpu "
+    assert re.sub(r"data\d+", "data0", results["command"]).startswith(f"{command}--output=out --predictions ans")
+    versions = {"backbone-zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    assert results["versions"] == versions
+    row = pd.read_csv(out / "results.csv").iloc[0]
+    assert [row[name] for name in ("command", "zoo", "torch", "timm")] == [results["command"], *versions.values()]
     with open(out / "confusion.csv", newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["true class", "cat", "dog"]
@@ -169,6 +178,25 @@ def test_features_of_a_model_with_other_classes(eval_py: Any, data: list[str], t
     assert {path.parent.name for path in out.rglob("results.json")} == {"knn", "linear"}
 
 
+def test_help_has_examples_that_parse(eval_py: Any, capfd: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        eval_py("--help")
+    examples = re.findall(r"^  python eval.py (.*)$", capfd.readouterr().out.partition("examples:")[2], re.MULTILINE)
+    assert len(examples) >= 3
+    for example in examples:
+        argv = shlex.split(example.replace("runs/digits ", f"{ROOT} "))  # no such run is here
+        assert parse_evaluation([*argv, "--data.name", "digits"]).models
+
+
+def test_digits_have_two_splits(eval_py: Any, tmp_path: Path):
+    model = export(tmp_path / "model", 0, labels=list(map(str, range(10))), in_chans=1)
+    flags = ["--model", model, "--data.name", "digits", "--data.workers", "0", "--device", "cpu", "--data.val_split"]
+    assert "on 1437 images" in eval_py(*flags, "train")[1]
+    assert "on 360 images" in eval_py(*flags, "test")[1]
+    status, _, errors = eval_py(*flags, "val")
+    assert (status, errors) == (1, "error: The digits have no split 'val', but train and test.\n")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -186,6 +214,8 @@ def test_features_of_a_model_with_other_classes(eval_py: Any, data: list[str], t
         (["--model", "a", "--features", "svm"], "features"),
         (["--model", "a", "--sizes", "large"], "sizes"),
         (["--model", "a", "--sizes", "0"], "sizes must be whole numbers above zero, not 0"),
+        (["--model", "a", "--topk", "0"], "topk must be a whole number and at least 1, not 0"),
+        (["--model", "runs/none"], "There is no run or checkpoint 'runs/none'"),
         (["--model", "none.txt"], "The list of models 'none.txt' cannot be read"),
     ],
 )

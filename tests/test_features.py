@@ -88,5 +88,5 @@ def test_features_that_cannot_be_judged(tmp_path: Any, model: Any):
     with pytest.raises(ConfigError, match=r"Known has no forward_features"):
         evaluate_features(Known(np.zeros((2, 2), np.float32)), small)
     known_folder(tmp_path, ["val/c/5.png"])
-    with pytest.raises(DataError, match="1 classes are not among the 2"):
+    with pytest.raises(DataError, match="1 class is not among the 2"):
         evaluate_features(model, small, ["knn"], config=FeatureConfig(knn_k=1))

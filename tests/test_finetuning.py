@@ -71,13 +71,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(configure(folder / "small.yaml", folder / "run", train={"max_updates": 3})).folder
 
 
-@pytest.mark.parametrize("source", ["run", "local-dir", "checkpoint file", "checkpoint folder", "run's weights"])
+@pytest.mark.parametrize(
+    "source", ["run", "local-dir", "local-dir of a run", "checkpoint file", "checkpoint folder", "run's weights"]
+)
 def test_weights_come_from(source: str, trained: Path, recipe: Path, only_data: Path, tmp_path: Path):
     """The backbone is the trained run's, the head is fresh: letters instead of digits."""
     best = trained / "best"
     model = {
         "run": {"name": str(trained)},
         "local-dir": {"name": f"local-dir:{best}"},
+        "local-dir of a run": {"name": f"local-dir:{trained}"},
         "checkpoint file": {"checkpoint_path": str(best / "model.safetensors")},
         "checkpoint folder": {"checkpoint_path": str(best)},
         "run's weights": {"checkpoint_path": str(trained)},

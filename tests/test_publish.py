@@ -28,6 +28,7 @@ import zoo
 from tests.hub_stub import Hub, Reply, corrupt, drop, status
 from zoo import cli
 from zoo.data import DataConfig
+from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DownloadError, PublishError
 from zoo.evaluation import evaluate
 from zoo.model_card import without_paths
@@ -131,8 +132,10 @@ def test_a_run_is_published_in_one_commit_and_opens(hub: Hub, run: Path, tmp_pat
     assert set(found.files) == set(files) - {".gitattributes"}
     assert set(found.files) == {
         *("README.md", "config.json", "model.safetensors"),
-        *("training_config.yaml", "history.csv", "curves.png", "results.json"),
+        *("training_config.yaml", "environment.json", "history.csv", "curves.png", "results.json"),
     }
+    assert "command" in (run / "environment.json").read_text()
+    assert b"command" not in files["environment.json"]
     assert found.commit == repo.refs["main"]
     assert found.url == f"{hub.url}/me/digits"
     assert files["model.safetensors"] == (run / "best" / "model.safetensors").read_bytes()
@@ -170,6 +173,7 @@ def test_the_card_holds_what_was_measured_and_nothing_else(hub: Hub, run: Path):
         "![Loss and accuracy by epoch](curves.png)",
         "python eval.py --model hf-hub:me/digits --data.name digits",
         "Trained on a toaster.",
+        f"Trained on {device_name(torch.device('cpu'))} with backbone-zoo {zoo.__version__}, torch {torch.__version__}",
         "they flatter it a little",
         "eprint = {2111.11418}",
         "- These weights: apache-2.0.",
@@ -232,6 +236,7 @@ def test_nothing_private_is_published(run: Path, tmp_path: Path):
         ("see /home/jane/notes.txt, and more", "see notes.txt, and more"),
         ("/data/train-{0000..1023}.tar", "train-{0000..1023}.tar"),
         ("https://jane:secret@host/data/a.tar", "https://host/data/a.tar"),
+        ("https://host/a.tar?signature=secret", "https://host/a.tar"),
         ("hf-hub:owner/name@v1", "hf-hub:owner/name@v1"),
         ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k"),
         ("owner/data", "owner/data"),
@@ -243,6 +248,43 @@ def test_nothing_private_is_published(run: Path, tmp_path: Path):
 )
 def test_local_paths_are_cut_to_their_last_part(value: Any, clean: Any):
     assert without_paths(value) == clean
+
+
+def test_the_card_states_how_it_was_measured(run: Path):
+    """By which labels, of which split, at which size, with which command: and how to do that again."""
+    path = run / "evaluation" / "results.json"
+    results = json.loads(path.read_text())
+    card = model_card(run)
+    assert f"with `eval.py`, backbone-zoo {zoo.__version__}, torch {torch.__version__}, timm " in card
+    assert "The command was" not in card  # for it was none
+    preprocess = {**results["preprocessing"], "input_size": [1, 24, 24]}
+    command = "python eval.py --model '/home/jane doe/digits' --data.val_split=train --output /home/jane/out"
+    how = {"label_map": "/home/jane/my map.json", "split": "train", "amp": "bf16", "command": command}
+    path.write_text(json.dumps({**results, **how, "preprocessing": preprocess}))
+    card = model_card(run, repo_id="me/digits")
+    assert "\npython eval.py --model digits --data.val_split=train --output out\n" in card
+    assert (
+        "\npython eval.py --model hf-hub:me/digits --data.name digits --data.val_split train --label_map 'my map.json' "
+        "--data.input_size '[1, 24, 24]' --amp bf16\n" in card
+    )
+    for measured in metadata(card).eval_results:
+        assert measured.dataset_name == "scikit-learn digits, label map my map.json"
+        assert measured.dataset_split == "train"
+    assert "flatter it" not in card  # another split than the one that chose the epoch
+    assert "jane" not in card
+    path.write_text(json.dumps({**results, "label_map": "a", "per_class": {"n01498041": 1.0}}))
+    assert "label map a" in model_card(run)  # a part of the classes
+
+
+def test_halved_weights_bear_no_figures_of_others(run: Path, tmp_path: Path):
+    card = model_card(run, half=True)
+    assert metadata(card).eval_results is None
+    assert "before they were halved" in card
+    draft = prepare(run, tmp_path / "half", half=True)
+    assert "halving changed the weights" in " ".join(draft.remarks)
+    card = model_card(draft.folder, half=True, results=run / "evaluation")  # halving again changes nothing
+    assert metadata(card).eval_results
+    assert "before they were halved" not in card
 
 
 def test_weights_in_half_precision(hub: Hub, model: nn.Module, tmp_path: Path):
@@ -627,6 +669,9 @@ def test_models_publish_and_open_themselves(hub: Hub, model: nn.Module, tmp_path
     folder = model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(MetaFormer.from_pretrained(folder)), logits(model))
     assert torch.equal(logits(MetaFormer.from_pretrained(str(folder))), logits(model))
+
+    with pytest.raises(ConfigError, match="A folder has no revisions"):
+        MetaFormer.from_pretrained(folder, revision="v1")
 
     class Other(zoo.ZooModelHubMixin, nn.Module):
         pass

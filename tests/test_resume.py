@@ -58,7 +58,7 @@ def test_killed_twenty_times(launcher: Launcher, recipe: Path, tmp_path: Path):
     moments = random.Random(0)
     updates = kills = 0
     while kills < 20:
-        job = launcher.start(tmp_path, *argv, "--output.dir", broken, "--resume", "auto")
+        job = launcher.start(tmp_path, *argv, "--output.dir", broken, "--resume", "auto", pause=0.01)
         if moments.random() < 0.8:  # let it come further; else it dies wherever it is: in its start, or in saving
             while job.is_running() and (not broken.exists() or saved_updates(broken) <= updates):
                 time.sleep(0.005)
@@ -100,9 +100,10 @@ def test_a_run_that_is_asked_to_stop_saves_itself(launcher: Launcher, recipe: Pa
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     for number in (signal.SIGTERM, signal.SIGINT):
         before = saved_updates(broken)
-        job = launcher.start(tmp_path, *argv, "--output.dir", broken, "--resume", "auto")
+        job = launcher.start(tmp_path, *argv, "--output.dir", broken, "--resume", "auto", pause=0.1)
         while saved_updates(broken) == before:
             assert job.is_running(), job.text()
+            time.sleep(0.01)
         job.kill(number)
         assert job.wait() == [128 + number], job.text()
         assert f"Stopped by {number.name} and saved in {broken / 'last'}. Go on with --resume auto." in job.text()
@@ -263,6 +264,18 @@ def test_options_of_the_optimizer_are_those_of_the_configuration(recipe: Path, t
     assert second.history[1]["lr"] == 1e-4
     groups = read_state(second.folder / "last")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
+
+
+def test_the_schedule_keeps_its_place_when_batches_change_their_size(recipe: Path, tmp_path: Path):
+    """Twice as many updates to an epoch from now on, or half as many: the second epoch's rates are the same."""
+    for before, after in ((128, 64), (64, 128)):
+        data: list[Any] = [{"batch_size": before}, {"batch_size": after}]
+        run = tmp_path / f"{before}_{after}"
+        per_epoch = 1437 // before
+        train(configure(recipe, run, data=data[0], train={"max_updates": per_epoch + 2, "eval_interval": 9}))
+        broken = train(configure(recipe, run, data=data[1], scheduler={"epochs": 4}, resume="auto"))
+        whole = train(configure(recipe, tmp_path / f"{after}", data=data[1], scheduler={"epochs": 4}))
+        assert [row["lr"] for row in broken.history[2:]] == [row["lr"] for row in whole.history[2:]]
 
 
 def test_averaging_may_begin_and_end_on_the_way(recipe: Path, tmp_path: Path):

@@ -185,7 +185,7 @@ def test_patterns_of_shards(tmp_path: Path):
         (tmp_path, "train-*[13].tar", 8),
         (tmp_path / "train-{0000..0002}.tar", "train", 12),
     ):
-        assert len(load_split(options(path, train_split=split), True)) == count
+        assert len(load_split(options(path, train_split=split, val_split=split), path == tmp_path)) == count
 
 
 def test_classes_and_labels_of_tars(tmp_path: Path):

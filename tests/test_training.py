@@ -5,10 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from PIL import Image
 from rich.console import Console
@@ -58,8 +62,8 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def configure(recipe: Path, output: Path, **changes: Any) -> TrainingConfig:
-    changes["output"] = {"dir": str(output), **changes.get("output", {})}
+def configure(recipe: Path, folder: Path, **changes: Any) -> TrainingConfig:
+    changes["output"] = {"dir": str(folder), **changes.get("output", {})}
     return load_config(TrainingConfig, recipe, **changes)
 
 
@@ -206,6 +210,29 @@ def test_going_on_in_another_folder(recipe: Path, tmp_path: Path):
     assert_same_checkpoint(first.best_checkpoint, again.best_checkpoint)
 
 
+# ------------------------------------------------------------------------------------------------------ surroundings
+
+
+def test_a_run_records_what_it_was_made_with(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A row for each start, wherever the run goes on, with the command as it was typed but for whose paths they are."""
+    typed = "/home/alice/zoo/train.py --config configs/small.yaml --output.dir=~alice/run --data.path /mnt/bob/it"
+    monkeypatch.setattr(sys, "argv", typed.split())
+    train(configure(recipe, tmp_path / "run", train={"max_updates": 2}))
+    train(configure(recipe, tmp_path / "run", train={"max_updates": 12}, resume="auto"))
+    train(configure(recipe, tmp_path / "other", resume=str(tmp_path / "run")))
+    text = (tmp_path / "other" / "environment.json").read_text()
+    rows = json.loads(text)
+    assert [row["updates"] for row in rows] == [0, 2, 12]
+    assert rows[:2] == json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert rows[0]["command"] == "train.py --config configs/small.yaml --output.dir=run --data.path it"
+    versions = {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__}
+    assert versions.items() <= rows[0].items()
+    assert rows[0]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert (rows[0]["processes"], list(rows[0]["devices"].values())) == (1, [1])
+    assert rows[0]["date"] <= rows[1]["date"] <= rows[2]["date"]
+    assert not {"alice", "bob", str(tmp_path), socket.gethostname()} & set(re.split(r"[\s/\"=]", text))
+
+
 # ----------------------------------------------------------------------------------------------- when things go wrong
 
 
@@ -243,7 +270,7 @@ def test_data_that_vanishes_ends_a_run_with_a_message(recipe: Path, tmp_path: Pa
     accelerator = make_accelerator(going_on.train, going_on.output)
     task = ImageClassification(going_on, accelerator)
     shutil.rmtree(tmp_path / "data")
-    with pytest.raises(DataError, match=r"Too many images in a row cannot be read: .*No such file"):
+    with pytest.raises(DataError, match=r"The images are gone: there is no folder .*train"):
         fit(task, going_on, accelerator)
     assert (run.folder / "last" / "model.safetensors").read_bytes() == before
 
@@ -344,7 +371,11 @@ def train_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> A
         (["--model.args.dephts", "[1]"], 1, "has no argument 'dephts'. Did you mean depths?"),
         (["--model.args.num_classes", "3"], 1, "model.args.num_classes is 3, but the data has 10 classes"),
         (["--model.checkpoint_path", "/nowhere.pth"], 1, "/nowhere.pth"),
-        (["--data.input_size", "[1, 2]"], 1, "data.input_size: Expected a tuple with 3 elements"),
+        (["--data.input_size", "[1, 2]"], 1, "data.input_size: Expected a list with 3 elements"),
+        (["--model.freeze", "stem"], 1, "model.freeze: Expected a list in brackets, such as [a, b]. Got value: stem."),
+        (["--scheduler.epochs", "1.5"], 1, "scheduler.epochs: Expected a whole number. Got value: 1.5."),
+        (["--train.seed", "4294967296"], 1, "train.seed must be from 0 to 2147483647"),
+        (["--scheduler.min_lr", "0.1"], 1, "scheduler.min_lr (0.1) is above optimizer.lr (0.003): the rate would rise"),
         (["--train.grad_accum_steps", "0"], 1, "train.grad_accum_steps must be above zero"),
         (["--output.dir", "/dev/null/run"], 1, "Cannot write to the folder '/dev/null/run'"),
         (["--resume", "/nowhere"], 1, "nothing to resume in '/nowhere'"),

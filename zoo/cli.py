@@ -425,7 +425,10 @@ def run_convert(args: argparse.Namespace) -> None:
 def run_card(args: argparse.Namespace) -> None:
     from zoo.cards import families, render_card
 
-    if args.source not in families() and os.path.exists(os.path.expanduser(args.source)):
+    if args.output is not None:
+        check_writable(args.output)
+    is_path = os.path.exists(os.path.expanduser(args.source)) or os.sep in args.source
+    if args.source not in families() and is_path:
         from zoo.publishing import model_card
 
         card = model_card(args.source, say=note, **description_of(args))

@@ -5,6 +5,7 @@ A mistyped key or flag is an error that names the nearest right one.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
@@ -37,14 +38,22 @@ class UsageError(ConfigError):
 Config = TypeVar("Config")
 
 
-def parse_config(schema: type[Config], argv: Sequence[str] | None = None, *, prog: str, description: str) -> Config:
+def parse_config(
+    schema: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    examples: str = "",
+) -> Config:
     """`schema` filled from `--config file.yaml` and dotted flags, the later over the earlier.
 
-    Raises UsageError for a flag that does not exist or one that is missing, ConfigError for a file that cannot be
-    read, a mistyped key in it (both name the nearest), and a value of the wrong type. `--help` prints and exits.
+    `examples` are commands, one on a line, for `--help`. Raises UsageError for a flag that does not exist or one
+    that is missing, ConfigError for a file that cannot be read, a mistyped key in it (both name the nearest), and a
+    value of the wrong type. `--help` prints and exits.
     """
     try:
-        from jsonargparse import ArgumentError, ArgumentParser
+        from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
     except ImportError as error:
         raise MissingDependencyError('Configurations need jsonargparse: pip install "backbone-zoo[train]".') from error
 
@@ -52,7 +61,14 @@ def parse_config(schema: type[Config], argv: Sequence[str] | None = None, *, pro
     _check_flags(schema, argv)
     for path in flag_values(argv, "--config"):
         _check_keys(schema, read_yaml(path), path, [name for name, _ in _fields(schema)])
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="\n  ".join(["examples:", *examples.strip().splitlines()]) if examples else None,
+        # lines of examples stay as they are
+        formatter_class=type("Formatter", (DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter), {}),
+        exit_on_error=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file to start from; flags go over it.")
     parser.add_class_arguments(schema)
     try:
@@ -206,6 +222,9 @@ def _one_line(error: Exception) -> str:
     """jsonargparse's message without its Python: types and choices as a YAML writer knows them."""
     text = " ".join(str(error).split()).replace("Parser key ", "").replace('"', "")
     text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    text = text.replace("Expected a int.", "Expected a whole number.")
+    text = text.replace("Expected a tuple.", "Expected a list in brackets, such as [a, b].")
+    text = text.replace("Expected a tuple", "Expected a list")
     text = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(
         r"Does not validate .*? Errors: - (.*) - Expected a NoneType Given value type: .*? Given value:",

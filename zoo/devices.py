@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,3 +25,15 @@ def find_device(device: Any) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("There is no device 'mps' here: it takes a Mac with Apple silicon.")
     return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware is called, such as "NVIDIA H200"; of a CPU, its model where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.machine())

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
 from zoo.registry import ModelInfo, model_info
 from zoo.units import humanize
 
-__all__ = ["Base", "RunRecord", "read_run", "render_model_card", "without_paths"]
+__all__ = ["Base", "RunRecord", "command_without_paths", "read_run", "render_model_card", "without_paths"]
 
 HUB = "https://huggingface.co"
 UNSTATED = "unstated"
+ENVIRONMENT = "environment.json"  # of a run: what it was made with, a row for each start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,8 @@ class Base:
 class RunRecord:
     """What a run's folder says of one of its checkpoints.
 
-    `row` is the history's row of the epoch that the checkpoint is of, None where it was not evaluated.
+    `row` is the history's row of the epoch that the checkpoint is of, None where it was not evaluated, and
+    `environment` has a row for each of the run's starts.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class RunRecord:
     config: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     row: Mapping[str, Any] | None
+    environment: Sequence[Mapping[str, Any]] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -77,7 +81,17 @@ def read_run(folder: Path, checkpoint: str) -> RunRecord:
         config=config,
         history=history,
         row=_row_of(folder / checkpoint, checkpoint, history),
+        environment=read_environment(folder),
     )
+
+
+def read_environment(folder: Path) -> list[dict[str, Any]]:
+    """What a run was made with, a row for each of its starts; empty where that was not written down."""
+    try:
+        rows = json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _number(text: str) -> int | float | None:
@@ -107,12 +121,14 @@ def _is_of_epoch(folder: Path, row: Mapping[str, Any]) -> bool:
 _PATH = re.compile(r"(?:file://)?(?:~[\w.-]*|\.\.?|[A-Za-z]:)?[/\\].*|~[\w.-]*")
 _IN_TEXT = re.compile(r"(?<![\w./:\\-])(?:~[\w.-]*|\.\.|[A-Za-z]:)?[/\\](?:[^\s/\\'\",;()]+[/\\])+[^\s/\\'\",;()]*")
 _CREDENTIALS = re.compile(r"(\w+://)[^/@\s]*@")
+_QUERY = re.compile(r"(\w+://[^\s?]*)\?[^\s'\"]*")  # of a signed URL, whoever has it may read
 
 
 def without_paths(value: Any) -> Any:
     """Plain data in which every local path is its last part alone, and no URL holds a password.
 
-    Where a file lay, and in whose home, is nobody's business; `hf-hub:` names, URLs and relative names stay.
+    Where a file lay, and in whose home, is nobody's business; `hf-hub:` names, URLs (without what follows a "?", which
+    may be a key) and relative names stay.
     """
     if isinstance(value, Mapping):
         return {key: without_paths(item) for key, item in value.items()}
@@ -124,7 +140,17 @@ def without_paths(value: Any) -> Any:
     path = value.removeprefix(prefix)
     if _PATH.fullmatch(path):
         return prefix + _last_part(path)
-    return _IN_TEXT.sub(lambda match: _last_part(match[0]), _CREDENTIALS.sub(r"\1", value))
+    return _IN_TEXT.sub(lambda match: _last_part(match[0]), _QUERY.sub(r"\1", _CREDENTIALS.sub(r"\1", value)))
+
+
+def command_without_paths(argv: Sequence[str]) -> str:
+    """A command as it may be shown: what `without_paths` leaves of each argument, and of the value in --flag=value."""
+
+    def clean(argument: str) -> str:
+        flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        return f"{flag}{equals}{without_paths(value)}"
+
+    return shlex.join(map(clean, argv))
 
 
 def _last_part(path: str) -> str:
@@ -147,6 +173,7 @@ def render_model_card(
     dataset: str | None = None,
     note: str | None = None,
     half: bool = False,
+    rounded: bool = False,
     files: Sequence[str] = (),
 ) -> str:
     """The card of `model`, as Markdown with the Hub's metadata on top.
@@ -162,6 +189,7 @@ def render_model_card(
         dataset: id on the Hub of the data that it was trained on.
         note: what else there is to say.
         half: whether the weights are kept in half precision.
+        rounded: whether that changed them, so that the figures are of other weights than these.
         files: that lie beside the card.
 
     Raises ConfigError when the metadata is not what the Hub reads.
@@ -182,14 +210,14 @@ def render_model_card(
         license=license,
         data=about,
         trained_on=dataset or _hub_data(run),
-        figures=figures,
+        figures={} if rounded else figures,
         measured_in="history.csv" if results is None else "results.json",
         files=files,
     )
     sections = {
         "Model": _model_section(model, cfg, info, half),
         "Use": _use_section(place, cfg, info, opens_in_timm),
-        "Evaluation": _evaluation_section(place, about, figures, run, results),
+        "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
         "Training": _training_section(run, base, files),
         "Limits": _limits_section(run, results, about, base),
         "Licence": _licence_section(license, base, info),
@@ -197,7 +225,7 @@ def render_model_card(
     }
     parts = [
         f"# {name}",
-        _summary(cfg, info, about, figures, base),
+        _summary(cfg, info, about, {} if rounded else figures, base),
         *([note] if note else []),
         *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
     ]
@@ -211,35 +239,59 @@ def render_model_card(
 class _Data:
     """What a model was measured on: as people call it, its id on the Hub, its split, and flags of `eval.py`.
 
-    `is_training_data` says whether it is the evaluation split of what the model was trained on.
+    `label_map` says what was right, where it was not the data's own labels, and `is_training_data` whether it is the
+    evaluation split of what the model was trained on.
     """
 
     name: str
     hub_id: str | None
     split: str | None
-    flags: str
+    flags: Sequence[str]
+    label_map: str | None = None
     is_training_data: bool = True
+
+    @property
+    def title(self) -> str:
+        return self.name + (f", label map {self.label_map}" if self.label_map else "")
 
     @classmethod
     def of(cls, run: RunRecord | None, results: Mapping[str, Any] | None, dataset: str | None) -> _Data | None:
         config = run.config.get("data") if run else None
         config = config if isinstance(config, Mapping) else {}
-        kind, path = config.get("name"), config.get("path")
-        measured = (results or {}).get("data") or path or kind
+        results = results or {}
+        kind, path, trained_by = config.get("name"), config.get("path"), config.get("val_split")
+        measured = results.get("data") or path or kind
         if measured is None:
-            return cls(name=dataset, hub_id=dataset, split=None, flags="") if dataset else None
+            return cls(name=dataset, hub_id=dataset, split=None, flags=()) if dataset else None
+        split = results.get("split", trained_by)  # an evaluation says itself which, where it was told
+        label_map = results.get("label_map") and str(without_paths(str(results["label_map"])))
+        where = str(without_paths(str(measured)))
+        options = {"val_split": split}
         if measured != (path or kind):
             is_known = not run and dataset  # a checkpoint comes with no other data than what it was measured on
-            name = dataset if is_known else str(without_paths(str(measured)))
-            flags = f"--data.path {without_paths(str(measured))}"
             return cls(
-                name=str(name), hub_id=dataset if is_known else None, split=None, flags=flags, is_training_data=False
+                name=dataset if is_known else where,  # type: ignore[arg-type]
+                hub_id=dataset if is_known else None,
+                split=split,
+                flags=_data_flags({"name" if where == "digits" else "path": where, **options}),
+                label_map=label_map,
+                is_training_data=False,
             )
         hub_id = dataset or (path if kind == "hub" else None)
-        called = {"digits": "scikit-learn digits"}.get(str(kind)) or without_paths(str(path or kind))
-        split = config.get("val_split") or ("test" if kind == "digits" else None)
-        flags = f"--data.name {kind}" + (f" --data.path {without_paths(str(path))}" if path else "")
-        return cls(name=hub_id or str(called), hub_id=hub_id, split=split, flags=flags)
+        called = {"digits": "scikit-learn digits"}.get(str(kind), where)
+        options |= {key: config.get(key) for key in ("image_key", "label_key")}
+        return cls(
+            name=hub_id or called,
+            hub_id=hub_id,
+            split=split or ("test" if kind == "digits" else None),
+            flags=_data_flags({"name": kind, "path": path and where, **options}),
+            label_map=label_map,
+            is_training_data=split == trained_by,
+        )
+
+
+def _data_flags(values: Mapping[str, Any]) -> list[str]:
+    return [part for key, value in values.items() if value is not None for part in (f"--data.{key}", str(value))]
 
 
 def _hub_data(run: RunRecord | None) -> str | None:
@@ -293,7 +345,7 @@ def _metadata(
                 task_type=task,
                 task_name="Image classification",
                 dataset_type=data.hub_id or re.sub(r"[^a-z0-9]+", "-", data.name.lower()).strip("-") or "data",
-                dataset_name=data.name,
+                dataset_name=data.title,
                 dataset_split=data.split,
                 metric_type=METRICS[key][0],
                 metric_name=METRICS[key][1],
@@ -335,7 +387,7 @@ def _summary(
     if base is not None:
         text += f", {'fine-tuned from' if base.trained else 'with the weights'} `{base.name}`"
     if data is not None and "top1" in figures:
-        text += f". Top-1 accuracy on {data.name}: {figures['top1']:.2f}%, measured"
+        text += f". Top-1 accuracy on {data.title}: {figures['top1']:.2f}%, measured"
     return text + "."
 
 
@@ -409,33 +461,50 @@ def _use_section(place: str, cfg: Mapping[str, Any], info: ModelInfo | None, ope
 
 def _evaluation_section(
     place: str,
+    cfg: Mapping[str, Any],
     data: _Data | None,
     figures: Mapping[str, float],
     run: RunRecord | None,
     results: Mapping[str, Any] | None,
+    rounded: bool,
 ) -> str:
     if data is None or not figures:
         return "These weights come without measured results."
     rows = [(METRICS[key][1], f"{value:.4f}" if key == "loss" else f"{value:.2f}") for key, value in figures.items()]
-    where = data.name + (f", split {data.split}" if data.split else "")
+    where = data.title + (f", split {data.split}" if data.split else "")
+    command = ["python", "eval.py", "--model", f"hf-hub:{place}", *data.flags]
     if results is not None:
-        if results.get("label_map"):
-            where += f", label map {without_paths(str(results['label_map']))}"
-        size = (results.get("preprocessing") or {}).get("input_size")
-        if isinstance(size, list):
-            where += f", at {shape(size)}"
+        preprocess = results.get("preprocessing") or {}
+        if isinstance(preprocess.get("input_size"), list):
+            where += f", at {shape(preprocess['input_size'])}"
         images = f" on {results['images']:,} images" if isinstance(results.get("images"), int) else ""
-        source = f"Measured{images} of {where} with `eval.py`; `results.json` holds every figure."
+        source = f"Measured{images} of {where} with {_tools(results)}; `results.json` holds every figure."
+        if isinstance(results.get("command"), str):
+            source += f" The command was\n\n```bash\n{command_without_paths(shlex.split(results['command']))}\n```\n\n"
+        if data.label_map:
+            command += ["--label_map", data.label_map]
+        own = {"input_size": list(cfg["input_size"]), "crop_pct": cfg.get("crop_pct")}
+        other = {key: preprocess[key] for key in own if preprocess.get(key) not in (None, own[key])}
+        command += _data_flags(other)
+        if results.get("amp", "no") != "no":
+            command += ["--amp", str(results["amp"])]
     else:
         assert run is not None
         assert run.row is not None
         epoch = f"epoch {run.row['epoch']} of {run.history[-1]['epoch']}"
         source = f"Measured on {where} at the end of {epoch} of the training run; `history.csv` holds every epoch."
-    command = f"python eval.py --model hf-hub:{place} {data.flags}".rstrip()
-    return (
-        f"{markdown_table(('metric', '>value'), rows)}\n\n{source} To measure again, with the data in its place:\n\n"
-        f"```bash\n{command}\n```"
-    )
+    text = [markdown_table(("metric", ">value"), rows)]
+    if rounded:
+        text.append("The figures are of the weights before they were halved, and not of these.")
+    again = f"To measure again, with the data in its place:\n\n```bash\n{shlex.join(command)}\n```"
+    return "\n\n".join([*text, f"{source} {again}".replace("\n\n ", "\n\n")])
+
+
+def _tools(results: Mapping[str, Any]) -> str:
+    """`eval.py`, and what it ran on where that was written down."""
+    versions = results.get("versions")
+    stated = versions if isinstance(versions, Mapping) else {}
+    return ", ".join(["`eval.py`", *(f"{name} {version}" for name, version in stated.items())])
 
 
 def _training_section(run: RunRecord | None, base: Base | None, files: Sequence[str]) -> str:
@@ -448,6 +517,9 @@ def _training_section(run: RunRecord | None, base: Base | None, files: Sequence[
         seconds = sum(row["seconds"] for row in history)
         updates = f", {history[-1]['updates']:,} updates" if history[-1].get("updates") else ""
         text.append(f"{len(history)} epochs{updates}, {_duration(seconds)} of training without the evaluations.")
+    surroundings = dict.fromkeys(filter(None, map(_surroundings, run.environment)))
+    if surroundings:
+        text.append(f"Trained on {'; then on '.join(surroundings)}.")
     if base is not None:
         text.insert(0, f"Training began with the weights of `{base.name}`.")
     if "training_config.yaml" in files:
@@ -458,6 +530,17 @@ def _training_section(run: RunRecord | None, base: Base | None, files: Sequence[
     if "curves.png" in files:
         text.append("![Loss and accuracy by epoch](curves.png)")
     return "\n\n".join(text)
+
+
+def _surroundings(row: Mapping[str, Any]) -> str:
+    """Hardware and versions of one start of a run."""
+    devices = row.get("devices")
+    if not isinstance(devices, Mapping) or not devices:
+        return ""
+    hardware = ", ".join(f"{count} x {name}" if count != 1 else str(name) for name, count in devices.items())
+    names = {"zoo": "backbone-zoo", "torch": "torch", "timm": "timm", "python": "Python"}
+    versions = [f"{name} {row[key]}" for key, name in names.items() if row.get(key)]
+    return hardware + (f" with {', '.join(versions)}" if versions else "")
 
 
 def _recipe(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -497,7 +580,7 @@ def _limits_section(
             else "- The epoch was chosen by its accuracy on the evaluation split of the training data."
         )
     if data is not None:
-        lines.append(f"- Accuracy was measured on {data.name}: on other pictures it is not known.")
+        lines.append(f"- Accuracy was measured on {data.title}: on other pictures it is not known.")
     lines.append("- The model knows the classes, and carries the biases, of its training data.")
     if base is not None:
         lines.append(f"- It inherits what is said of `{base.name}`.")

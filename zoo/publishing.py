@@ -33,7 +33,7 @@ from zoo.errors import CheckpointError, ConfigError, PublishError, UnknownModelE
 from zoo.factory import create_model
 from zoo.files import whole_file
 from zoo.hub import CONFIG, WEIGHTS, save_pretrained
-from zoo.model_card import UNSTATED, Base, RunRecord, read_run, render_model_card, without_paths
+from zoo.model_card import ENVIRONMENT, UNSTATED, Base, RunRecord, read_run, render_model_card, without_paths
 from zoo.registry import Weights, get_entry, list_models, model_info, split_name
 from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
 
@@ -371,6 +371,12 @@ def prepare(
     if evaluation is not None:
         text = json.dumps(without_paths(evaluation), indent=1) + "\n"
         _write(draft / "results.json", text)
+    rounded = half and not _same_tensors(served, found.model)
+    if rounded:
+        remarks.append(
+            "The card's metadata has no figures, for halving changed the weights that were measured. To have them, "
+            "make the halved model with --dry-run FOLDER, evaluate FOLDER, and publish it with --half and --results."
+        )
     names = sorted(path.name for path in draft.iterdir())
     card = render_model_card(
         served,
@@ -383,6 +389,7 @@ def prepare(
         dataset=dataset,
         note=note,
         half=half,
+        rounded=rounded,
         files=names,
     )
     _write(draft / "README.md", card)
@@ -660,7 +667,8 @@ def _read_results(found: _Source, given: str | Path | None) -> tuple[dict[str, A
         raise ConfigError(f"{str(path)!r} does not hold the results of an evaluation: it has no top1.")
     if results.get("method", "classifier") != "classifier":
         raise ConfigError(f"{str(path)!r} is of the features by {results['method']}, and not of the classifier.")
-    if isinstance(per_class, Mapping) and len(per_class) != classes:
+    some = results.get("label_map") in ("a", "r", "mini")  # parts of ImageNet, where other outputs are not asked
+    if isinstance(per_class, Mapping) and len(per_class) != classes and not some:
         raise ConfigError(f"{str(path)!r} is of a model with {len(per_class)} classes, and this one has {classes}.")
     return results, []
 
@@ -671,12 +679,16 @@ def _is_evaluated(run: RunRecord) -> bool:
 
 
 def _add_records(run: RunRecord, draft: Path) -> None:
-    """The run's configuration without what is private, its history and its curves."""
+    """The run's configuration and surroundings without what is private, its history and its curves."""
     config = {key: value for key, value in without_paths(run.config).items() if key not in ("output", "resume")}
     _write(draft / "training_config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     for name in ("history.csv", "curves.png"):
         if (run.folder / name).is_file():
             shutil.copyfile(run.folder / name, draft / name)
+    # the configuration says all that a command does, and the command of a user's own program may hold secrets
+    rows = [{key: value for key, value in without_paths(row).items() if key != "command"} for row in run.environment]
+    if rows:
+        _write(draft / ENVIRONMENT, json.dumps(rows, indent=1) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

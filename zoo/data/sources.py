@@ -106,8 +106,14 @@ class _Digits:
 def load_split(config: DataConfig, training: bool) -> ImageSplit:
     """The training or the evaluation split that `config` names.
 
-    Raises DataError when it is missing, empty, has one class only, or labels out of range.
+    Raises DataError when it is missing, empty, has one class only, or labels out of range, and when `config.path` is of
+    one split alone, and another will be needed for evaluation.
     """
+    if training and _is_one_split(config):
+        raise DataError(
+            f"{config.path!r} is one split, and another one is needed to evaluate what was learned: give the folder of "
+            "both as data.path, and their names as data.train_split and data.val_split."
+        )
     load: Callable[[DataConfig, bool], ImageSplit] = {
         "digits": _load_digits,
         "folder": _load_folder,
@@ -124,6 +130,11 @@ def load_split(config: DataConfig, training: bool) -> ImageSplit:
     return split
 
 
+def _is_one_split(config: DataConfig) -> bool:
+    path = config.path or ""
+    return ".tar" in path if config.name == "webdataset" else config.name == "parquet" and Path(path).is_file()
+
+
 def _load_digits(config: DataConfig, training: bool) -> ImageSplit:
     """Stratified by class, so that both splits hold every digit in equal shares."""
     try:
@@ -131,12 +142,15 @@ def _load_digits(config: DataConfig, training: bool) -> ImageSplit:
         from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise _missing("scikit-learn", "the digits") from error
+    wanted = config.train_split if training else config.val_split or "test"
+    if wanted not in ("train", "test"):
+        raise DataError(f"The digits have no split {wanted!r}, but train and test.")
     digits = load_digits()
     labels = digits.target.astype(np.int64)
     parts = train_test_split(
         np.arange(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=DIGITS_SPLIT_SEED
     )
-    chosen = np.sort(parts[0 if training else 1])
+    chosen = np.sort(parts[0 if wanted == "train" else 1])
     images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     return ImageSplit(_Digits(images), labels[chosen], tuple(map(str, digits.target_names)))
 
@@ -346,7 +360,8 @@ def align_classes(split: ImageSplit, classes: Sequence[str]) -> ImageSplit:
     unknown = [name for name in split.classes if name not in position]
     if unknown:
         raise DataError(
-            f"{len(unknown)} classes are not among the {len(classes)} that the model knows: "
+            f"{len(unknown)} class{'es are' if len(unknown) > 1 else ' is'} not among the {len(classes)} "
+            "that the model knows: "
             f"{', '.join(map(repr, unknown[:5]))}{', ...' if len(unknown) > 5 else ''}."
             f"{did_you_mean(unknown[0], classes)}"
         )

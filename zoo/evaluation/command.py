@@ -26,10 +26,10 @@ from zoo.files import check_writable
 __all__ = ["run"]
 
 
-def run(config: EvaluationConfig) -> int:
+def run(config: EvaluationConfig, command: str | None = None) -> int:
     """Evaluate as `config` says, print and save; the exit status: 1 where one of several models could not be.
 
-    A model that fails alone raises its error.
+    `command` is what was typed, for the record. A model that fails alone raises its error.
     """
     output = make_folder(config.output) if config.output else None  # before the work, not after it
     if config.predictions:
@@ -37,16 +37,16 @@ def run(config: EvaluationConfig) -> int:
     if config.label_map:
         check_label_map(config.label_map)
     with _processes(config) as (config, speaks):
-        return _run(config, output, speaks)
+        return _run(config, command, output, speaks)
 
 
-def _run(config: EvaluationConfig, output: Path | None, speaks: bool) -> int:
+def _run(config: EvaluationConfig, command: str | None, output: Path | None, speaks: bool) -> int:
     models = config.models
     rows: list[Results] = []
     failed: dict[str, str] = {}
     for name in models:
         try:
-            of_model = _evaluate_model(config, name, output, rows, speaks)
+            of_model = _evaluate_model(config, name, command, output, rows, speaks)
         except ZooError as error:
             if len(models) == 1:
                 raise
@@ -74,7 +74,7 @@ def _run(config: EvaluationConfig, output: Path | None, speaks: bool) -> int:
 
 
 def _evaluate_model(
-    config: EvaluationConfig, name: str, output: Path | None, rows: list[Results], speaks: bool
+    config: EvaluationConfig, name: str, command: str | None, output: Path | None, rows: list[Results], speaks: bool
 ) -> list[Results]:
     """The results of one model, at every size, by every method; saved and added to `rows` as they come."""
     model = load_model(name, config.checkpoint_path)
@@ -84,12 +84,13 @@ def _evaluate_model(
     found = []
     one = len(config.models) * len(config.sizes or "1") * len(config.features or "1") == 1
     for size in config.sizes or (None,):
-        for results in _evaluate_at(config, model, name, size):
+        for measured in _evaluate_at(config, model, name, size):
+            results = dataclasses.replace(measured, command=command)
             found.append(results)
             rows.append(results)
             if not speaks:
                 continue
-            print(results if one else results.summary, flush=True)
+            print(results if one else f"{size}: {results.summary}" if size else results.summary, flush=True)
             if results.skipped:
                 print(f"Skipped {len(results.skipped)} damaged images:", *results.skipped[:20], sep="\n  ")
             if output:

@@ -12,10 +12,19 @@ from zoo.config import flag_values, parse_config, plain_flags, read_yaml
 from zoo.data import DataConfig
 from zoo.errors import ConfigError
 from zoo.evaluation.features import FeatureConfig, Method
+from zoo.evaluation.image_classification import looks_like_path
+from zoo.evaluation.predictions import check_topk
 
 __all__ = ["EvaluationConfig", "parse_evaluation"]
 
 LISTS = ("--model", "--features", "--sizes")  # flags that take several values
+EXAMPLES = """
+python eval.py --model runs/digits --output runs/digits/evaluation
+python eval.py --model caformer_s18.sail_in1k timm/resnet18.a1_in1k --data.path imagenet --output results
+python eval.py --model caformer_s18.sail_in1k --data.path imagenet-r --label_map r
+python eval.py --model poolformer_s12.sail_in1k --data.path imagenet --sizes 160 192 224 256
+python eval.py --model runs/digits --features knn linear
+python eval.py --model runs/digits --predictions answers.parquet --topk 3"""
 OF_THE_MODEL = ("input_size", "crop_pct", "interpolation", "mean", "std")  # what a run's model says itself
 
 
@@ -62,6 +71,7 @@ class EvaluationConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
+        check_topk(self.topk)
         if self.checkpoint_path is not None and len(self.models) > 1:
             raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
         if self.predictions is not None and len(self.models) * len(self.sizes or [0]) > 1:
@@ -93,6 +103,7 @@ def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig:
         [*flags, *argv],
         prog="eval.py",
         description="Evaluate image classifiers: accuracy, loss, calibration, per class, confusion, throughput.",
+        examples=EXAMPLES,
     )
 
 
@@ -143,6 +154,8 @@ def _data_of_runs(argv: Sequence[str]) -> list[str]:
         models = json.loads(value) if value.startswith('["') else [value]
         for model in _listed(models):
             recorded = Path(model).expanduser() / "config.yaml"
+            if looks_like_path(model) and not recorded.parent.exists():
+                raise ConfigError(f"There is no run or checkpoint {model!r}.")
             if recorded.is_file():
                 run = read_yaml(str(recorded))
                 if not isinstance(run, dict) or not isinstance(run.get("data"), dict):

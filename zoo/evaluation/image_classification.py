@@ -27,7 +27,7 @@ from zoo.data import (
     preprocessing,
 )
 from zoo.devices import find_device
-from zoo.errors import ConfigError, DataError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError, did_you_mean
 from zoo.evaluation.metrics import Counts
 from zoo.evaluation.predictions import predictions_file
 from zoo.evaluation.results import Results, make_folder
@@ -243,6 +243,7 @@ class Setting:
             unlabelled=unlabelled,
             amp=self.amp,
             device=str(self.device),
+            split=self.data.val_split,
             **more,
         )
 
@@ -364,6 +365,9 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
                 "as checkpoint_path."
             )
         raise ConfigError(f"{source} is neither the folder of a run nor one with config.json and model.safetensors.")
+    if looks_like_path(source):
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"There is no run or checkpoint {source!r}.{near}")
     tagged_or_hub = "." in source or ":" in source
     return create_model(
         source,
@@ -371,6 +375,11 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
         checkpoint_path=checkpoint_path,
         **model_args,
     )
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether the name of a model can only be meant for a path: no other has slashes, save timm's and Hub ids."""
+    return "/" in source and not source.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:"))
 
 
 def create_timm_model(name: str, **args: Any) -> nn.Module:

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import timm
+import torch
 
+import zoo
 from zoo.errors import ConfigError
 from zoo.evaluation.plots import plot_calibration, plot_confusion
 from zoo.files import whole_file
@@ -28,6 +31,7 @@ CSV_COLUMNS = (
     *("model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"),
     *("method", "data", "label_map", "images", "skipped", "unlabelled", "top1_stderr", "loss", "ece"),
     *("images_per_second", "model_images_per_second", "batch_size", "amp", "device"),
+    *("split", "zoo", "torch", "timm", "command"),
 )
 
 
@@ -41,7 +45,9 @@ class Results:
     for classes without images. `confusion` is (C, C), true by predicted class. `images_per_second` counts the whole
     evaluation, which is loading, transforms and model; `model_images_per_second` the model alone, without the first
     batch of each size (None where there was no second). `skipped` names damaged images, `unlabelled` counts those that
-    the label map gives no right answer.
+    the label map gives no right answer. `split` is the one that was asked for, None for the data's own choice.
+    `command` is what made them, with local paths cut to their last part, where that was `eval.py`; `versions` are of
+    the zoo and of what it computes with.
     """
 
     model: str
@@ -65,6 +71,9 @@ class Results:
     unlabelled: int = 0
     amp: str = "no"
     device: str = "cpu"
+    split: str | None = None
+    command: str | None = None
+    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
 
     @property
     def top1_stderr(self) -> float:
@@ -79,6 +88,7 @@ class Results:
         plain["preprocessing"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.preprocessing.items()}
         return plain | {
             "per_class": dict(self.per_class),
+            "versions": dict(self.versions),
             "skipped": list(self.skipped),
             "top1_stderr": self.top1_stderr,
         }
@@ -101,6 +111,9 @@ class Results:
             "ece": round(self.ece, 4),
             "images_per_second": round(self.images_per_second, 2),
             "model_images_per_second": self.model_images_per_second and round(self.model_images_per_second, 2),
+            "zoo": self.versions["backbone-zoo"],
+            "torch": self.versions["torch"],
+            "timm": self.versions["timm"],
         }
         return {name: found[name] if name in found else getattr(self, name) for name in CSV_COLUMNS}
 
@@ -180,6 +193,10 @@ class Results:
         return "\n".join(lines)
 
 
+def _versions() -> dict[str, str]:
+    return {"backbone-zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal columns into a CSV file, whole or not at all. Raises ConfigError for a path that will not do."""
     with whole_file(path) as file, csv_writer(file) as write:
@@ -203,6 +220,8 @@ def make_folder(path: str | Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError:
+        raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.") from None
     except OSError as error:
         raise ConfigError(f"Cannot write to the folder {str(folder)!r}: {error.strerror}.") from None
     return folder

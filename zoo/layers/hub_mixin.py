@@ -46,6 +46,10 @@ class ZooModelHubMixin:
         if ":" not in source:
             is_folder = isinstance(pretrained_model_name_or_path, Path) or Path(source).expanduser().is_dir()
             source = f"local-dir:{source}" if is_folder else f"hf-hub:{source}"
+        if revision is not None and source.startswith("local-dir:"):
+            raise ConfigError(
+                f"A folder has no revisions: {source.removeprefix('local-dir:')!r} is opened without one."
+            )
         if revision is not None:
             source += f"@{revision}"
         model = zoo.create_model(source, refresh=force_download, **options)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from zoo.devices import DEVICES, find_device
+from zoo.devices import DEVICES, device_name, find_device
 from zoo.errors import ConfigError, ZooError, did_you_mean
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.registry import get_entry
@@ -284,20 +284,9 @@ def _result(
         threads=torch.get_num_threads(),
         channels_last=settings.channels_last,
         compile=settings.compile,
-        hardware=_hardware(settings.device),
+        hardware=device_name(settings.device),
         torch_version=torch.__version__,
     )
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.machine())
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

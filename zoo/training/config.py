@@ -222,7 +222,8 @@ class TrainConfig:
             "eval_interval",
             "save_interval_updates",
         )
-        _check_not_negative("train", self, "seed")
+        if not 0 <= self.seed < 2**31:  # leaves room for the processes' own
+            raise ConfigError(f"train.seed must be from 0 to {2**31 - 1}; it is {self.seed}.")
         if not 0 <= self.model_ema_decay < 1:
             raise ConfigError(f"train.model_ema_decay must be from 0 up to, but not, 1; it is {self.model_ema_decay}.")
         if self.global_batch_size is not None and self.grad_accum_steps != 1:
@@ -267,6 +268,12 @@ class TrainingConfig:
         if self.augment.mixes and self.data.batch_size % 2:
             raise ConfigError(
                 f"Mixup pairs the images of a batch: data.batch_size ({self.data.batch_size}) must be even."
+            )
+        ends_at_min_lr = self.scheduler.sched in ("cosine", "wsd", "poly", "tanh")
+        if ends_at_min_lr and self.scheduler.min_lr > self.optimizer.lr:
+            raise ConfigError(
+                f"scheduler.min_lr ({self.scheduler.min_lr:g}) is above optimizer.lr ({self.optimizer.lr:g}): the rate "
+                "would rise. Lower it."
             )
 
 

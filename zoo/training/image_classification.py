@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from rich.console import Console
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -143,6 +144,7 @@ class ImageClassification:
         return save_pretrained(self.model, folder, labels=list(self.classes))
 
     def describe_data_problems(self) -> str:
+        self.damage.names.update(dict.fromkeys(gather_object(list(self.damage.names))))
         problems = [str(self.damage)] if self.damage.names else []
         if self.empty_classes:
             some = ", ".join(self.empty_classes[:20])
@@ -194,7 +196,7 @@ def _takes_weights(config: ModelConfig) -> bool:
 
 def _of_run(path: str, prefix: str = "") -> str:
     """`path`, or, where that is the folder of a run or a model, where its weights lie."""
-    folder = Path(path).expanduser()
+    folder = Path(path.removeprefix("local-dir:")).expanduser()
     for candidate in (folder / "best", folder / "last", folder):
         if (candidate / "config.json").is_file():
             return f"{prefix}{candidate}"

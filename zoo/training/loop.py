@@ -1,8 +1,9 @@
 """The one training loop. What is particular about images or text is a `Task`'s; this file knows neither.
 
-A run's folder holds `config.yaml`, `history.csv` (a row for each epoch; `lr` is the rate that it ended with),
-`curves.png`, and the checkpoints `last` and `best`. A run that is stopped by Ctrl-C or SIGTERM saves itself, and
-`resume` goes on as if it had not been stopped: on the CPU bit for bit, on the same number of processes.
+A run's folder holds `config.yaml`, `environment.json` (a row for each start: command, versions, devices), `history.csv`
+(a row for each epoch; `lr` is the rate that it ended with), `curves.png`, and the checkpoints `last` and `best`. A run
+that is stopped by Ctrl-C or SIGTERM saves itself, and `resume` goes on as if it had not been stopped: on the CPU bit
+for bit, on the same number of processes.
 
 Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
@@ -51,6 +52,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from zoo.config import to_plain, to_yaml
+from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.evaluation.image_classification import make_folder
 from zoo.files import whole_file
@@ -65,6 +67,7 @@ from zoo.training.checkpoint import (
     write_checkpoint,
 )
 from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.training.environment import record_environment
 from zoo.training.parallel import TIMEOUT, Peers, gather, is_broken_connection, shard, shard_optimizer_state, whole
 from zoo.training.plots import plot_curves
 
@@ -143,7 +146,7 @@ class Task(Protocol):
         """Make `folder` with the task's model in the Hub's layout."""
 
     def describe_data_problems(self) -> str:
-        """What was wrong with the data, for the end of a run; empty when nothing was."""
+        """What was wrong with the data, for the end of a run; empty when nothing was. All processes ask together."""
 
 
 @dataclasses.dataclass
@@ -261,6 +264,7 @@ class _Loop:
         self.signal: signal.Signals | None = None
         self.evaluating = False
         self.drawn = time.monotonic()
+        self.begun_in = self.folder
         self.accumulation = accumulation_steps(config, processes)
         self.updates_per_epoch = task.batches_per_epoch // self.accumulation
         if self.updates_per_epoch == 0:
@@ -310,8 +314,9 @@ class _Loop:
 
     def run(self) -> Run:
         self._write_config()
+        self._write_environment()
         if self.scheduler is not None:
-            self.scheduler.step_update(self.progress.updates)
+            self.scheduler.step_update(self._scheduled())
         self._start_tracker()
         started = time.perf_counter()
         with self._stop_on_signals():
@@ -319,15 +324,16 @@ class _Loop:
                 self._train_epoch()
                 self._finish_epoch()
         self._write_history(draw=True)
+        problems = self.task.describe_data_problems()
         self.accelerator.end_training()
         self.accelerator.unwrap_model(self.learner, keep_fp32_wrapper=False)
-        problems = self.task.describe_data_problems()
         if problems:
             self._say(problems)
         progress = self.progress
         if progress.best_epoch:
-            best = f"Best {self.task.metric} {progress.best:.2f}% in epoch {progress.best_epoch}"
-            self._say(f"{best}: {self.folder / 'best'}. Last: {self.folder / 'last'}.")
+            best, last = self.folder / "best", self.folder / "last"
+            found = f"Best {self.task.metric} {progress.best:.2f}% in epoch {progress.best_epoch}: {best}."
+            self._say(found + (f" Last: {last}." if last.exists() else ""))
         return Run(
             folder=self.folder,
             history=progress.history,
@@ -393,8 +399,12 @@ class _Loop:
         if self.ema is not None:
             self.ema.update(self.task.model, step=progress.updates + 1)
         if self.scheduler is not None:
-            self.scheduler.step_update(progress.updates + 1)
+            self.scheduler.step_update(self._scheduled() + 1)
         return total
+
+    def _scheduled(self) -> int:
+        """Updates of the schedule that are done: those made, unless others went on with a batch of another size."""
+        return self.progress.epoch * self.updates_per_epoch + self.progress.batch // self.accumulation
 
     def _gradients_stay_here(self, unless: bool) -> contextlib.AbstractContextManager:
         """Only the last backward pass of an update exchanges gradients with the other processes."""
@@ -464,15 +474,15 @@ class _Loop:
     def _evaluate(self) -> dict[str, float]:
         """What the epoch learned is saved first: evaluation may take long, fail, or be ended by a signal at once."""
         self._save("last")
-        if self.peers.any(self.signal is not None):
-            raise self._interrupted()
-        model = self.task.model if self.ema is None else self.ema.module
-        if self.sharded:
-            gather(model, self.whole_model)
-            model = self.whole_model.to(self.accelerator.device)
-        self.peers.copy_from_first(list(model.buffers()))  # statistics of batch norms: what is saved is the first's
-        self.evaluating = True
+        self.evaluating = True  # before the question: from here on no signal goes unheard
         try:
+            if self.peers.any(self.signal is not None):
+                raise self._interrupted()
+            model = self.task.model if self.ema is None else self.ema.module
+            if self.sharded:
+                gather(model, self.whole_model)
+                model = self.whole_model.to(self.accelerator.device)
+            self.peers.copy_from_first(list(model.buffers()))  # statistics of batch norms: what is saved is the first's
             return self.task.evaluate(model)
         finally:
             self.evaluating = False
@@ -559,10 +569,12 @@ class _Loop:
         if before == processes:
             set_rng_state(state["rng"][self.accelerator.process_index])
         else:
-            self._say(f"The run went on with {before} processes, and goes on with {processes}: random numbers differ.")
+            many = f"{before} process{'es' * (before > 1)}"
+            self._say(f"The run went on with {many}, and goes on with {processes}: random numbers differ.")
             set_seed(self.config.train.seed + self.progress.updates, device_specific=True)
         self._place(before * state["config"]["data"]["batch_size"], before)
         progress = self.progress
+        self.begun_in = checkpoint.parent
         self._bring_best(checkpoint)
         self._write_history(draw=False)
         where = f"epoch {progress.epoch + 1}" + (f", batch {progress.batch + 1}" if progress.batch else "")
@@ -641,6 +653,11 @@ class _Loop:
         if self.accelerator.is_main_process:
             with whole_file(self.folder / "config.yaml") as file:
                 file.write(to_yaml(self.config).encode())
+
+    def _write_environment(self) -> None:
+        devices = self.peers.gather(device_name(self.accelerator.device))
+        if self.accelerator.is_main_process:
+            record_environment(self.folder, self.begun_in, devices, self.progress.updates)
 
     def _write_history(self, draw: bool) -> None:
         """Written anew each time: a row more, or none, but never half a row. The curves may wait for some seconds."""
@@ -739,7 +756,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     options = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
         if group.keys() - kept != saved.keys() - kept:
-            raise ValueError("it was trained with another optimizer")
+            raise ValueError("it was trained with another optimizer.")
     optimizer.load_state_dict(shard_optimizer_state(optimizer, state))
     for group, now in zip(optimizer.param_groups, options, strict=True):
         group.update(now)
@@ -768,7 +785,7 @@ def accumulation_steps(config: RunConfig, processes: int) -> int:
 def explain(error: BaseException) -> ZooError | None:
     """What a user can do about an error of torch's; None for one that is a bug."""
     line = _first_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in line:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
         return TrainingError(
             "There is not enough memory: lower data.batch_size (and set train.global_batch_size to what it was, which "
             f"accumulates gradients), or set train.grad_checkpointing. {line}"
