@@ -230,7 +230,7 @@ def test_nothing_private_is_published(run: Path, tmp_path: Path):
         ("/data/imagenet", "imagenet"),
         ("/home/Jane Doe/pets/", "pets"),
         ("~jane/pets", "pets"),
-        ("../shared/data/cifar10", "cifar10"),
+        ("../data/cifar10", "cifar10"),
         ("C:\\Users\\jane\\pets", "pets"),
         ("local-dir:/home/jane/run/best", "local-dir:best"),
         ("see /home/jane/notes.txt, and more", "see notes.txt, and more"),
