@@ -14,6 +14,19 @@ from torch import Tensor, nn
 from zoo.data import DataConfig
 
 
+def known_cfg(architecture: str, side: int, label_names: Sequence[str] | None) -> dict[str, Any]:
+    """The `pretrained_cfg` of a stand-in for a model: images as they are, at `side` x `side`."""
+    return {
+        "architecture": architecture,
+        "input_size": (3, side, side),
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "label_names": label_names,
+    }
+
+
 class Known(nn.Module):
     """Gives image number i, which `known_folder` writes into the image's colour, the i-th row of `logits` (N, C)."""
 
@@ -21,15 +34,7 @@ class Known(nn.Module):
         super().__init__()
         self.num_classes = logits.shape[1]
         self.logits = nn.Parameter(torch.from_numpy(logits).float())
-        self.pretrained_cfg = {
-            "architecture": "known",
-            "input_size": (3, 8, 8),
-            "mean": (0.0,) * 3,
-            "std": (1.0,) * 3,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "label_names": label_names,
-        } | cfg
+        self.pretrained_cfg = known_cfg("known", 8, label_names) | cfg
 
     def forward(self, images: Tensor) -> Tensor:
         colour = (images.float().mean((2, 3)) * 255).round().long()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import zoo
 from tests.test_data import make_folder
-from tests.test_training import SMALL, assert_same_checkpoint, configure
+from tests.test_training import SMALL, assert_goes_on_exactly, configure
 from zoo.data import DataConfig, load_split
 from zoo.errors import ConfigError, DataError, UnknownModelError
 from zoo.evaluation import load_model
@@ -204,11 +204,7 @@ def test_a_run_goes_on_exactly_and_leaves_its_teacher_alone(
         "augment": {"mixup": 0.4},
         "train": {"model_ema": True, "model_ema_decay": 0.9},
     }
-    train(configure(recipe, tmp_path / "whole", **changes))
-    first = {**changes, "train": {**changes["train"], "max_updates": 11}}
-    train(configure(recipe, tmp_path / "parts", **first))
-    train(configure(recipe, tmp_path / "parts", **changes, resume="auto"))
-    assert_same_checkpoint(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
+    assert_goes_on_exactly(recipe, tmp_path, **changes)
     plain = make_task(configure(recipe, tmp_path / "plain")).model.state_dict()
     saved = safetensors.torch.load_file(tmp_path / "parts" / "last" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in plain.items()}

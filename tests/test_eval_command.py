@@ -24,25 +24,11 @@ from PIL import Image
 
 import zoo
 from tests.test_data import make_parquet
-from zoo.config import run_command
 from zoo.evaluation import load_model, predict
 from zoo.evaluation.config import parse_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMM_COLUMNS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
-
-
-@pytest.fixture
-def eval_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Any:
-    monkeypatch.syspath_prepend(ROOT)
-    import eval as script
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
-        status = run_command(script.main)
-        return status, *capfd.readouterr()
-
-    return run
 
 
 def export(folder: Path, seed: int, name: str = "poolformer_s12", labels: Any = ("cat", "dog"), **args: Any) -> Path:

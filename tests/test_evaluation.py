@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import zoo
-from tests.known import Known, known_folder, random_logits, softmax
+from tests.known import Known, known_cfg, known_folder, random_logits, softmax
 from tests.test_data import make_parquet
-from zoo.config import run_command
 from zoo.data import DataConfig
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation import evaluate, load_model, predict
@@ -32,15 +30,7 @@ class Shade(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.centres = nn.Parameter(torch.linspace(0, 1, num_classes))
-        self.pretrained_cfg = {
-            "architecture": "shade",
-            "input_size": (3, 8, 8),
-            "mean": (0.0,) * 3,
-            "std": (1.0,) * 3,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "label_names": label_names,
-        }
+        self.pretrained_cfg = known_cfg("shade", 8, label_names)
 
     def forward(self, images: Tensor) -> Tensor:
         return -20 * (images.mean((1, 2, 3))[:, None] - self.centres).abs()
@@ -261,19 +251,6 @@ def exported(tmp_path: Path) -> Path:
         "poolformer_s12", pretrained=False, num_classes=2, depths=(1, 1), dims=(8, 8), stem_kernel_size=3, stem_stride=2
     )
     return zoo.save_pretrained(model, tmp_path / "exported", labels=["cat", "dog"])
-
-
-@pytest.fixture
-def eval_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> Any:
-    monkeypatch.syspath_prepend(ROOT)
-    import eval as script
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, argv)])
-        status = run_command(script.main)
-        return status, *capfd.readouterr()
-
-    return run
 
 
 def test_eval_takes_folders_files_and_names(eval_py: Any, exported: Path, tmp_path: Path):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import zoo
 from tests.hub_stub import Hub
 from tests.test_data import make_folder
-from tests.test_training import SMALL, assert_same_checkpoint, configure
+from tests.test_training import SMALL, assert_goes_on_exactly, configure
 from zoo.errors import ConfigError
 from zoo.training import ImageClassification, TrainingConfig, train
 from zoo.training.config import LossConfig, ModelConfig, OptimizerConfig
@@ -209,11 +209,7 @@ def test_a_frozen_run_goes_on_as_if_unbroken(recipe: Path, tmp_path: Path):
         "optimizer": {"layer_decay": 0.5},
         "train": {"model_ema": True, "model_ema_decay": 0.9},
     }
-    train(configure(recipe, tmp_path / "whole", **changes))
-    first = {**changes, "train": {**changes["train"], "max_updates": 11}}
-    train(configure(recipe, tmp_path / "parts", **first))
-    train(configure(recipe, tmp_path / "parts", **changes, resume="auto"))
-    assert_same_checkpoint(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
+    assert_goes_on_exactly(recipe, tmp_path, **changes)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +270,7 @@ def test_layers_learn_by_depth_and_go_on_so(recipe: Path, tmp_path: Path):
         assert rates["stages.1.downsample.conv.weight"] == pytest.approx(top / 2)
         assert rates["stages.0.blocks.0.mlp.fc1.weight"] == pytest.approx(top / 4)
 
-    whole = configure(recipe, tmp_path / "whole", **changes)
-    train(whole)
-    first = {**changes, "train": {**changes["train"], "max_updates": 11}}
-    train(configure(recipe, tmp_path / "parts", **first))
-    train(configure(recipe, tmp_path / "parts", **changes, resume="auto"))
-    assert_same_checkpoint(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
+    assert_goes_on_exactly(recipe, tmp_path, **changes)
 
 
 @pytest.mark.parametrize("opt", ["adamw", "lamb", "muon", "nadamw", "lion", "sgd", "adan", "adopt", "lookahead_radam"])

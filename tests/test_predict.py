@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import zoo
-from tests.known import Known
+from tests.known import Known, known_cfg
 from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.evaluation import class_activation_map
@@ -33,15 +33,7 @@ class Colours(nn.Module):
             self.stages.weight.zero_()[0, 0] = self.stages.weight[1, 1] = 1 / 16
             self.fc.weight.copy_(torch.tensor([[10.0, -10], [-10, 10], [0, 0]]))
         self.feature_info = [{"num_chs": 2, "reduction": 4, "module": "stages"}]
-        self.pretrained_cfg = {
-            "architecture": "colours",
-            "input_size": (3, 32, 32),
-            "mean": (0.0,) * 3,
-            "std": (1.0,) * 3,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "label_names": ["red", "green", "nothing"],
-        }
+        self.pretrained_cfg = known_cfg("colours", 32, ["red", "green", "nothing"])
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.stages(images).mean((2, 3)))

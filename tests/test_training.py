@@ -79,6 +79,15 @@ def flatten(state: Any, prefix: str = "") -> dict[str, Any]:
     return {key: leaf for name, value in items for key, leaf in flatten(value, f"{prefix}.{name}").items()}
 
 
+def assert_goes_on_exactly(recipe: Path, folder: Path, **changes: Any) -> None:
+    """A run `folder`/parts, stopped after 11 updates and gone on with, ends as the unbroken one in `folder`/whole."""
+    train(configure(recipe, folder / "whole", **changes))
+    first = {**changes, "train": {**changes["train"], "max_updates": 11}}
+    train(configure(recipe, folder / "parts", **first))
+    train(configure(recipe, folder / "parts", **changes, resume="auto"))
+    assert_same_checkpoint(folder / "whole" / "last", folder / "parts" / "last")
+
+
 def assert_same_checkpoint(left: Path, right: Path) -> None:
     """Weights, averaged weights, optimizer, random numbers and history, bit for bit."""
     weights = [safetensors.torch.load_file(folder / "model.safetensors") for folder in (left, right)]

@@ -37,7 +37,7 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
     import zoo
     from zoo.data import evaluation_loader, load_split, preprocessing
     from zoo.evaluation import evaluate, load_model, predict
-    from zoo.evaluation.image_classification import make_folder
+    from zoo.files import make_folder
     from zoo.training import TrainingConfig, train
 
     started = time.perf_counter()

@@ -1,14 +1,29 @@
-"""Writing files whole or not at all."""
+"""Folders to write to, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from zoo.errors import ConfigError
+
+
+def make_folder(path: str | Path) -> Path:
+    """`path`, made if need be. Raises ConfigError when it cannot be, or cannot be written to."""
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.") from None
+    except OSError as error:
+        raise ConfigError(f"Cannot write to the folder {str(folder)!r}: {error.strerror}.") from None
+    return folder
 
 
 def check_writable(path: str | Path) -> Path:

@@ -19,9 +19,9 @@ from zoo.evaluation.config import EvaluationConfig
 from zoo.evaluation.features import evaluate_features
 from zoo.evaluation.image_classification import check_image_model, evaluate, load_model
 from zoo.evaluation.plots import plot_models, plot_sizes
-from zoo.evaluation.results import Results, make_folder, write_csv
+from zoo.evaluation.results import Results, write_csv
 from zoo.evaluation.targets import check_label_map
-from zoo.files import check_writable
+from zoo.files import check_writable, make_folder
 
 __all__ = ["run"]
 

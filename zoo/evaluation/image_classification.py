@@ -30,7 +30,7 @@ from zoo.devices import find_device
 from zoo.errors import ConfigError, DataError, ZooError, did_you_mean
 from zoo.evaluation.metrics import Counts
 from zoo.evaluation.predictions import predictions_file
-from zoo.evaluation.results import Results, make_folder
+from zoo.evaluation.results import Results
 from zoo.evaluation.targets import class_names, find_targets, fit_classes
 from zoo.factory import create_model
 
@@ -43,7 +43,6 @@ __all__ = [
     "evaluate",
     "fit_classes",
     "load_model",
-    "make_folder",
 ]
 
 Amp = Literal["no", "bf16", "fp16"]

@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,11 +17,10 @@ import timm
 import torch
 
 import zoo
-from zoo.errors import ConfigError
 from zoo.evaluation.plots import plot_calibration, plot_confusion
-from zoo.files import whole_file
+from zoo.files import make_folder, whole_file
 
-__all__ = ["CSV_COLUMNS", "Results", "make_folder", "write_csv"]
+__all__ = ["CSV_COLUMNS", "Results", "write_csv"]
 
 MAX_CONFUSION_IN_JSON = 100
 
@@ -211,17 +209,3 @@ def csv_writer(file: BinaryIO) -> Iterator[Callable[[Iterable[Any]], Any]]:
     yield csv.writer(text, lineterminator="\n").writerow
     text.flush()
     text.detach()
-
-
-def make_folder(path: str | Path) -> Path:
-    """`path`, made if need be. Raises ConfigError when it cannot be, or cannot be written to."""
-    folder = Path(path).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except FileExistsError:
-        raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.") from None
-    except OSError as error:
-        raise ConfigError(f"Cannot write to the folder {str(folder)!r}: {error.strerror}.") from None
-    return folder

@@ -54,8 +54,7 @@ from torch.nn.utils import get_total_norm
 from zoo.config import to_plain, to_yaml
 from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
-from zoo.evaluation.image_classification import make_folder
-from zoo.files import whole_file
+from zoo.files import make_folder, whole_file
 from zoo.training.checkpoint import (
     STATE,
     clean,
