@@ -342,7 +342,8 @@ def test_ctrl_c_ends_a_command_quietly():
         out, errors = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # Python itself ends by the signal when the interrupt fell into an extension's import; a shell says 130 to both
+    assert process.returncode in (130, -signal.SIGINT)
     assert out == b""
     assert errors.endswith(b"Interrupted.\n")
     assert b"Traceback" not in errors
