@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -203,6 +204,28 @@ def children(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():  # torchrun forks in a thread of its own
         found += [int(child) for child in (task / "children").read_text().split()]
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_machines_learn_what_one_does(home: Path, runs: dict[str, Path]):
+    """`accelerate launch` on each of two machines, here both on loopback: what one process learns, written once."""
+    output, port = home / "machines", free_port()
+    machines = []
+    for rank in range(2):
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 2]
+        launch += ["--num_processes", 2, "--machine_rank", rank, "--main_process_ip", "127.0.0.1"]
+        argv = [*launch, "--main_process_port", port, ROOT / "train.py", *flags(home, **TWO), "--output.dir", output]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        machines.append(subprocess.Popen(list(map(str, argv)), env=environment, stderr=subprocess.PIPE, text=True))
+    for machine in machines:
+        _, said = machine.communicate()
+        assert machine.returncode == 0, said
+    assert_alike(runs["one"], output)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

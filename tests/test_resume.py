@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from tests.launcher import Launcher
-from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, configure, rows
+from tests.test_training import EVERYTHING, SMALL, assert_goes_on_exactly, assert_same_checkpoint, configure, rows
 from zoo.config import plain_flags
 from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.training import ImageClassification, Interrupted, TrainingConfig, TrainingError, fit, train
@@ -324,6 +324,22 @@ def test_what_only_training_needs_is_kept_beside_the_model(recipe: Path, tmp_pat
     assert {"extra.weight", "extra.bias"} <= read_state(parts)["learner"].keys()
     assert len(read_state(parts)["learner"]) == 2 + (len(names) if averaged else 0)
     assert len(read_state(parts)["optimizer"]["state"]) == 2 + len(names)
+
+
+def test_the_loss_scale_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """fp16 itself needs a GPU; its scaler does not, whose scale doubles on the way after every fourth update."""
+
+    def with_scaler(*args: Any) -> Any:
+        accelerator = make_accelerator(*args)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100, growth_interval=4)
+        return accelerator
+
+    monkeypatch.setattr("zoo.training.image_classification.make_accelerator", with_scaler)
+    changes = {**EVERYTHING, "train": {**EVERYTHING["train"], "grad_accum_steps": 1}}
+    assert_goes_on_exactly(recipe, tmp_path, **changes)
+    scaler = read_state(tmp_path / "whole" / "last")["scaler"]
+    assert scaler["scale"] == 2.0**108  # 33 updates
+    assert scaler["_growth_tracker"] == 1
 
 
 def test_a_checkpoint_of_another_version(recipe: Path, tmp_path: Path):

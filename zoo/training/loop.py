@@ -13,8 +13,8 @@ machines, run the same command on each, with a folder for the run that all of th
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --config ...
 
-On CPUs (`train.device cpu`) start them with torchrun: `accelerate launch` needs mpirun there. A process that dies ends
-the run; `--resume auto` goes on from the last checkpoint, with as many processes or others.
+On CPUs (`train.device cpu`) start them in the same way; `accelerate launch --cpu` would ask for mpirun. A process that
+dies ends the run; `--resume auto` goes on from the last checkpoint, with as many processes or others.
 """
 
 from __future__ import annotations
