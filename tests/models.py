@@ -16,7 +16,7 @@ def each_vision_model(everything: bool = False) -> list[Any]:
     """Parameters for `pytest.mark.parametrize("name", ...)`."""
     smallest: dict[str, str] = {}
     for info in zoo.search(task="vision", sort="params"):
-        smallest.setdefault(info.name.rpartition("_")[0] or info.name, info.name)
+        smallest.setdefault(info.name.partition("_")[0], info.name)
     quick = set(smallest.values())
     return [
         pytest.param(name, marks=() if everything or name in quick else pytest.mark.slow)

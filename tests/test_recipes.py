@@ -108,7 +108,8 @@ def assert_regularised_as_published(config: dict[str, Any]) -> None:
 
 def test_every_variant_has_a_recipe():
     variants = {info.name: info for info in zoo.search(family="metaformer")}
-    assert {path.stem for path in SCRATCH.glob("*.yaml")} == set(variants) == set(DROP)
+    recipes = {path.stem for path in SCRATCH.glob("*.yaml")}
+    assert recipes & set(variants) == set(variants) == set(DROP)
     at_384 = {name for name, info in variants.items() if any(w.tag == "sail_in1k_384" for w in info.weights)}
     assert {path.stem for path in TUNED.glob("*.yaml")} == at_384 == set(DROP_384)
 
@@ -174,12 +175,20 @@ def test_headers_say_what_a_reader_needs(path: Path):
 
 @pytest.mark.parametrize(
     ("path", "tag"),
-    [*((path, "sail_in1k") for path in SCRATCH.glob("*.yaml")), *((path, "sail_in1k_384") for path in TUNED.glob("*"))],
+    [
+        *((SCRATCH / f"{name}.yaml", "sail_in1k") for name in DROP),
+        *((path, "sail_in1k_384") for path in TUNED.glob("*")),
+        *((path, None) for path in SCRATCH.glob("*.yaml") if path.stem not in DROP),
+    ],
     ids=lambda value: getattr(value, "stem", value),
 )
-def test_what_headers_expect_is_what_the_authors_claim(path: Path, tag: str):
-    (claim,) = [weights for weights in zoo.model_info(path.stem).weights if weights.tag == tag]
-    assert f"Expect: {claim.top1:.1f}% top-1 ({claim.accuracy_source}); not measured here" in header(path)
+def test_what_headers_expect_is_what_the_authors_claim(path: Path, tag: str | None):
+    """`tag` None: of any of the weights; a model without published weights has nothing here to compare with."""
+    weights = zoo.model_info(path.stem).weights
+    if not weights:
+        pytest.skip(f"{path.stem} has no published weights")
+    claims = [w for w in weights if w.top1 is not None and tag in (None, w.tag)]
+    assert any(f"Expect: {w.top1:.1f}% top-1 ({w.accuracy_source}); not measured here" in header(path) for w in claims)
 
 
 def test_the_index_of_recipes_names_all():
@@ -247,5 +256,5 @@ def test_recipe_takes_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.
     assert bool(frozen) == bool(config.model.freeze)
     changed = {name for name, tensor in task.model.state_dict().items() if not torch.equal(tensor, before[name])}
     trained = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
-    assert changed <= trained
+    assert changed <= trained | {name for name, _ in task.model.named_buffers()}  # such as running means
     assert {name for name in trained if name.startswith("head.") and name.endswith("weight")} <= changed

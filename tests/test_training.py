@@ -89,12 +89,14 @@ def assert_goes_on_exactly(recipe: Path, folder: Path, **changes: Any) -> None:
 
 
 def assert_same_checkpoint(left: Path, right: Path) -> None:
-    """Weights, averaged weights, optimizer, random numbers and history, bit for bit."""
+    """Weights, averaged weights, masks, optimizer, random numbers and history, bit for bit."""
     weights = [safetensors.torch.load_file(folder / "model.safetensors") for folder in (left, right)]
     assert weights[0].keys() == weights[1].keys()
     states = [torch.load(folder / "state.pt", weights_only=True) for folder in (left, right)]
-    for state, tensors in zip(states, weights, strict=True):
+    for state, tensors, folder in zip(states, weights, (left, right), strict=True):
         state["weights"] = tensors
+        masks = folder / "masks.safetensors"
+        state["masks"] = safetensors.torch.load_file(masks) if masks.exists() else None
         del state["config"]
         for row in state["progress"]["history"]:
             del row["seconds"]

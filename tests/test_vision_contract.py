@@ -27,6 +27,11 @@ def images(batch: int = 1, channels: int = 3) -> torch.Tensor:
     return torch.randn(batch, channels, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
+def each(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """A model may have several classifiers."""
+    return (names,) if isinstance(names, str) else names
+
+
 @models
 def test_forward_and_gradient_checkpointing(name):
     model = create(name).eval()
@@ -68,19 +73,20 @@ def test_default_configuration(name):
 
     keys = model.state_dict().keys()
     for place in ("classifier", "first_conv"):
-        places = [cfg[place]] if isinstance(cfg[place], str) else cfg[place]
-        assert all(f"{p}.weight" in keys for p in places), place
+        assert all(f"{p}.weight" in keys for p in each(cfg[place])), place
     assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == cfg["input_size"][0]
-    assert model.get_submodule(cfg["classifier"]).weight.shape[0] == cfg["num_classes"]
+    for classifier in each(cfg["classifier"]):
+        assert model.get_submodule(classifier).weight.shape[0] == cfg["num_classes"]
 
     model.reset_classifier(0)
     assert model(batch).shape == pre_logits.shape
     model.reset_classifier(0, "")
-    assert model(batch).shape == features.shape
+    unpooled = (1, model.head_hidden_size, *features.shape[2:])
+    assert model(batch).shape == unpooled
     model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0)
     assert model(batch).shape == pre_logits.shape
     model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0, global_pool="")
-    assert model(batch).shape == features.shape
+    assert model(batch).shape == unpooled
 
 
 @models
@@ -256,9 +262,9 @@ def test_layer_groups(name, coarse):
     assert sorted(keys) == sorted(key for key, _ in model.named_parameters())
     order = sorted(groups)
     first_conv = f"{model.default_cfg['first_conv']}.weight"
-    classifier = f"{model.default_cfg['classifier']}.weight"
+    classifiers = {f"{classifier}.weight" for classifier in each(model.default_cfg["classifier"])}
     assert first_conv in groups[order[0]]
-    assert classifier in groups[order[-1]]
+    assert classifiers <= set(groups[order[-1]])
     assert len(groups[order[-1]]) <= 8, "the head is a group of its own"
     assert len(groups) >= len(model.feature_info)
 
@@ -269,12 +275,13 @@ def test_layer_decay_optimizer(name):
 
     model = zoo.create_model(name, pretrained=False, device="meta")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.9)
+    undecayed = {model.get_parameter(name) for name in model.no_weight_decay()}
     scales = sorted({group["lr_scale"] for group in optimizer.param_groups})
     assert scales[-1] == 1.0
     assert len(scales) > len(model.feature_info)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1)
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1 or parameter in undecayed)
 
 
 @every_model

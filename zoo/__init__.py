@@ -30,6 +30,7 @@ _PUBLIC = {
     "ZooModelHubMixin": "zoo.layers.hub_mixin",
     "profile": "zoo.profiling",
     "benchmark": "zoo.profiling",
+    "optimize_for_inference": "zoo.inference",
     "train": "zoo.training",
     "evaluate": "zoo.evaluation",
     "predict": "zoo.evaluation",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from zoo.evaluation import evaluate, predict
     from zoo.factory import create_model
     from zoo.hub import save_pretrained
+    from zoo.inference import optimize_for_inference
     from zoo.layers.hub_mixin import ZooModelHubMixin
     from zoo.profiling import benchmark, profile
     from zoo.publishing import publish

@@ -262,6 +262,8 @@ def bibtex(paper: Paper) -> str:
 def weights_link(weights: Weights) -> str:
     if weights.url:
         return f"[{weights.url.rpartition('/')[2]}]({weights.url})"
+    if weights.page:
+        return f"[fetched by hand]({weights.page})"
     page = f"https://huggingface.co/{weights.hub_id}"
     if weights.filename:
         return f"[{weights.hub_id}/{weights.filename}]({page}/blob/{weights.revision or 'main'}/{weights.filename})"

@@ -173,6 +173,7 @@ zoo pareto --plot pareto.png""",
 zoo profile poolformer_s12
 zoo profile caformer_s18 --input-size 3 384 384 --depth 3
 zoo profile poolformer_s12 --plot cost.png
+zoo profile slak_tiny --sparsity 0.4 --sparsity-rule erk
 zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     )
     sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
@@ -180,6 +181,15 @@ zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: 1)")
     sub.add_argument("--depth", type=int, default=2, metavar="N", help="levels of modules to show (default: 2)")
     sub.add_argument("--plot", metavar="FILE", help="also draw where the cost lies, for a single NAME")
+    zeros = sub.add_mutually_exclusive_group()
+    zeros.add_argument("--checkpoint", metavar="FILE", help="weights whose zeros are counted, for a single NAME")
+    zeros.add_argument("--sparsity", type=float, metavar="S", help="count as if this share of the weights were zero")
+    sub.add_argument(
+        "--sparsity-rule",
+        default="uniform",
+        metavar="R",
+        help="how over the layers: uniform, er, erk (default: uniform)",
+    )
     as_json(sub)
 
     sub = command(
@@ -348,7 +358,14 @@ def run_profile(args: argparse.Namespace) -> None:
     import zoo
 
     size = None if args.input_size is None else tuple(args.input_size)
-    profiles = [zoo.profile(name, input_size=size, batch_size=args.batch_size) for name in args.names]
+    options = {
+        "input_size": size,
+        "batch_size": args.batch_size,
+        "checkpoint_path": args.checkpoint,
+        "sparsity": args.sparsity,
+        "sparsity_rule": args.sparsity_rule,
+    }
+    profiles = [zoo.profile(name, **options) for name in args.names]
     if args.json:
         print_json([profile.to_dict() for profile in profiles])
     else:
@@ -651,6 +668,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.reject(unknown)
     if args.command == "profile" and args.plot and len(args.names) > 1:
         command.error("--plot draws one model: give a single NAME.")
+    if args.command == "profile" and args.checkpoint and len(args.names) > 1:
+        command.error("--checkpoint holds one model: give a single NAME.")
     if args.command == "predict":
         if args.cam and (args.cam_dir or len(args.images) > 1):
             command.error("--cam draws one image: give a single IMAGE, or a folder with --cam-dir alone.")

@@ -61,7 +61,8 @@ def create_model(
         cache_dir: where downloads are kept (the Hub's cache by default).
         token: for private and gated repositories (the one of `hf auth login` by default).
         refresh: ask the network whether cached weights are still current.
-        **model_args: any argument of the architecture, e.g. `depths=(1, 1, 2, 1)`.
+        **model_args: any argument of the architecture, e.g. `depths=(1, 1, 2, 1)`. `kept_widths`, which every
+            architecture takes, builds it as `zoo.sparsity.shrink` left another (`zoo.sparsity.kept_widths`).
 
     Raises:
         UnknownModelError: no model or no weights of that name; names the nearest.
@@ -108,7 +109,11 @@ def create_model(
         model = build_module(entry, args, device=device, dtype=dtype)
         finish(model)
     else:
-        model = _build_with_weights(entry, args, source, finish, device, dtype, strict, cache_dir, token, refresh)
+        # a tag says which weights a file of one's own holds, too
+        use_ema = weights is None or weights.use_ema or not (isinstance(source, tuple) or cfg["tag"])
+        model = _build_with_weights(
+            entry, args, source, finish, device, dtype, strict, use_ema, cache_dir, token, refresh
+        )
     if entry.task != "vision":
         return model
     return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
@@ -205,14 +210,20 @@ def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | N
 
 def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
     args = {**entry.args, **args}
+    kept_widths = args.pop("kept_widths", None)
     _check_args(entry, args)
     try:
-        return entry.build(**args)
+        model = entry.build(**args)
     except (TypeError, ValueError) as error:
         if isinstance(error, ZooError) or args == dict(entry.args):
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in args.items() if entry.args.get(key) != value)
         raise ConfigError(f"{entry.name} cannot be built with {given}: {error}") from error
+    if kept_widths is not None:
+        from zoo.sparsity.channels import resize
+
+        resize(model, kept_widths)
+    return model
 
 
 def _build_with_weights(
@@ -223,6 +234,7 @@ def _build_with_weights(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     strict: bool,
+    use_ema: bool,
     cache_dir: str | Path | None,
     token: str | None,
     refresh: bool,
@@ -235,14 +247,15 @@ def _build_with_weights(
         source = fetch(source[0], revision=source[1], **where)
     model = _build_on_meta(entry, args, dtype)
     finish(model)
-    report = load_checkpoint(model, source, strict=strict, convert=entry.convert, **where)
+    how: dict[str, Any] = {"strict": strict, "use_ema": use_ema, "convert": entry.convert, **where}
+    report = load_checkpoint(model, source, **how)
     if has_meta(model):
         if hasattr(model, "init_module"):
             materialize(model, "cpu")
         else:  # what the weights left out only the constructor can initialise
             model = _call(entry, args).to(dtype=dtype)
             finish(model)
-            report = load_checkpoint(model, source, strict=strict, convert=entry.convert, **where)
+            report = load_checkpoint(model, source, **how)
     unasked = report.dropped and args.get("num_classes") != 0
     _logger.log(logging.WARNING if unasked else logging.INFO, "%s: %s", entry.name, report)
     model.__dict__["load_report"] = report

@@ -19,6 +19,7 @@ import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.files import whole_file
 from zoo.registry import get_entry
+from zoo.sparsity.channels import kept_widths
 from zoo.weights import DEFAULT_FILES, HUB_PREFIXES, fetch_from_hub, read_json, split_hub_id, write_safetensors
 
 __all__ = ["load_config", "save_pretrained"]
@@ -114,6 +115,12 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
     built_in = _timm_args(cfg["architecture"])
     config["model_args"] = {key: value for key, value in args.items() if key not in built_in}
     config["zoo"] = {"version": zoo.__version__, "model_args": args}
+    if widths := kept_widths(model):
+        if not _is_entry(cfg["architecture"]):
+            raise ConfigError(
+                f"timm's {cfg['architecture']} without some channels cannot be opened again: keep it whole."
+            )
+        config["zoo"]["kept_widths"] = widths
     return config
 
 
@@ -237,6 +244,8 @@ def _parse_config(
     ours = config.get("zoo")
     if isinstance(ours, dict) and isinstance(ours.get("model_args"), dict):
         args = args | ours["model_args"]
+        if isinstance(ours.get("kept_widths"), dict):
+            args = args | {"kept_widths": ours["kept_widths"]}
     elif not _is_published(architecture, origin["hf_hub_id"]):  # trained with timm, and so as timm computes
         args = dict(_timm_args(architecture)) | args
     cfg = {key: _tuple(value) for key, value in saved.items()} | dict(origin)

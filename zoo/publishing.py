@@ -478,7 +478,7 @@ def _from_file(path: Path, name: str) -> _Source:
         tensors = read_state_dict(converted)
         args: dict[str, Any] = {}
         for argument, layers, axis in (("num_classes", entry.classifier, 0), ("in_chans", entry.first_conv, 1)):
-            weight = tensors.get(f"{layers}.weight") if isinstance(layers, str) else None
+            weight = tensors.get(f"{layers if isinstance(layers, str) else layers[0]}.weight")
             if weight is not None:
                 args[argument] = weight.shape[axis]
         module = create_model(name, checkpoint_path=converted, **args)

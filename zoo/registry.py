@@ -75,8 +75,9 @@ class Reported:
 class Weights:
     """One published checkpoint: where it lies, what may be done with it, and what its authors claim for it.
 
-    Exactly one of `hub_id` and `url` is set. `filename` is the file in the Hub repository (None: the first of
-    `model.safetensors`, `pytorch_model.bin` that is there).
+    Exactly one of `hub_id`, `url` and `page` is set. `filename` is the file in the Hub repository (None: the first of
+    `model.safetensors`, `pytorch_model.bin` that is there) or, where `url` is a zip archive, in that. `page` is where a
+    person fetches what no program can, a shared folder or the like.
     """
 
     tag: str
@@ -85,6 +86,7 @@ class Weights:
     filename: str | None = None
     revision: str | None = None
     url: str | None = None
+    page: str | None = None
     sha256: str | None = None
     dataset: str = "imagenet-1k"
     pretrained_on: str | None = None  # an earlier training stage, e.g. "imagenet-22k"
@@ -93,17 +95,19 @@ class Weights:
     accuracy_source: str | None = None
     num_classes: int = 1000
     input_size: tuple[int, int, int] = (3, 224, 224)
+    pool_size: tuple[int, int] | None = None  # of the last map, where that is not input_size / 32, rounded up
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model arguments it was trained with
+    use_ema: bool = True  # of a file that holds averaged weights and the last ones: which were evaluated
     note: str | None = None
 
     @property
     def source(self) -> str:
-        if self.url:
-            return self.url
+        if self.url or self.page:
+            return self.url or str(self.page)
         return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")
 
 
@@ -130,7 +134,7 @@ class Entry:
     input_size: tuple[int, int, int] = (3, 224, 224)
     fixed_input_size: bool = False  # the module takes `img_size` and runs at that size alone
     first_conv: str = ""  # module names, as in timm's pretrained_cfg
-    classifier: str = ""
+    classifier: str | tuple[str, ...] = ""
     note: str = ""  # e.g. why our figures differ from the reported ones
     # values of arguments that timm's class of the same name does not have but builds in
     timm_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -164,7 +168,7 @@ class Entry:
             "tag": weights.tag,
             "num_classes": weights.num_classes,
             "input_size": size,
-            "pool_size": tuple(-(-side // 32) for side in size[1:]),
+            "pool_size": weights.pool_size or tuple(-(-side // 32) for side in size[1:]),
             "crop_pct": weights.crop_pct,
             "crop_mode": "center",
             "interpolation": weights.interpolation,

@@ -19,10 +19,12 @@ import math
 import os
 import pickle
 import re
+import shutil
 import stat
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -80,11 +82,17 @@ def fetch(
             token=token,
             refresh=refresh,
         )
+    if weights.page is not None:
+        raise DownloadError(
+            f"The weights {weights.tag!r} can only be fetched by hand, from {weights.page}"
+            f"{f' ({weights.note})' if weights.note else ''}: then give the file with checkpoint_path=."
+        )
     if weights.url is None:
         raise ConfigError(f"The weights {weights.tag!r} name neither a Hub repository nor a URL.")
     if revision is not None:
         raise DownloadError(f"{weights.url} is a single file without revisions: leave out '@{revision}'.")
-    return _fetch_url(weights.url, weights.sha256, cache_dir, refresh)
+    fetched = _fetch_url(weights.url, weights.sha256, cache_dir, refresh)
+    return fetched if weights.filename is None else _from_zip(fetched, weights.filename)
 
 
 def fetch_from_hub(
@@ -186,6 +194,23 @@ def _fetch_url(url: str, sha256: str | None, cache_dir: str | Path | None, refre
             found = _sha256(Path(file.name))
             if sha256 is not None and found != sha256:
                 raise _hash_mismatch(url, sha256, found)
+    return target
+
+
+def _from_zip(archive: Path, member: str) -> Path:
+    """`member` of a zip archive in the cache, as a file beside it. Raises DownloadError."""
+    target = archive.with_name(f"{archive.name}.{quote(member, safe='')}")
+    if target.is_file() and target.stat().st_mtime >= archive.stat().st_mtime:
+        return target
+    try:
+        with zipfile.ZipFile(archive) as parts, parts.open(member) as part, whole_file(target) as file:
+            shutil.copyfileobj(part, file)
+    except KeyError as error:
+        raise DownloadError(f"{archive} holds no {member}: fetch the archive anew with refresh.") from error
+    except zipfile.BadZipFile as error:
+        raise DownloadError(
+            f"{archive} is no whole zip archive ({error}): remove it, or fetch it anew with refresh."
+        ) from error
     return target
 
 
@@ -891,7 +916,9 @@ def _saved_architecture(source: str | Path, path: Path, where: Mapping[str, Any]
     return architecture, args
 
 
-def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write tensors to a safetensors file, whole or not at all. Raises CheckpointError."""
     storages: set[int] = set()
     plain: StateDict = {}
@@ -906,7 +933,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     try:
         with whole_file(path) as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            safetensors.torch.save_file(plain, file.name, metadata={"format": "pt"})
+            safetensors.torch.save_file(plain, file.name, metadata={"format": "pt", **(metadata or {})})
             # the library has put a file of its own there, which only the owner may read and which is not synced
             os.chmod(file.name, mode)
             with open(file.name, "rb") as written:

@@ -27,8 +27,10 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.folding import as_conv2d, fold_affine, fold_scale
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
+from zoo.layers.packed import Activation, PackedConv2d, may_overwrite
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["Attention", "MetaFormer", "Pooling", "RandomMixing", "SepConv", "StarReLU"]
@@ -289,6 +291,9 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
+    def fast_form(self) -> nn.Module:
+        return FastStem(self)
+
 
 class Downsample(nn.Module):
     """Norm, then a 3x3 convolution of stride 2."""
@@ -324,6 +329,9 @@ class MetaFormerStage(nn.Module):
         if self.tokens:
             x = x.transpose(1, 2).reshape(B, C, H, W)
         return x
+
+    def fast_form(self) -> nn.Module:
+        return FastStage(self)
 
 
 class MlpHead(nn.Module):
@@ -658,6 +666,239 @@ def _grid_after(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:
         return (side + 2 * int(conv.padding[0]) - conv.kernel_size[0]) // conv.stride[0] + 1
 
     return after(size[0]), after(size[1])
+
+
+# ------------------------------------------------------------------------------------------------------ fast inference
+# What `zoo.optimize_for_inference` puts in place of stem and stages. Maps stay channels_last, so that tokens are a view
+# of them. A stage's map is its own: its blocks write over it (`may_overwrite` says where they must not).
+
+
+class FastStem(nn.Module):
+    """`Stem` with a channels_last output."""
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        self.conv, self.norm = PackedConv2d(stem.conv), stem.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+
+
+class FastStage(nn.Module):
+    """`MetaFormerStage`, on as many samples at a time as the cache has room for."""
+
+    hidden_bytes = 8 * 2**20  # of the MLP's hidden maps that are worked on together
+
+    def __init__(self, stage: MetaFormerStage) -> None:
+        super().__init__()
+        self.owns_input = not isinstance(stage.downsample, nn.Identity)
+        self.downsample = stage.downsample
+        if isinstance(stage.downsample, Downsample):
+            self.downsample = nn.Sequential(stage.downsample.norm, PackedConv2d(stage.downsample.conv))
+        self.blocks = nn.Sequential(*(FastBlock(block) for block in stage.blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if not may_overwrite(x):
+            return self.blocks(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.owns_input:
+            x = x.clone()
+        samples = len(x) if x.device.type != "cpu" else self.hidden_bytes // (4 * x[0].numel() * x.element_size())
+        for part in x.split(max(1, samples)):
+            self.blocks(part)
+        return x
+
+
+class FastBlock(nn.Module):
+    """`MetaFormerBlock`, with what its norms and scales multiply held by the weights beside them."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        self.mix: nn.Module
+        mixer = type(block.token_mixer)
+        if mixer is Pooling and isinstance(block.norm1, GroupNorm):
+            self.mix = FastPooling(block)
+        else:
+            self.mix = {SepConv: FastSepConv, Attention: FastAttention, RandomMixing: FastRandomMixing}.get(
+                mixer, AnyMixer
+            )(block)
+        self.mlp = FastMlp(block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(self.mix(x))
+
+
+def tokens_of(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C), a view of a channels_last map."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def scale_shortcut(x: Tensor, scale: nn.Module) -> Tensor:
+    """`scale(x)`, over x where that may be. `scale` is a Scale, or an identity."""
+    if isinstance(scale, nn.Identity):
+        return x
+    factor = scale.scale[:, None, None]
+    return x.mul_(factor) if may_overwrite(x) else x * factor
+
+
+def add_branch(x: Tensor, branch: Tensor) -> Tensor:
+    return x.add_(branch) if may_overwrite(x) else x + branch
+
+
+def scaled(layer: nn.Conv2d | nn.Linear, *scales: nn.Module) -> nn.Conv2d:
+    """`layer` with the layer scales behind it in its weights, as a convolution."""
+    conv = as_conv2d(layer)
+    for scale in scales:
+        conv = fold_scale(conv, scale.scale) if isinstance(scale, Scale) else conv
+    return conv
+
+
+class MapNorm(nn.Module):
+    """A block's norm of a channels_last map, also where the block holds it for tokens."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.tokens = norm, getattr(norm, "tokens", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.tokens:
+            return self.norm(x)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class FastPooling(nn.Module):
+    """`r x + s (P(norm(x)) - norm(x))`: the norm's shifts cancel, its scale passes P; left is a mean of x and P(x)."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        assert isinstance(block.norm1, GroupNorm)
+        assert isinstance(block.token_mixer, Pooling)
+        self.pool, self.eps, self.res_scale = block.token_mixer.pool, block.norm1.eps, block.res_scale1
+        weight = block.norm1.weight.detach()
+        if isinstance(block.layer_scale1, Scale):
+            weight = weight * block.layer_scale1.scale.detach()
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        deviation = torch.native_group_norm(x, None, None, B, C, H * W, 1, self.eps)[2]  # its inverse, (B, 1)
+        share = (deviation.to(x.dtype) * self.weight)[:, :, None, None]
+        pooled = self.pool(x)
+        if isinstance(self.res_scale, nn.Identity):
+            return x.lerp_(pooled, share) if may_overwrite(x) else x.lerp(pooled, share)
+        kept = self.res_scale.scale[:, None, None] - share
+        return x.mul_(kept).addcmul_(pooled, share) if may_overwrite(x) else (x * kept).addcmul(pooled, share)
+
+
+class FastSepConv(nn.Module):
+    """`SepConv` with its norm and shortcut; StarReLU is the ReLU of its first layer and one pass."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        mixer = block.token_mixer
+        assert isinstance(mixer, SepConv)
+        self.norm, self.res_scale = MapNorm(block.norm1), block.res_scale1
+        self.pwconv1 = PackedConv2d(mixer.pwconv1, "relu")
+        self.scale, self.shift = float(mixer.act1.scale), mixer.act1.bias
+        self.dwconv = PackedConv2d(mixer.dwconv)
+        self.pwconv2 = PackedConv2d(scaled(mixer.pwconv2, block.layer_scale1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.pwconv1(self.norm(x))
+        out = h if may_overwrite(h) else None
+        h = torch.addcmul(self.shift[:, None, None], h, h, value=self.scale, out=out)
+        return self.pwconv2.add_to(scale_shortcut(x, self.res_scale), self.dwconv(h))
+
+
+class FastAttention(nn.Module):
+    """`Attention` with its norm and shortcut, from map to map."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        mixer = block.token_mixer
+        assert isinstance(mixer, Attention)
+        self.norm, self.res_scale = MapNorm(block.norm1), block.res_scale1
+        self.num_heads, self.head_dim = mixer.num_heads, mixer.head_dim
+        self.qkv = PackedConv2d(as_conv2d(mixer.qkv))
+        self.proj = PackedConv2d(scaled(mixer.proj, block.layer_scale1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = tokens_of(self.qkv(self.norm(x))).reshape(B, H * W, 3, self.num_heads, self.head_dim)
+        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        mixed = mixed.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        return self.proj.add_to(scale_shortcut(x, self.res_scale), mixed)
+
+
+class FastRandomMixing(nn.Module):
+    """`RandomMixing` with its norm and shortcut: the matrix product adds to the map."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        self.norm, self.mixer, self.res_scale = MapNorm(block.norm1), block.token_mixer, block.res_scale1
+        self.layer_scale = block.layer_scale1
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        check_grid(H, W, self.mixer.grid_size)
+        normed = tokens_of(self.layer_scale(self.norm(x)))  # mixing tokens and scaling channels commute
+        tokens = tokens_of(scale_shortcut(x, self.res_scale))
+        matrix = self.mixer.random_matrix.expand(B, -1, -1)
+        if may_overwrite(x):
+            tokens.baddbmm_(matrix, normed)
+            return x
+        return torch.baddbmm(tokens, matrix, normed).reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
+class AnyMixer(nn.Module):
+    """Any mixer as it is, with its norm and shortcut."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        self.norm, self.mixer, self.scale = MapNorm(block.norm1), block.token_mixer, block.layer_scale1
+        self.res_scale, self.tokens = block.res_scale1, getattr(block.norm1, "tokens", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(x)
+        branch = self.mixer(tokens_of(branch) if self.tokens else branch)
+        branch = self.scale(branch)
+        branch = branch.transpose(1, 2).unflatten(2, x.shape[2:]) if self.tokens else branch
+        return add_branch(scale_shortcut(x, self.res_scale), branch)
+
+
+class FastMlp(nn.Module):
+    """`Mlp` with its norm and shortcut. Of StarReLU only relu and square are left: `W(s t + b) = (s W) t + b W 1`."""
+
+    def __init__(self, block: MetaFormerBlock) -> None:
+        super().__init__()
+        mlp = block.mlp
+        assert isinstance(mlp, Mlp)
+        fc1, fc2 = as_conv2d(mlp.fc1), as_conv2d(mlp.fc2)
+        self.norm: nn.Module = MapNorm(block.norm2)
+        self.res_scale = block.res_scale2
+        if isinstance(block.norm2, GroupNorm):  # LayerNorm's kernel is faster with a weight than without
+            fc1 = fold_affine(fc1, block.norm2.weight, block.norm2.bias)
+            self.norm = nn.GroupNorm(1, fc1.in_channels, block.norm2.eps, affine=False)
+        self.act: nn.Module = nn.Identity()
+        self.squares = isinstance(mlp.act, StarReLU)
+        fused: Activation = "none"
+        if isinstance(mlp.act, StarReLU):
+            fused = "relu"
+            fc2 = fold_affine(fc2, *(value.expand(fc2.in_channels) for value in (mlp.act.scale, mlp.act.bias)))
+        elif type(mlp.act) is nn.GELU and mlp.act.approximate == "none":
+            fused = "gelu"
+        elif type(mlp.act) is nn.ReLU:
+            fused = "relu"
+        else:
+            self.act = mlp.act
+        self.fc1, self.fc2 = PackedConv2d(fc1, fused), PackedConv2d(scaled(fc2, block.layer_scale2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.fc1(self.norm(x)))
+        if self.squares:
+            h = h.mul_(h) if may_overwrite(h) else h * h
+        return self.fc2.add_to(scale_shortcut(x, self.res_scale), h)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
+from zoo.factory import create_model
 from zoo.files import whole_file
 from zoo.plots import check_picture
+from zoo.profiling.effective import ZEROS, Effective, check_sparsity, effective_costs
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.units import humanize
@@ -24,7 +26,8 @@ from zoo.units import humanize
 CONVENTION = (
     "MACs: convolution, linear, matmul and attention, one fused multiply-add counts one. "
     "fvcore total: MACs and norms, adaptive pooling, resampling. "
-    "Activations: output elements of the operators that have MACs."
+    "Activations: output elements of the operators that have MACs. "
+    "Effective: without the zeros in weights of convolutions and linear layers; MACs in proportion, layer by layer."
 )
 
 
@@ -84,6 +87,7 @@ class Profile:
     unknown_operators: Mapping[str, int]  # operators without a handler, and how often they ran
     uncalled_modules: tuple[str, ...]  # with weights, yet never called: unused, or used (and counted) by one above them
     traced_on: str  # "meta", or "cpu" for a model that looks at the values of its tensors
+    effective: Effective | None = None  # costs without zeros; None where the weights are not known
 
     @property
     def complete(self) -> bool:
@@ -112,6 +116,8 @@ class Profile:
             f"  fvcore total  {self.fvcore_total:,} ({humanize(self.fvcore_total)})",
             f"  activations   {self.activations:,} ({humanize(self.activations)})",
         ]
+        if self.effective and (self.effective.density < 1 or self.effective.rule != ZEROS):
+            lines.append(f"  effective     {self.effective}")
         if self.unknown_operators:
             listed = ", ".join(f"{name} ({count}x)" for name, count in self.unknown_operators.items())
             lines.append(f"  NOT COUNTED   operators without a handler: {listed}")
@@ -218,6 +224,10 @@ def profile(
     model: nn.Module | str,
     input_size: tuple[int, int, int] | None = None,
     batch_size: int = 1,
+    *,
+    checkpoint_path: str | Path | None = None,
+    sparsity: float | None = None,
+    sparsity_rule: str = "uniform",
 ) -> Profile:
     """Count what `model` costs in eval mode, without running it: its forward is traced on the meta device.
 
@@ -226,18 +236,30 @@ def profile(
             always timm's). A model by name is built without memory for its weights.
         input_size: (channels, height, width) of one image; by default what the model's `pretrained_cfg` says.
         batch_size: images at a time; MACs and activations grow with it.
+        checkpoint_path: for a name: the weights whose zeros `effective` counts, as `zoo.create_model` takes them.
+        sparsity: share of the weights that `effective` takes to be zero, instead of counting them.
+        sparsity_rule: how that is spread over the layers: "uniform", "er" or "erk" (`zoo.sparsity`).
 
     A model whose forward looks at the values of its tensors cannot run on the meta device; it is traced on the CPU.
 
     Raises:
         UnknownModelError: no model of that name; names the nearest.
         ConfigError: a size that makes no sense, or that the model does not take; says why.
+        CheckpointError, DownloadError: a checkpoint that does not fit or cannot be read.
     """
     check_count("batch_size", batch_size)
+    check_sparsity(sparsity, sparsity_rule)
+    if checkpoint_path is not None and sparsity is not None:
+        raise ConfigError("sparsity= states what checkpoint_path= holds: give one of the two.")
+    if checkpoint_path is not None and not isinstance(model, str):
+        raise ConfigError("checkpoint_path= goes with the name of a model: a module has its weights already.")
     if input_size is not None:
         input_size = check_input_size(input_size)
     if isinstance(model, str):
-        name, original = model, build(model, "meta")
+        name = model
+        original = (
+            build(model, "meta") if checkpoint_path is None else create_model(model, checkpoint_path=checkpoint_path)
+        )
     elif isinstance(model, nn.Module):
         original = _unwrapped(model)
         name = _name_of(original)
@@ -254,7 +276,8 @@ def profile(
     if isinstance(channels, int) and channels != size[0]:
         raise ConfigError(f"{name} takes images of {channels} channels, not {size[0]}: input_size is {size}.")
 
-    trace, traced_on = _trace(model, original, (batch_size, *size), name)
+    given = original if checkpoint_path is not None else model
+    trace, traced_on = _trace(given, original, (batch_size, *size), name)
     weights = _weights(original)
     total: Counter[str] = Counter()
     for (_, quantity), count in trace.counts[""].items():
@@ -264,6 +287,7 @@ def profile(
     weight_bytes: Counter[str] = Counter()
     for tensor in weights:
         weight_bytes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
+    modules = tuple(_modules(original, trace))
     return Profile(
         name=name,
         input_size=size,
@@ -276,10 +300,11 @@ def profile(
         activations=total["activations"],
         weight_bytes=dict(weight_bytes),
         operators=_operators(trace),
-        modules=tuple(_modules(original, trace)),
+        modules=modules,
         unknown_operators=dict(trace.unknown),
         uncalled_modules=tuple(_uncalled(original, trace)),
         traced_on=traced_on,
+        effective=effective_costs(original, modules, sparsity, sparsity_rule),
     )
 
 

@@ -25,18 +25,20 @@ __all__ = ["STATE", "find_checkpoint", "read_state", "rng_state", "set_rng_state
 STATE = "state.pt"
 
 
-def write_checkpoint(folder: Path, save_weights: Callable[[Path], object], state: dict[str, Any]) -> None:
+def write_checkpoint(folder: Path, save_weights: Callable[[Path], object], state: dict[str, Any] | None = None) -> None:
     """Put a checkpoint at `folder`, in place of the one there, if any, which stays until the new one is whole.
 
-    `save_weights(path)` makes the folder `path` with the weights. Raises ConfigError when it cannot be written.
+    `save_weights(path)` makes the folder `path` with the weights. Without a `state` no run can go on from it. Raises
+    ConfigError when it cannot be written.
     """
     fresh, old = _fresh(folder), _old(folder)
     try:
         recover(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         save_weights(fresh)
-        with open(fresh / STATE, "wb") as file:
-            torch.save(state, file)
+        if state is not None:
+            with open(fresh / STATE, "wb") as file:
+                torch.save(state, file)
         for path in fresh.iterdir():
             _flush(path)
         _flush(fresh)

@@ -6,7 +6,17 @@ import dataclasses
 from typing import Any, Literal
 
 from zoo.data import AugmentConfig, DataConfig
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, did_you_mean
+from zoo.training.sparse_methods import (
+    METHODS,
+    Distribution,
+    Growth,
+    MaskChoice,
+    OptimizerState,
+    Prune,
+    Schedule,
+    SparsityRule,
+)
 
 __all__ = [
     "DistillConfig",
@@ -15,6 +25,7 @@ __all__ = [
     "OptimizerConfig",
     "OutputConfig",
     "SchedulerConfig",
+    "SparsityConfig",
     "TrainConfig",
     "TrainingConfig",
 ]
@@ -231,6 +242,151 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityConfig:
+    """Weights that are held at zero, and how the masks that say which move (`zoo.training.sparse`).
+
+    What is left null is as `method` has it; `zoo.training.sparse_methods` lists that.
+
+    Args:
+        method: "static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm" or "chase"; null trains all weights.
+        density: share of the chosen layers' weights that is kept, above 0 and up to 1: 1 - sparsity.
+        layers: "all" (weights of convolutions and linear layers), "decomposed" (of them SLaK's long depthwise
+            kernels), or names of modules and weights, with `*` and `?`. Vectors and frozen weights are never sparse.
+        distribution: of the density over the layers: "uniform"; "er" and "erk" (Erdos-Renyi, without and with the
+            kernel's size): small layers are denser; "snip": by the loss's sensitivity on the first update's batches.
+        masks: which weights of a layer are kept at first: "random"; those of the largest "magnitude"; of the largest
+            sensitivity ("snip"); those that are not zero in the "weights" that training starts from, whose density it
+            keeps.
+        dense_from: a layer that would keep this share of its weights or more keeps all.
+        pattern: N:M, such as "2:4": at most 2 of every 4 weights along the inputs are kept. It fixes the density.
+        initial_density: density at the start, from which it falls to `density` on a cubic curve.
+        prune: which weights leave when masks move: the smallest by "magnitude", or, in proportion, the smallest
+            positive and the largest negative ones ("magnitude_per_sign").
+        growth: where as many appear, at zero: "random", or where the "gradient" or the optimizer's "momentum" is
+            largest. With "none" masks do not move.
+        prune_rate: share of a layer's kept weights that move at once, at first.
+        final_prune_rate: the same at `stop`.
+        prune_schedule: the way from the one to the other: "cosine" or "linear"; "constant" stays at `prune_rate`.
+        update_interval: updates of the weights from one move of the masks to the next, or "epoch".
+        start: share of the run before which masks do not move and the density does not fall.
+        stop: share of the run after which they do not.
+        update_instead_of_step: the gradients of an update that moves masks are not used for the weights.
+        optimizer_state: "dense": the optimizer follows the gradients of all weights, also of those at zero; "active":
+            only of those kept, and a weight that appears starts anew, its bias correction counted by its own age;
+            "compact": the same, stored for the kept weights alone, which takes memory as the density does (optimizers
+            that treat each weight by itself).
+        regrow_warmup: updates over which the steps of a weight that appeared grow to their full length.
+        lr_density_power: a layer of density d takes steps d ** -power as long: 0 as they are, 1 as muP asks for sparse
+            layers (Dey et al. 2024, arXiv 2405.15743).
+        dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`. At
+            the end of the run they are cut off.
+    """
+
+    method: Literal["static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm", "chase"] | None = None
+    density: float | None = None
+    layers: tuple[str, ...] | str | None = None
+    distribution: Distribution | None = None
+    masks: MaskChoice | None = None
+    dense_from: float | None = None
+    pattern: str | None = None
+    initial_density: float | None = None
+    prune: Prune | None = None
+    growth: Growth | None = None
+    prune_rate: float | None = None
+    final_prune_rate: float | None = None
+    prune_schedule: Schedule | None = None
+    update_interval: int | Literal["epoch"] | None = None
+    start: float | None = None
+    stop: float | None = None
+    update_instead_of_step: bool | None = None
+    optimizer_state: OptimizerState | None = None
+    regrow_warmup: int | None = None
+    lr_density_power: float | None = None
+    dead_channels: float | None = None
+
+    def rule(self) -> SparsityRule | None:
+        """All values, with the method's where none is given; None where no method is."""
+        if self.method is None:
+            return None
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        given = {name: value for name, value in given.items() if name != "method" and value is not None}
+        return dataclasses.replace(METHODS[self.method], **given)
+
+    def __post_init__(self) -> None:
+        if self.method is not None and self.method not in METHODS:
+            raise ConfigError(
+                f"sparsity.method is {self.method!r}.{did_you_mean(str(self.method), METHODS)} There are: "
+                f"{', '.join(METHODS)}."
+            )
+        rule = self.rule()
+        if rule is None:
+            given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+            if given:
+                raise ConfigError(
+                    f"sparsity.{given[0]} belongs to a sparsity.method: choose one of {', '.join(METHODS)}."
+                )
+            return
+        self._check(rule)
+
+    def _check(self, rule: SparsityRule) -> None:
+        for name, zero in (("density", False), ("dense_from", False), ("initial_density", False), ("stop", False)):
+            _check_share("sparsity", rule, name, zero=zero)
+        for name in ("prune_rate", "final_prune_rate", "start"):
+            _check_share("sparsity", rule, name)
+        if not 0 <= rule.dead_channels < 1:
+            raise ConfigError(f"sparsity.dead_channels must be from 0 up to, but not, 1; it is {rule.dead_channels}.")
+        _check_not_negative("sparsity", rule, "regrow_warmup", "lr_density_power")
+        if rule.update_interval != "epoch" and rule.update_interval < 1:
+            raise ConfigError(f"sparsity.update_interval must be above zero, not {rule.update_interval}.")
+        if rule.start >= rule.stop:
+            raise ConfigError(f"sparsity.start ({rule.start:g}) must come before sparsity.stop ({rule.stop:g}).")
+        if rule.pattern is not None:
+            _check_pattern(rule)
+        elif rule.masks == "weights":
+            if rule.density is not None or rule.initial_density is not None:
+                raise ConfigError(
+                    "sparsity.masks weights keeps the density of the weights: leave out density and initial_density."
+                )
+        elif rule.density is None:
+            raise ConfigError(
+                f"sparsity.method {self.method} needs sparsity.density: the share of weights to keep, such as 0.2."
+            )
+        elif rule.initial_density is not None and rule.initial_density < rule.density:
+            raise ConfigError(
+                f"sparsity.initial_density ({rule.initial_density:g}) must not be below density ({rule.density:g})."
+            )
+        if rule.optimizer_state == "dense" and rule.regrow_warmup:
+            raise ConfigError(
+                "sparsity.regrow_warmup belongs to optimizer_state active or compact: a dense state never starts anew."
+            )
+        if rule.growth == "momentum" and rule.optimizer_state != "dense":
+            raise ConfigError(
+                "sparsity.growth momentum needs sparsity.optimizer_state dense: else weights at zero have no momentum."
+            )
+        if rule.dead_channels and rule.initial_density is not None:
+            raise ConfigError("sparsity.dead_channels does not go with initial_density, a density that falls.")
+        if rule.dead_channels and rule.growth == "none":
+            raise ConfigError("sparsity.dead_channels needs masks that move: set sparsity.growth, too.")
+
+
+def _check_pattern(rule: SparsityRule) -> None:
+    n, colon, m = str(rule.pattern).partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise ConfigError(f"sparsity.pattern is {rule.pattern!r}: it is N:M, such as 2:4, with N below M.")
+    if rule.density is not None or rule.initial_density is not None or rule.masks == "weights" or rule.dead_channels:
+        raise ConfigError(
+            f"sparsity.pattern {rule.pattern} fixes the density: leave out density, initial_density, masks weights and "
+            "dead_channels."
+        )
+
+
+def _check_share(section: str, config: Any, name: str, *, zero: bool = True) -> None:
+    value = getattr(config, name)
+    if value is not None and not (0 <= value <= 1 and (zero or value > 0)):
+        raise ConfigError(f"{section}.{name} must be {'from 0' if zero else 'above 0 and up'} to 1; it is {value}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """Where a run leaves what it makes.
 
@@ -261,6 +417,7 @@ class TrainingConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = dataclasses.field(default_factory=SchedulerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    sparsity: SparsityConfig = dataclasses.field(default_factory=SparsityConfig)
     output: OutputConfig = dataclasses.field(default_factory=OutputConfig)
     resume: str | None = None
 

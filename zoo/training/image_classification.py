@@ -126,6 +126,12 @@ class ImageClassification:
             return criterion(model(images), labels)
         return self.distillation.loss(model, images, lambda logits: criterion(logits, labels))
 
+    def plain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Cross-entropy, with neither mixup, smoothing nor a teacher."""
+        device = self.accelerator.device
+        images = self.train_loader.prepare(batch, device, self.memory_format)
+        return nn.functional.cross_entropy(model(images), batch.labels.to(device))
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         counts = Counts(self.num_classes, self.accelerator.device)
         count(

@@ -1,7 +1,8 @@
 """The one training loop. What is particular about images or text is a `Task`'s; this file knows neither.
 
 A run's folder holds `config.yaml`, `environment.json` (a row for each start: command, versions, devices), `history.csv`
-(a row for each epoch; `lr` is the rate that it ended with), `curves.png`, and the checkpoints `last` and `best`. A run
+(a row for each epoch; `lr` is the rate that it ended with), `curves.png`, and the checkpoints `last` and `best`, which
+hold the masks of a sparse run (`masks.safetensors`) beside weights that are zero where these say so. A run
 that is stopped by Ctrl-C or SIGTERM saves itself, and `resume` goes on as if it had not been stopped: on the CPU bit
 for bit, on the same number of processes.
 
@@ -33,6 +34,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +57,7 @@ from zoo.config import to_plain, to_yaml
 from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.files import make_folder, whole_file
+from zoo.sparsity import apply_masks, load_masks, save_masks
 from zoo.training.checkpoint import (
     STATE,
     clean,
@@ -65,14 +68,16 @@ from zoo.training.checkpoint import (
     set_rng_state,
     write_checkpoint,
 )
-from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig, SparsityConfig, TrainConfig
 from zoo.training.environment import record_environment
 from zoo.training.parallel import TIMEOUT, Peers, gather, is_broken_connection, shard, shard_optimizer_state, whole
 from zoo.training.plots import plot_curves
+from zoo.training.sparse import MASKS, SparseTraining, snip_scores
 
 __all__ = ["Interrupted", "Run", "RunConfig", "Task", "TrainingError", "fit", "make_accelerator"]
 
 READ_LOSS_EVERY = 20  # updates; reading it waits for the accelerator
+SHRUNK = "shrunk"  # in a run's folder: the last model without the channels that died out
 DRAW_EVERY = 10.0  # seconds; drawing takes longer than a small epoch
 TRACKERS = {"tensorboard": '"backbone-zoo[train]"', "wandb": "wandb", "trackio": "trackio"}  # what pip installs
 
@@ -107,6 +112,8 @@ class RunConfig(Protocol):
     @property
     def train(self) -> TrainConfig: ...
     @property
+    def sparsity(self) -> SparsityConfig: ...
+    @property
     def output(self) -> OutputConfig: ...
     @property
     def resume(self) -> str | None: ...
@@ -134,6 +141,9 @@ class Task(Protocol):
 
     def loss(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
         """The mean loss over `batch`, a scalar on the accelerator. `model` is `learner`, prepared."""
+
+    def plain_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The same of `model` or a copy of it, without what is drawn at random or learned from others."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """`loss`, `metric` and what else is worth a column, over the whole evaluation data, each sample once.
@@ -303,6 +313,9 @@ class _Loop:
                 shard(module, device)
         optimizer = make_optimizer(learner, config.optimizer)
         self.scheduler, self.epochs = make_scheduler(optimizer, config.scheduler, self.updates_per_epoch)
+        self.sparse = self._make_sparse(saved)
+        if self.sparse is not None:
+            self.sparse.attach(optimizer)
         forward = torch.compile(learner) if train.torchcompile else learner
         self.learner: nn.Module = forward if self.sharded else accelerator.prepare_model(forward)  # type: ignore[assignment]
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -323,6 +336,7 @@ class _Loop:
                 self._train_epoch()
                 self._finish_epoch()
         self._write_history(draw=True)
+        self._cut_channels()
         problems = self.task.describe_data_problems()
         self.accelerator.end_training()
         self.accelerator.unwrap_model(self.learner, keep_fp32_wrapper=False)
@@ -392,10 +406,14 @@ class _Loop:
                     loss = self.task.loss(self.learner, batch, progress.epoch)
                 self.accelerator.backward(loss / len(group))
             total += loss.detach().to(total)
-        self._clip()
-        self.optimizer.step()
+        if self.sparse is not None:
+            self.sparse.step(self._scheduled() + 1, self._step)
+        else:
+            self._step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
+        if self.ema is not None and self.sparse is not None:
+            self.sparse.average(self.ema, progress.updates + 1)
+        elif self.ema is not None:
             self.ema.update(self.task.model, step=progress.updates + 1)
         if self.scheduler is not None:
             self.scheduler.step_update(self._scheduled() + 1)
@@ -417,12 +435,21 @@ class _Loop:
         device = self.accelerator.device
         return torch.zeros((), dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
+    def _step(self) -> bool:
+        """Clip and step. Whether there was a step: mixed precision leaves it out when gradients overflow."""
+        self._clip()
+        self.optimizer.step()
+        return not self.optimizer.step_was_skipped
+
     def _clip(self) -> None:
         bound, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
         if bound is None:
             return
         self.accelerator.unscale_gradients()
-        dispatch_clip_grad(self.task.learner.parameters(), bound, mode=mode)
+        parameters = list(self.task.learner.parameters())
+        if self.sparse is not None:
+            parameters += self.sparse.values.values()  # in the place of others, which have no gradients
+        dispatch_clip_grad(parameters, bound, mode=mode)
 
     def _read_loss(self, loss_sum: Tensor) -> Tensor:
         """Add `loss_sum`, of all processes, to the epoch's, and return zero to go on with."""
@@ -450,6 +477,7 @@ class _Loop:
             "updates": progress.updates,
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "train_loss": self._mean_loss(),
+            **({"density": self.sparse.density} if self.sparse is not None else {}),
             "seconds": round(progress.seconds, 3),
         }
         limit = self.config.train.max_updates
@@ -505,6 +533,7 @@ class _Loop:
             "learner": _others(task.learner, model),
             "rng": self.peers.gather(rng_state()),
             "config": to_plain(self.config),
+            "sparsity": self.sparse.state_dict() if self.sparse is not None else None,
         }
         if self.sharded:
             gather(model, self.whole_model)
@@ -516,11 +545,34 @@ class _Loop:
                 task.save(folder)
             finally:
                 task.model = trained
+            if self.sparse is not None:
+                save_masks(self.sparse.masks, folder / MASKS)
 
         if main:
             for name in names:
                 write_checkpoint(self.folder / name, save_weights, state)
         self.peers.wait()
+
+    def _cut_channels(self) -> None:
+        """Beside the last checkpoint: its model without the channels that died out."""
+        if self.sparse is None or not self.sparse.retired:
+            return
+        task, last = self.task, self.folder / "last"
+        before = sum(parameter.numel() for parameter in task.model.parameters())
+        trained, smaller = task.model, copy.deepcopy(task.model if self.ema is None else self.ema.module)
+        self.sparse.cut(smaller)
+        after = sum(parameter.numel() for parameter in smaller.parameters())
+        task.model = smaller
+        try:
+            if self.accelerator.is_main_process:
+                write_checkpoint(self.folder / SHRUNK, task.save)
+        finally:
+            task.model = trained
+        channels = sum(len(numbers) for numbers in self.sparse.retired.values())
+        self._say(
+            f"{channels:,} channels died out: {self.folder / SHRUNK} is {last} without them, {after:,} parameters of "
+            f"{before:,}."
+        )
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
         checkpoint = None if self.config.resume is None else find_checkpoint(self.config.resume, self.folder)
@@ -551,6 +603,50 @@ class _Loop:
             raise CheckpointError(f"{checkpoint} does not fit this configuration: {error}") from None
         if unexpected:
             raise CheckpointError(f"{checkpoint} does not fit this configuration: it also holds {unexpected[0]}.")
+
+    def _make_sparse(self, saved: tuple[Path, dict[str, Any]] | None) -> SparseTraining | None:
+        """The masks of a run that has such: a checkpoint's, or new ones where it has none."""
+        config = self.config
+        rule = config.sparsity.rule()
+        held = None if saved is None else saved[1].get("sparsity")
+        if rule is None:
+            if held is not None:
+                self._say("The run was sparse, and goes on with all weights: sparsity.method is not set.")
+            return None
+        self._check_sparse()
+        sparse = SparseTraining(
+            self.task.model,
+            rule,
+            updates=self.epochs * self.updates_per_epoch,
+            updates_per_epoch=self.updates_per_epoch,
+            seed=config.train.seed,
+            agree=self.peers.copy_from_first,
+        )
+        if saved is not None and held is not None:
+            sparse.load_state_dict(held, load_masks(saved[0] / MASKS))
+        else:
+            sparse.start(self._saliency)
+            if self.ema is not None:  # of weights that may be at zero now
+                apply_masks(self.ema.module, sparse.masks)
+        self._say(sparse.describe())
+        return sparse
+
+    def _check_sparse(self) -> None:
+        config = self.config
+        if config.train.parallel == "fsdp":
+            raise ConfigError(
+                "sparsity does not go with train.parallel fsdp, where no process holds a whole mask: take ddp."
+            )
+        agc = config.optimizer.clip_mode == "agc" and config.optimizer.clip_grad is not None
+        if agc and config.sparsity.optimizer_state == "compact":
+            raise ConfigError("sparsity.optimizer_state compact does not go with optimizer.clip_mode agc: take norm.")
+
+    def _saliency(self, names: list[str]) -> dict[str, Tensor]:
+        """How much the loss over the first update's batches, of all processes, depends on each weight."""
+        task = self.task
+        batches = list(itertools.islice(task.batches(0, 0), self.accumulation))
+        losses = [partial(task.plain_loss, batch=batch) for batch in batches]
+        return snip_scores(task.model, names, losses, lambda gradient: self.accelerator.reduce(gradient, "mean"))
 
     def _resume(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """All but the weights."""
@@ -829,6 +925,8 @@ def _row_text(row: dict[str, Any], epochs: int, is_best: bool) -> str:
             parts.append(
                 f"{key.removeprefix('val_')} {value:.2f}%" if percent else f"{key.replace('_', ' ')} {value:.4f}"
             )
+    if "density" in row:
+        parts.append(f"density {row['density']:.1%}")
     parts.append(f"lr {row['lr']:.2e}")
     parts.append(f"{row['seconds']:.1f} s")
     return "  ".join(parts) + ("  *" if is_best else "")

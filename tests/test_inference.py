@@ -1,0 +1,229 @@
+"""`optimize_for_inference`: every registered model computes the same, faster; what it folds and what it leaves."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import zoo
+from tests.models import SIZE, create, each_vision_model
+from zoo.errors import ConfigError
+from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
+from zoo.registry import get_entry
+
+models = pytest.mark.parametrize("name", each_vision_model())
+
+
+@torch.no_grad()
+def randomize(model, seed=0):
+    """Weights as unlike their initial values as trained ones: nothing that is folded may be 1 or 0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(tensor):
+        return torch.rand(tensor.shape, generator=generator).to(tensor) * 2 - 1
+
+    for key, parameter in model.named_parameters():
+        fan_in = parameter[0].numel() if parameter.ndim else 1
+        if max(parameter.shape, default=1) == parameter.numel():  # a vector, of whatever shape: norm, scale or bias
+            shift = key.rpartition(".")[2].startswith("bias")
+            parameter.copy_(0.1 * uniform(parameter) if shift else 1 + 0.5 * uniform(parameter))
+        else:
+            parameter.copy_(uniform(parameter) * (3 / fan_in) ** 0.5)
+    for key, buffer in model.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.copy_(0.1 * uniform(buffer))
+        elif key.endswith("running_var"):
+            buffer.copy_(1 + 0.5 * uniform(buffer))
+    return model.eval()
+
+
+def images(size=SIZE, batch=2):
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def close(found, expected):
+    """Within 1e-5 of the largest value."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@models
+@torch.no_grad()
+def test_equals_the_model(name):
+    model = randomize(create(name))
+    state = copy.deepcopy(model.state_dict())
+    fast = zoo.optimize_for_inference(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items()), "the model was changed"
+    assert not fast.training
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+
+    sizes = [SIZE] if get_entry(name).fixed_input_size else [SIZE, (96, 64)]
+    for size in sizes:
+        batch = images(size)
+        untouched = batch.clone()
+        close(fast(batch), model(batch))
+        assert torch.equal(batch, untouched), "the input was written over"
+        close(fast(batch), model(batch))  # and again: nothing of the first call is kept
+    batch = images()
+    final, maps = fast.forward_intermediates(batch)
+    expected_final, expected_maps = model.forward_intermediates(batch)
+    close(final, expected_final)
+    for found, expected in zip(maps, expected_maps, strict=True):
+        close(found, expected)
+    close(fast.forward_features(batch), expected_final)
+    close(fast.forward_head(final), model.forward_head(expected_final))
+    close(fast.forward_head(final, pre_logits=True), model.forward_head(expected_final, pre_logits=True))
+    close(fast.to(memory_format=torch.channels_last)(batch), model(batch))
+
+
+@models
+@torch.no_grad()
+def test_compiles_and_exports(name):
+    model = randomize(create(name))
+    fast = zoo.optimize_for_inference(model)
+    expected = model(images())
+    close(torch.compile(fast, backend="aot_eager", fullgraph=True)(images()), expected)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(fast, (images(),), dynamic_shapes=({0: batch},)).module()
+    close(exported(images()), expected)
+    close(exported(images(batch=3)), model(images(batch=3)))
+
+
+@models
+@pytest.mark.parametrize("feature_cls", ["list", "getter", "hook"])
+@torch.no_grad()
+def test_features(name, feature_cls):
+    model = randomize(create(name, features_only=True, feature_cls=feature_cls))
+    for found, expected in zip(zoo.optimize_for_inference(model)(images()), model(images()), strict=True):
+        close(found, expected)
+
+
+@pytest.mark.slow
+@models
+@torch.no_grad()
+def test_compiles_to_machine_code(name):
+    model = randomize(create(name))
+    close(torch.compile(zoo.optimize_for_inference(model))(images()), model(images()))
+
+
+# ---------------------------------------------------------------------------------------------------------- batch norms
+
+
+def norms(model):
+    return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_035", "tiny_vit_5m_224"])
+@torch.no_grad()
+def test_batch_norms_of_timms_models(name):
+    """Of any model: those behind a convolution, with what timm's norm does besides."""
+    model = randomize(timm.create_model(name))
+    fast = zoo.optimize_for_inference(model)
+    size = model.default_cfg["input_size"][1] if model.default_cfg.get("fixed_input_size") else SIZE
+    close(fast(images(size)), model(images(size)))
+    assert norms(model) > 10
+    assert norms(fast) < norms(model) / 10
+    assert zoo.optimize_for_inference(model, inplace=True) is model
+    assert norms(model) == norms(fast)
+
+
+class Odd(nn.Module):
+    """Convolutions and batch norms that look alike but must stay apart."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4, track_running_stats=kind != "no statistics")
+
+    def forward(self, x, skip=None):
+        y = self.conv(x)
+        if skip is not None:
+            y = y + skip
+        if self.kind == "branching" and x.sum() > 0:
+            return y
+        match self.kind:
+            case "used twice":
+                return self.norm(y) + y
+            case "called twice":
+                return self.norm(self.conv(y)) + self.norm(y)
+            case "weight read":
+                return self.norm(y) * self.conv.weight.sum()
+            case "other order":
+                return self.conv(self.norm(x))
+        return self.norm(y)
+
+
+@pytest.mark.parametrize(
+    "kind", ["used twice", "called twice", "weight read", "other order", "no statistics", "branching"]
+)
+@torch.no_grad()
+def test_batch_norms_that_cannot_be_folded_stay(kind):
+    model = randomize(Odd(kind))
+    fast = zoo.optimize_for_inference(model)
+    assert norms(fast) == 1
+    batch = torch.randn(2, 4, 8, 8)
+    close(fast(batch), model(batch))
+
+
+@torch.no_grad()
+def test_an_optional_argument_keeps_its_meaning():
+    model = randomize(Odd("plain"))
+    fast = zoo.optimize_for_inference(model)
+    assert norms(fast) == 0
+    close(fast(torch.ones(1, 4, 8, 8)), model(torch.ones(1, 4, 8, 8)))
+
+
+@torch.no_grad()
+def test_layers_shared_between_parts_stay():
+    conv = nn.Conv2d(4, 4, 1)
+    model = randomize(nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(4)), nn.Sequential(conv, nn.BatchNorm2d(4))))
+    fast = zoo.optimize_for_inference(model)
+    assert norms(fast) == 2
+    close(fast(torch.ones(1, 4, 2, 2)), model(torch.ones(1, 4, 2, 2)))
+
+
+# -------------------------------------------------------------------------------------------------------------- folding
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@torch.no_grad()
+def test_folding_convolutions(groups):
+    conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups, dtype=torch.float64)
+    norm = randomize(nn.BatchNorm2d(8, dtype=torch.float64))
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    torch.testing.assert_close(fold_batch_norm(conv, norm)(x), norm(conv(x)))
+    scale = torch.randn(8, dtype=torch.float64)
+    torch.testing.assert_close(fold_scale(conv, scale)(x), scale.view(-1, 1, 1) * conv(x))
+    scale = torch.randn(4, dtype=torch.float64)
+    torch.testing.assert_close(fold_affine(conv, scale)(x), conv(x * scale.view(-1, 1, 1)))
+    with pytest.raises(ValueError, match="borders"):
+        fold_affine(conv, scale, torch.randn(4))
+    unpadded = nn.Conv2d(4, 8, 3, groups=groups, bias=False, dtype=torch.float64)
+    before = randomize(nn.BatchNorm2d(4, dtype=torch.float64))
+    torch.testing.assert_close(fold_affine(unpadded, *batch_norm_affine(before))(x), unpadded(before(x)))
+    with pytest.raises(ValueError, match="running statistics"):
+        fold_batch_norm(conv, nn.BatchNorm2d(8, track_running_stats=False))
+
+
+@torch.no_grad()
+def test_folding_linear_layers():
+    linear = nn.Linear(4, 6, dtype=torch.float64)
+    norm = randomize(nn.LayerNorm(4, dtype=torch.float64))
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    plain = nn.functional.layer_norm(x, (4,))
+    torch.testing.assert_close(fold_affine(linear, norm.weight, norm.bias)(plain), linear(norm(x)))
+    torch.testing.assert_close(fold_scale(linear, torch.tensor(3.0))(x), 3 * linear(x))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_what_cannot_be_optimized():
+    with pytest.raises(ConfigError, match=r"takes a torch\.nn\.Module"):
+        zoo.optimize_for_inference("poolformer_s12")
+    with pytest.raises(ConfigError, match="meta device"):
+        zoo.optimize_for_inference(zoo.create_model("poolformer_s12", pretrained=False, device="meta"))

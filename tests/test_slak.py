@@ -1,0 +1,372 @@
+"""SLaK against its authors' code, its forms against each other, and what is particular to it."""
+
+import argparse
+import math
+
+import pytest
+import timm
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+import zoo
+from tests import golden
+from zoo.errors import CheckpointError, ConfigError, DownloadError
+from zoo.models.slak import SLaK, arguments_of, timm_convnext_state_dict
+
+# the small configuration of the golden files
+SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48), "kernel_sizes": (11, 9, 7, 5), "small_kernel_size": 3}
+FORMS = {
+    "slak_test": {},
+    "slak_test_k51": {"kernel_sizes": (51, 49, 47, 13), "small_kernel_size": 5},
+    "slak_test_nobn": {"batch_norm": False},
+    "slak_test_nodecom": {"decompose": False},
+    "slak_test_nodecom_merged": {"decompose": False, "merged": True},
+    "slak_test_convnext": {"kernel_sizes": (7, 7, 7, 7), "small_kernel_size": None, "decompose": False},
+    "slak_test_nols": {"layer_scale_init": None},
+}
+TRAINED = [name for name in FORMS if not name.endswith("merged")]
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def small(form: str = "slak_test", **arguments) -> SLaK:
+    arguments = {**SMALL, "num_classes": 10, **FORMS[form], **arguments}
+    model = zoo.create_model("slak_tiny", pretrained=False, **arguments)
+    assert isinstance(model, SLaK)
+    return model
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Weights as training leaves them: branches that matter, batch norms that do something."""
+    generator = torch.Generator().manual_seed(0)
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            spread = 1 / math.sqrt(tensor[0].numel()) if tensor.ndim > 1 else 0.3
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
+            if tensor.ndim == 1 and not key.endswith(("bias", "running_mean")):
+                tensor.abs_().add_(0.5)
+    return model.eval()
+
+
+def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        features, maps = model.forward_intermediates(images)
+        return {
+            "logits": model(images),
+            "features": model.forward_features(images),
+            "pre_logits": model.forward_head(features, pre_logits=True),
+            **{f"stage{i}": stage for i, stage in enumerate(maps, start=1)},
+        }
+
+
+def deviation(reference: dict, model: nn.Module) -> float:
+    assert reference["precision"] == "float64"
+    images = golden.inputs(reference)["input"].double()
+    return max(golden.errors(reference, outputs(model.double().eval(), images)).values())
+
+
+def golden_files() -> list:
+    """The small configurations always, the published ones with the slow tests."""
+    names = [name for name in golden.names("slak") if name != "sparse_training"]
+    return [pytest.param(name, marks=() if name in FORMS else pytest.mark.slow) for name in names]
+
+
+# -------------------------------------------------------------------------------------------------------------- goldens
+
+
+@pytest.mark.parametrize("file", golden_files())
+def test_golden_parity(file):
+    reference = golden.load("slak", file)
+    if file in FORMS:
+        model = small(file)
+    else:
+        name, _, note = file.partition("@")
+        model = zoo.create_model(name, pretrained=False, **({"depths": (1, 1, 1, 1)} if note == "depth1" else {}))
+    assert sum(p.numel() for p in model.parameters()) == reference["parameters"]
+    report = zoo.load_checkpoint(model, golden.state_dict(reference))
+    assert report.converted
+    assert not report.dropped
+    assert deviation(reference, model) < 1e-9
+
+
+@forms
+def test_golden_arguments_are_read_from_the_shapes(form):
+    reference = golden.load("slak", form)
+    tensors = golden.state_dict(reference)
+    model = zoo.create_model("slak_base", pretrained=False, **arguments_of(tensors))
+    zoo.load_checkpoint(model, tensors)
+    assert deviation(reference, model) < 1e-9
+    assert arguments_of(model.state_dict()) == arguments_of(tensors)
+
+
+@forms
+def test_golden_parity_of_the_fast_form(form):
+    reference = golden.load("slak", form)
+    model = small(form)
+    zoo.load_checkpoint(model, golden.state_dict(reference))
+    fast = zoo.optimize_for_inference(model.double())
+    assert deviation(reference, fast) < 1e-9
+    kernels = [module for module in fast.modules() if isinstance(module, nn.Conv2d) and module.groups > 1]
+    assert len(kernels) == sum(SMALL["depths"]) * (2 if FORMS[form].get("decompose", True) else 1)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.modules())
+    assert not any("gamma" in key or key.endswith("blocks.0.norm.weight") for key in fast.state_dict())
+
+
+@pytest.mark.parametrize("form", TRAINED)
+def test_golden_parity_of_merged_checkpoints(form):
+    """A merged model takes what was trained unmerged; decomposed kernels, too, which the authors' code cannot merge."""
+    reference = golden.load("slak", form)
+    model = small(form, merged=True, dtype=torch.float64)
+    trained = {key: tensor.double() for key, tensor in golden.state_dict(reference).items()}
+    zoo.load_checkpoint(model, trained)
+    assert deviation(reference, model) < 1e-9
+    with pytest.raises(CheckpointError, match="does not fit slak_tiny"):
+        zoo.load_checkpoint(small(form), model.state_dict())
+
+
+def test_backbones_of_detectors_and_segmenters():
+    reference = golden.load("slak", "slak_test")
+    tensors = golden.state_dict(reference)
+    backbone = {f"backbone.{key}": tensor for key, tensor in tensors.items() if not key.startswith(("norm", "head"))}
+    norms = {f"backbone.norm{i}.weight": torch.ones(1) for i in range(4)}
+    model = small(num_classes=0)
+    report = zoo.load_checkpoint(model, backbone | norms, strict=False)
+    assert set(report.dropped) == {f"norm{i}.weight" for i in range(4)}
+    assert set(report.fresh) == {"head.norm.weight", "head.norm.bias"}
+    reference["outputs"] = {name: reference["outputs"][name] for name in ("stage1", "stage4", "features")}
+    assert deviation(reference, model) < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A file as the authors' training script writes it; and the last and the averaged weights in it."""
+    last = golden.state_dict(golden.load("slak", "slak_test"))
+    averaged = {key: tensor * 0.5 if tensor.is_floating_point() else tensor for key, tensor in last.items()}
+    model = small()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    optimizer.step()
+    saved = {
+        "model": last,
+        "optimizer": optimizer.state_dict(),
+        "epoch": 299,
+        "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
+        "args": argparse.Namespace(model="SLaK_tiny", kernel_size=[11, 9, 7, 5, 3], Decom=True, lr=4e-3, output_dir=""),
+        "model_ema": averaged,
+    }
+    path = tmp_path_factory.mktemp("slak") / "SLaK_tiny_checkpoint.pth"
+    torch.save(saved, path)
+    return str(path), last, averaged
+
+
+def test_the_authors_pickles(pickled):
+    """Read without running code; a tag says that the last weights are the ones that the authors evaluated."""
+    path, last, averaged = pickled
+    arguments = {**SMALL, "num_classes": 10}
+    tagged = zoo.create_model("slak_tiny.vita_in1k", checkpoint_path=path, **arguments)
+    assert torch.equal(tagged.head.fc.weight, last["head.weight"])
+    own = zoo.create_model("slak_tiny", checkpoint_path=path, **arguments)
+    assert torch.equal(own.head.fc.weight, averaged["head.weight"])
+    zoo.load_checkpoint(own, path, use_ema=False)
+    assert torch.equal(own.stages[2].blocks[1].mlp.fc1.weight, last["stages.2.1.pwconv1.weight"])
+
+
+def test_pickles_convert_to_safetensors(pickled, tmp_path):
+    path, _, averaged = pickled
+    out = tmp_path / "slak.safetensors"
+    with pytest.raises(CheckpointError, match="slak_tiny"):  # the published size
+        zoo.convert_checkpoint(path, out, "slak_tiny")
+    assert not out.exists()
+    model = small()
+    zoo.load_checkpoint(model, path)
+    assert torch.equal(model.stem.conv.weight, averaged["downsample_layers.0.0.weight"])
+
+
+@pytest.mark.parametrize("info", zoo.search(family="slak"), ids=lambda info: info.name)
+def test_published_weights_are_fetched_by_hand(info):
+    for weights in info.weights:
+        with pytest.raises(DownloadError, match=r"by hand.*checkpoint_path=") as caught:
+            zoo.create_model(f"{info.name}.{weights.tag}")
+        assert weights.source.startswith(("https://drive.google.com/", "https://surfdrive.surf.nl/"))
+        assert weights.source in str(caught.value)
+    assert bool(info.weights) == (info.name in PUBLISHED)
+
+
+PUBLISHED = {
+    "slak_tiny",
+    "slak_small",
+    "slak_base",
+    "slak_tiny_k31",
+    "slak_tiny_k61",
+    "slak_convnext_tiny",
+    "slak_convnext_small",
+}
+
+
+def test_checkpoints_of_others_are_refused():
+    with pytest.raises(CheckpointError, match="no checkpoint of a SLaK"):
+        arguments_of({"stem.conv.weight": torch.zeros(8, 3, 4, 4)})
+    tensors = zoo.create_model("slak_tiny", pretrained=False, device="meta").state_dict()
+    model = zoo.create_model("slak_tiny_k31", pretrained=False, device="meta")
+    with pytest.raises(CheckpointError, match="51x5, the model has 124x1x31x5"):
+        zoo.load_checkpoint(model, tensors)
+
+
+def test_distilled_convnexts_are_timms():
+    arguments = {**FORMS["slak_test_convnext"], "width_factor": 1.0, "depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+    ours = randomized(small(**arguments))
+    theirs = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=10).eval()
+    theirs.load_state_dict(timm_convnext_state_dict(ours.state_dict()))
+    images = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(CheckpointError, match="whole kernels"):
+        timm_convnext_state_dict(small().state_dict())
+    with torch.device("meta"):
+        published = timm.create_model("convnext_tiny")
+    assert (
+        sum(p.numel() for p in published.parameters())
+        == 28_589_128
+        == zoo.model_info("slak_convnext_tiny").params - 6624
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- forms
+
+
+@forms
+@pytest.mark.parametrize("size", [(64, 96), (33, 150)])
+def test_the_fast_form_equals_the_model(form, size):
+    model = randomized(small(form))
+    fast = zoo.optimize_for_inference(model)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    expected = outputs(model, images)
+    for name, found in outputs(fast, images).items():
+        assert (found - expected[name]).abs().max() < 1e-5 * expected[name].abs().max(), name
+    again = zoo.optimize_for_inference(fast)
+    torch.testing.assert_close(again(images), fast(images))
+
+
+def test_the_fast_form_of_features():
+    maps = zoo.create_model("slak_tiny", pretrained=False, features_only=True, out_indices=(1, 3), **SMALL)
+    images = torch.randn(1, 3, 64, 64)
+    expected = randomized(maps)(images)
+    for found, wanted in zip(zoo.optimize_for_inference(maps)(images), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["slak_test", "slak_test_nodecom"])
+def test_forms_can_be_traced_scripted_exported_and_compiled(form):
+    stages: dict = {"depths": (1, 1), "dims": (16, 24), "kernel_sizes": (17, 9)}
+    model = randomized(small(form, **stages))
+    images = torch.randn(2, 3, 64, 64)
+    batch = torch.export.Dim("batch", min=1, max=8)
+    for module in (model, zoo.optimize_for_inference(model)):
+        with torch.no_grad():
+            expected = module(images)
+            ways = {
+                "traced": torch.jit.trace(module, images[:1]),
+                "scripted": torch.jit.script(module),
+                "fx": torch.jit.script(torch.fx.symbolic_trace(module)),
+                "exported": torch.export.export(module, (images,), dynamic_shapes=({0: batch},)).module(),
+                "compiled": torch.compile(module, backend="aot_eager", fullgraph=True),
+            }
+            for way, found in ways.items():
+                torch.testing.assert_close(
+                    found(images), expected, rtol=1e-4, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}"
+                )
+
+
+def test_maps_are_channels_last_whatever_the_images_are():
+    """Large kernels are slow on contiguous maps, and the MLP works on channels."""
+    model = randomized(small())
+    images = torch.randn(2, 3, 64, 96)
+    plain = outputs(model, images)
+    for name, found in outputs(model, images.to(memory_format=torch.channels_last)).items():
+        torch.testing.assert_close(found, plain[name], rtol=1e-4, atol=1e-5)
+    for name in ("stage1", "stage2", "stage3", "stage4"):
+        assert plain[name].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_training_reaches_every_weight_of_every_form():
+    for form in FORMS:
+        model = small(form, drop_path_rate=0.3).train()
+        model(torch.randn(4, 3, 64, 64)).square().mean().backward()
+        missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+        assert not missing, form
+
+
+# ------------------------------------------------------------------------------------------------------ particularities
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = zoo.create_model("slak_tiny_w1", pretrained=False, depths=(1, 1, 1, 1), head_init_scale=0.5)
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            expected = 0.01 if key == "head.fc" else 0.02
+            tolerance = 6 * expected / math.sqrt(module.weight.numel())
+            assert abs(module.weight.std().item() - expected) < tolerance, key
+            assert abs(module.weight.mean().item()) < tolerance, key
+            assert module.bias is None or not module.bias.any(), key
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            assert (module.weight == 1).all()
+            assert not module.bias.any()
+    assert (model.stages[0].blocks[0].gamma == 1e-6).all()
+
+
+def test_stochastic_depth_grows_to_its_rate():
+    model = small(drop_path_rate=0.4)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+def test_weight_decay_and_tensors_are_the_authors():
+    """95 decayed tensors and 213 others, of 470; without decomposition 362 tensors, without batch norms 200."""
+    model = zoo.create_model("slak_tiny", pretrained=False, device="meta")
+    plain, decayed = param_groups_weight_decay(model, 0.05, model.no_weight_decay())
+    assert (len(decayed["params"]), len(plain["params"])) == (95, 213)
+    assert len(model.state_dict()) == 470
+    for arguments, count in (({"decompose": False}, 362), ({"batch_norm": False}, 200)):
+        model = zoo.create_model("slak_tiny", pretrained=False, device="meta", **arguments)
+        assert len(model.state_dict()) == count
+
+
+@pytest.mark.parametrize(("size", "last"), [((32, 32), (1, 1)), ((37, 130), (1, 4)), ((96, 64), (3, 2))])
+def test_any_size_from_32_up(size, last):
+    assert small().eval().forward_features(torch.randn(1, 3, *size)).shape[2:] == last
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_stems_for_small_images(stride):
+    model = zoo.create_model("slak_tiny", pretrained=False, features_only=True, stem_stride=stride, **SMALL).eval()
+    assert [m.shape[-1] for m in model(torch.randn(1, 3, 32, 32))] == [32 // stride // 2**i for i in range(4)]
+    assert model.feature_info.reduction() == [stride * 2**i for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depths": (1, 1)}, "depths has 2 stages and dims has 4"),
+        ({"kernel_sizes": (51, 49, 47)}, "kernel_sizes has 3"),
+        ({"kernel_sizes": (51, 48, 47, 13)}, "must be odd"),
+        ({"small_kernel_size": 4}, "must be odd"),
+        ({"small_kernel_size": None}, r"give small_kernel_size, or decompose=False"),
+        ({"width_factor": 0}, "width_factor must be numbers above zero"),
+        ({"width_factor": 0.001}, "leave a stage without channels"),
+        ({"mlp_ratio": "4"}, "mlp_ratio must be numbers above zero"),
+        ({"layer_scale_init": "small"}, "layer_scale_init must be a number"),
+        ({"head_init_scale": None}, "head_init_scale must be a number"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be a number from 0"),
+        ({"stem_stride": 0}, "stem_stride must be a whole number"),
+        ({"global_pool": "sum"}, "global_pool 'sum'"),
+        ({"num_classes": -1}, "num_classes must be a whole number"),
+        ({"kernel_size": 51}, "Did you mean"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        zoo.create_model("slak_tiny", pretrained=False, **arguments)

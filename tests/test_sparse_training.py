@@ -1,0 +1,706 @@
+"""Sparse training: published values, exact densities at every step, optimizers that know of masks, runs that go on."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import zoo
+from tests import golden
+from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, configure, rows
+from zoo.config import load_config
+from zoo.errors import CheckpointError, ConfigError
+from zoo.models import slak
+from zoo.sparsity import apply_masks, follows_n_m, load_masks, masks_of
+from zoo.training import ImageClassification, Interrupted, TrainingConfig, train
+from zoo.training.checkpoint import read_state
+from zoo.training.config import SparsityConfig
+from zoo.training.parallel import Peers
+from zoo.training.sparse import SparseTraining, largest, snip_scores
+
+CASES = golden.load("slak", "sparse_training")["cases"]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return path
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.GELU(),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 16, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
+def make(model: nn.Module, updates: int = 100, **config: Any) -> SparseTraining:
+    rule = SparsityConfig(**config).rule()
+    assert rule is not None
+    return SparseTraining(model, rule, updates=updates, updates_per_epoch=10)
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), **{"lr": 1e-2, **options})
+
+
+def learn(
+    sparse: SparseTraining,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    updates: int,
+    after: Callable[[int], object] = lambda update: None,
+    first: int = 1,
+) -> None:
+    for update in range(first, updates + 1):
+        generator = torch.Generator().manual_seed(update)
+        images = torch.randn(4, 3, 8, 8, generator=generator)
+        labels = torch.randint(10, (4,), generator=generator)
+        nn.functional.cross_entropy(model(images), labels).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+        after(update)
+
+
+def saliency(model: nn.Module) -> Callable[[list[str]], dict[str, Tensor]]:
+    images, labels = torch.randn(8, 3, 8, 8), torch.arange(8)
+    return lambda names: snip_scores(model, names, [lambda m: nn.functional.cross_entropy(m(images), labels)])
+
+
+# ---------------------------------------------------------------------------------------------------- published values
+
+
+@pytest.mark.parametrize("key", CASES["prune_rate"]["values"])
+def test_prune_rate_is_that_of_the_published_code(key: str):
+    first, updates = key.split(",")
+    sparse = make(network(), int(updates), method="slak", prune_rate=float(first), update_interval=1)
+    for update, expected in CASES["prune_rate"]["values"][key].items():
+        assert sparse.rate(int(update)) == pytest.approx(expected, rel=1e-9)
+
+
+def filled(suffix: str) -> dict[str, Tensor]:
+    return {name: fill(f"{suffix}:{name}", shape) for name, shape in CASES["prune_grow"]["shapes"].items()}
+
+
+def fill(name: str, shape: list[int]) -> Tensor:
+    return golden.state_dict({"keys": {name: {"shape": shape, "fill": "matrix"}}})[name]
+
+
+def three_layers(weights: dict[str, Tensor]) -> nn.Module:
+    """Layers a, b and c, of the shapes that the golden values are of."""
+    layers = {"a": nn.Linear(7, 6), "b": nn.Conv2d(4, 4, (5, 3), groups=4), "c": nn.Conv2d(4, 8, 3)}
+    model = nn.ModuleDict({name: layer.requires_grad_(True) for name, layer in layers.items()})
+    with torch.no_grad():
+        for name, weight in weights.items():
+            model.get_parameter(name).copy_(weight)
+    return model
+
+
+@pytest.mark.parametrize("rate", CASES["prune_grow"]["values"])
+def test_a_move_of_masks_is_that_of_the_published_code(rate: str):
+    weights, masks, gradients = filled("w"), filled("m"), filled("g")
+    model = three_layers({name: weight * (masks[name] > 0) for name, weight in weights.items()})
+    options = {"growth": "gradient", "prune_rate": float(rate), "prune_schedule": "constant", "update_interval": 1}
+    sparse = make(model, method="static", masks="weights", optimizer_state="dense", **options)
+    sparse.start()
+    for name, gradient in gradients.items():
+        model.get_parameter(name).grad = gradient
+    sparse.step(1, lambda: None)
+    for name, expected in CASES["prune_grow"]["values"][rate].items():
+        assert sparse.masks[name].flatten().nonzero().flatten().tolist() == expected["after_nz"]
+        after = model.get_parameter(name).detach().flatten()
+        assert torch.equal(after, torch.tensor(expected["weight_after"]))
+        assert set(after.nonzero().flatten().tolist()) <= set(expected["after_nz"])
+        assert set(after.nonzero().flatten().tolist()) >= set(expected["kept_nz"])
+
+
+def test_the_average_is_that_of_the_published_code():
+    weights, masks, averages, others = filled("w"), filled("m"), filled("e"), filled("n")
+    model = three_layers({name: weight * (masks[name] > 0) for name, weight in weights.items()})
+    sparse = make(model, method="static", masks="weights")
+    sparse.start()
+    ema = ModelEmaV3(three_layers({name: average * (others[name] > 0) for name, average in averages.items()}), 0.9)
+    sparse.average(ema, 100)
+    for name, expected in CASES["ema"]["values"].items():
+        found = ema.module.get_parameter(name).detach().flatten()
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-7)
+        assert torch.equal(found == 0, ~(masks[name] > 0).flatten())
+
+
+@pytest.mark.parametrize("kept", CASES["snip"]["values"])
+def test_snip_divides_the_density_as_the_published_code_does(kept: str):
+    expected = CASES["snip"]["values"][kept]
+    tensors = golden.state_dict(golden.load("slak", "slak_test"))
+    model = zoo.create_model("slak_tiny", **(slak.arguments_of(tensors) | {"drop_path_rate": 0.3}))
+    zoo.load_checkpoint(model, tensors)
+    images = golden.inputs({"inputs": {"snip": {"kind": "image", "shape": [4, 3, 96, 80]}}})["snip"].double()
+    names = {published: next(iter(slak.convert({published: tensors[published]}, model))) for published in expected}
+    scores = snip_scores(
+        model.double(), list(names.values()), [lambda m: nn.functional.cross_entropy(m(images), torch.arange(4))]
+    )
+    total = sum(score.numel() for score in scores.values())
+    # the published code keeps what is above the last score that was asked for: one weight fewer
+    found = largest(scores, int(total * float(kept)) - 1)
+    for published, name in names.items():
+        assert 1 - found[name] / scores[name].numel() == pytest.approx(expected[published], abs=1e-12)
+
+
+# ----------------------------------------------------------------------------------------------------- exact densities
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "static": {"density": 0.37},
+    "snip": {"density": 0.2},
+    "set": {"density": 0.3},
+    "rigl": {"density": 0.1, "update_interval": 4},
+    "slak": {"density": 0.6, "update_interval": 5},
+    "gmp": {"density": 0.15, "update_interval": 7},
+    "granet": {"density": 0.15, "update_interval": 7, "masks": "magnitude"},
+    "nm": {"growth": "gradient", "update_interval": 5},
+}
+OPTIONS = [
+    {"method": "rigl", "density": 0.5, "update_interval": 3, "growth": "random", "prune": "magnitude_per_sign"},
+    {"method": "set", "density": 0.25, "growth": "momentum", "optimizer_state": "dense", "distribution": "uniform"},
+    {"method": "rigl", "density": 0.2, "update_interval": 3, "optimizer_state": "compact", "prune_schedule": "linear"},
+    {"method": "granet", "density": 0.2, "update_interval": 4, "distribution": "snip", "optimizer_state": "compact"},
+]
+
+
+@pytest.mark.parametrize(
+    "config", [*({"method": name, **options} for name, options in METHODS.items()), *OPTIONS], ids=lambda c: c["method"]
+)
+def test_every_layer_keeps_exactly_its_share_after_every_update(config: dict[str, Any]):
+    model = network()
+    sparse = make(model, 60, **config)
+    sparse.start(saliency(model))
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    optimizer = adamw(model)
+    sparse.attach(optimizer)
+    moved = set()
+
+    def check(update: int) -> None:
+        last = max([u for u in range(update + 1) if u == 0 or sparse.is_due(u)])
+        expected = sparse._targets(last)
+        for name, mask in sparse.masks.items():
+            weight = model.get_parameter(name).detach()
+            assert int(mask.count_nonzero()) == expected[name], (update, name)
+            assert not weight[~mask].any()
+            if sparse.rule.n_m is not None:
+                assert follows_n_m(weight, 2, 4)
+        if any(not torch.equal(mask, before[name]) for name, mask in sparse.masks.items()):
+            moved.add(update)
+
+    check(0)
+    learn(sparse, model, optimizer, 60, check)
+    assert bool(moved) == sparse.falls or sparse.rule.growth != "none"
+    if sparse.rule.density is not None:
+        total = sum(parameter.numel() for parameter in sparse.parameters.values())
+        assert abs(sparse.density - sparse.rule.density) * total < 1 or config["method"] == "slak"
+
+
+@pytest.mark.parametrize("rule", ["uniform", "er", "erk", "snip"])
+def test_the_whole_has_the_density_that_was_asked_for(rule: Any):
+    model = network()
+    sparse = make(model, method="static", density=0.234, distribution=rule)
+    sparse.start(saliency(model))
+    total = sum(parameter.numel() for parameter in sparse.parameters.values())
+    assert sum(int(mask.count_nonzero()) for mask in sparse.masks.values()) + sum(
+        parameter.numel() for name, parameter in sparse.parameters.items() if name not in sparse.masks
+    ) == round(0.234 * total)
+
+
+def test_masks_by_score_keep_the_highest():
+    model = network()
+    weights = {name: parameter.detach().abs() for name, parameter in model.named_parameters()}
+    sparse = make(model, method="static", density=0.5, distribution="uniform", masks="magnitude")
+    sparse.start()
+    for name, mask in sparse.masks.items():
+        assert weights[name][mask].min() >= weights[name][~mask].max()
+    model = network()
+    score = saliency(model)
+    scores = score([name for name, p in model.named_parameters() if p.ndim > 1])
+    sparse = make(model, method="snip", density=0.3)
+    sparse.start(score)
+    kept = torch.cat([scores[name][mask] for name, mask in sparse.masks.items()])
+    left = torch.cat([scores[name][~mask] for name, mask in sparse.masks.items()])
+    assert kept.min() >= left.max()  # among all weights: what the paper keeps
+
+
+def test_random_masks_depend_on_seed_update_and_layer_alone():
+    model, rule = network(), SparsityConfig(method="static", density=0.5, distribution="uniform").rule()
+    assert rule is not None
+    masks = []
+    for seed, draws in ((0, 0), (0, 5), (1, 0)):
+        torch.rand(draws)
+        sparse = SparseTraining(model, rule, updates=10, seed=seed)
+        sparse.start()
+        masks.append(sparse.masks["4.weight"])
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_density_falls_along_a_cubic_curve():
+    model = network()
+    sparse = make(model, 100, method="gmp", density=0.2, initial_density=0.9, update_interval=1, start=0.1, stop=0.6)
+    sparse.start()
+    optimizer = adamw(model)
+    sparse.attach(optimizer)
+    found = {0: sparse.density}
+    learn(sparse, model, optimizer, 100, lambda update: found.update({update: sparse.density}))
+    for update, density in found.items():
+        progress = min(max((update - 10) / 50, 0), 1)
+        assert 1 - density == pytest.approx(0.8 + (0.1 - 0.8) * (1 - progress) ** 3, abs=1e-3)
+
+
+def test_the_fall_ends_where_it_shall_though_no_interval_does():
+    model = network()
+    sparse = make(model, 50, method="gmp", density=0.1, update_interval=7, stop=0.5)
+    sparse.start()
+    optimizer = adamw(model)
+    sparse.attach(optimizer)
+    learn(sparse, model, optimizer, 25)
+    assert sparse.density == pytest.approx(0.1, abs=1e-3)
+
+
+def test_set_prunes_both_signs_in_proportion():
+    model = nn.Sequential(nn.Linear(20, 10, bias=False))
+    weight = model.get_parameter("0.weight")
+    with torch.no_grad():  # negative ones are small: by magnitude alone all that leave were negative
+        weight.copy_(torch.where(torch.arange(200).view(10, 20) % 4 == 0, -1e-3, 1.0) * (1 + torch.rand(10, 20)))
+    sparse = make(model, method="static", masks="weights", prune="magnitude_per_sign")
+    sparse.masks, sparse.final = {"0.weight": torch.ones(10, 20, dtype=torch.bool)}, {"0.weight": 200}
+    kept = sparse._prune("0.weight", sparse.masks["0.weight"], 160)
+    assert int(kept.count_nonzero()) == 160
+    assert int((kept & (weight < 0)).count_nonzero()) == 40
+    assert weight[kept & (weight < 0)].max() <= weight[~kept & (weight < 0)].min()  # the smallest left
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3),
+    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), 1e-3, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_states_of_kept_weights_alone_suffice(name: str):
+    """Compact states learn the same, bit for bit, and take memory as the density does."""
+    outcomes = []
+    for kind in ("active", "compact"):
+        model = network()
+        options = {"density": 0.3, "update_interval": 3, "regrow_warmup": 4, "lr_density_power": 0.5}
+        sparse = make(model, 40, method="rigl", optimizer_state=kind, **options)
+        sparse.start()
+        optimizer = OPTIMIZERS[name](model)
+        sparse.attach(optimizer)
+        learn(sparse, model, optimizer, 40)
+        outcomes.append((model.state_dict(), sparse.masks))
+        held = sum(value.numel() for state in optimizer.state.values() for value in state.values() if value.ndim)
+    for key, tensor in outcomes[0][0].items():
+        torch.testing.assert_close(tensor, outcomes[1][0][key], rtol=1e-5, atol=1e-6)
+    for key, mask in outcomes[0][1].items():
+        assert torch.equal(mask, outcomes[1][1][key])
+    kept = sum(int(mask.count_nonzero()) for mask in sparse.masks.values())
+    dense = sum(p.numel() for key, p in model.named_parameters() if key not in sparse.masks)
+    assert held == (1 if name == "sgd" else 2) * (kept + dense)
+
+
+def test_an_optimizer_that_mixes_weights_cannot_be_compact():
+    model = network()
+    sparse = make(model, method="rigl", density=0.5, update_interval=5, optimizer_state="compact")
+    sparse.start()
+    with pytest.raises(ConfigError, match="compact needs an optimizer that treats each weight by itself, which Ada"):
+        sparse.attach(torch.optim.Adafactor(model.parameters()))
+
+
+class Slope(nn.Module):
+    """A loss whose gradient is the same for all weights, and larger for those that are wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(10, 10, bias=False)
+
+    def forward(self, slopes: Tensor) -> Tensor:
+        return (self.layer.weight * slopes).sum()
+
+
+def steps_after_growth(updates: int, betas: tuple[float, float], **config: Any) -> list[float]:
+    """How far a weight that appears at update 500 moves at each of the updates after it, in learning rates."""
+    torch.manual_seed(0)
+    model = Slope()
+    sparse = make(model, 1000, method="rigl", density=0.5, update_interval=500, update_instead_of_step=False, **config)
+    sparse.start()
+    optimizer = adamw(model, lr=1e-3, betas=betas, weight_decay=0, eps=1e-30)
+    sparse.attach(optimizer)
+    first = copy.deepcopy(sparse.masks["layer.weight"])
+    moves, last = [], torch.zeros(10, 10)
+    for update in range(1, 501 + updates):
+        model(torch.ones(10, 10)).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+        weight = model.layer.weight.detach().clone()
+        appeared = sparse.masks["layer.weight"] & ~first
+        if update > 500:
+            assert appeared.any()
+            moves.append(float((last - weight)[appeared].mean()) / 1e-3)
+        last = weight
+    return moves
+
+
+def test_a_weight_that_appears_is_not_hurled():
+    """Adam's steps of steady gradients are one learning rate: also the first of a weight that begins late."""
+    assert steps_after_growth(12, (0.9, 0.999)) == pytest.approx([1.0] * 12, rel=1e-3)
+    warm = steps_after_growth(12, (0.9, 0.95), regrow_warmup=10)
+    assert warm == pytest.approx([min(age / 10, 1) for age in range(1, 13)], rel=1e-3)
+
+
+def test_without_the_correction_it_would_be():
+    """What a late beginner's steps are where the correction is for all updates, which is why there is one."""
+    model = Slope()
+    sparse = make(model, 1000, method="rigl", density=0.5, update_interval=500)
+    sparse.start()
+    optimizer = adamw(model, betas=(0.9, 0.999))
+    sparse.attach(optimizer)
+    optimizer.state[model.layer.weight] = {"exp_avg": torch.zeros(1), "exp_avg_sq": torch.zeros(1), "step": 10**6}
+    ages = torch.tensor([1.0, 12.0, 100.0])
+    factor = 1 / sparse._bias_correction("layer.weight", ages)
+    assert factor.tolist() == pytest.approx([3.16, 6.57, 3.24], abs=0.01)
+
+
+def test_sparse_layers_take_longer_steps_where_that_is_asked_for():
+    moves = {}
+    for power in (0.0, 1.0):
+        model = network()
+        sparse = make(model, method="static", density=0.25, distribution="uniform", lr_density_power=power)
+        sparse.start()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        sparse.attach(optimizer)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        learn(sparse, model, optimizer, 1)
+        moves[power] = {name: (p.detach() - before[name]).norm() for name, p in model.named_parameters()}
+    for name, longer in moves[1.0].items():
+        factor = 1 / sparse._density(name) if name in sparse.masks else 1.0
+        assert float(longer) == pytest.approx(factor * float(moves[0.0][name]), rel=1e-4)
+
+
+def test_dense_states_follow_weights_at_zero():
+    """As in SLaK's code: what grows has its momentum already. Else there is none."""
+    for kind in ("dense", "active"):
+        model = network()
+        sparse = make(model, method="static", density=0.5, distribution="uniform", optimizer_state=kind)
+        sparse.start()
+        optimizer = adamw(model)
+        sparse.attach(optimizer)
+        learn(sparse, model, optimizer, 3)
+        momentum = optimizer.state[model.get_parameter("4.weight")]["exp_avg"]
+        assert bool(momentum[~sparse.masks["4.weight"]].any()) == (kind == "dense")
+
+
+def test_growth_by_momentum_takes_what_the_optimizer_would_move_most():
+    model = network()
+    config = {"growth": "momentum", "optimizer_state": "dense", "update_interval": 5}
+    sparse = make(model, method="rigl", density=0.3, update_instead_of_step=False, **config)
+    sparse.start()
+    optimizer = adamw(model)
+    sparse.attach(optimizer)
+    learn(sparse, model, optimizer, 4)
+    old = sparse.masks["4.weight"]
+    learn(sparse, model, optimizer, 5, first=5)
+    state = optimizer.state[model.get_parameter("4.weight")]
+    pull = state["exp_avg"].abs() / (state["exp_avg_sq"].sqrt() + 1e-8)
+    new = sparse.masks["4.weight"]
+    assert (new & ~old).any()
+    assert pull[new & ~old].min() >= pull[~new].max()
+
+
+def test_a_step_that_precision_forbids_is_none():
+    """Gradients that overflow: no step, no move, and zeros stay zeros."""
+    model = network()
+    sparse = make(model, method="rigl", density=0.3, update_interval=1, update_instead_of_step=False)
+    sparse.start()
+    sparse.attach(adamw(model))
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    for name in sparse.masks:
+        model.get_parameter(name).grad = torch.full_like(model.get_parameter(name), math.inf)
+    sparse.step(1, lambda: False)
+    assert sparse.steps == 0
+    for name, mask in sparse.masks.items():
+        assert torch.equal(mask, before[name])
+        assert not model.get_parameter(name).detach()[~mask].any()
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_frozen_weights_are_left_alone():
+    model = network()
+    model[0].requires_grad_(False)
+    sparse = make(model, method="static", density=0.5)
+    assert "0.weight" not in sparse.parameters
+    with pytest.raises(ConfigError, match="chooses frozen weights alone"):
+        make(model, method="static", density=0.5, layers=("0",))
+
+
+def test_layers_that_are_not_there():
+    with pytest.raises(ConfigError, match=r"Nothing in Sequential is called '0.wieght'.* Did you mean 0\.weight"):
+        make(network(), method="static", density=0.5, layers=("0.wieght",))
+
+
+def test_layers_nearly_dense_stay_dense():
+    model = network()
+    sparse = make(model, method="static", density=0.9, dense_from=0.9, distribution="er")
+    sparse.start()
+    for name, parameter in sparse.parameters.items():
+        if name in sparse.masks:
+            assert sparse.final[name] < 0.9 * parameter.numel()
+    assert len(sparse.masks) < len(sparse.parameters)
+
+
+def test_snip_lets_drop_path_rest_and_leaves_the_model_alone():
+    model = zoo.create_model("poolformer_s12", depths=(1, 1), dims=(8, 16), num_classes=10, drop_path_rate=0.99)
+    before = copy.deepcopy(model.state_dict())
+    images, labels = torch.randn(2, 3, 32, 32), torch.arange(2)
+    names = list(zoo.sparsity.sparse_parameters(model))
+    scores = snip_scores(model, names, [lambda m: nn.functional.cross_entropy(m(images), labels)])
+    assert all(score.any() for score in scores.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "riggl"}, r"sparsity\.method is 'riggl'\. Did you mean rigl\?"),
+        ({"density": 0.5}, r"sparsity\.density belongs to a sparsity\.method: choose one of static, snip, set"),
+        ({"method": "rigl"}, r"method rigl needs sparsity\.density"),
+        ({"method": "rigl", "density": 0}, r"sparsity\.density must be above 0 and up to 1; it is 0\."),
+        ({"method": "rigl", "density": 1.5}, "density must be above 0 and up to 1"),
+        ({"method": "rigl", "density": 0.1, "prune_rate": -0.1}, "prune_rate must be from 0 to 1"),
+        ({"method": "rigl", "density": 0.1, "start": 0.8}, r"start \(0\.8\) must come before sparsity\.stop \(0\.75\)"),
+        ({"method": "rigl", "density": 0.1, "update_interval": 0}, "update_interval must be above zero"),
+        ({"method": "gmp", "density": 0.5, "initial_density": 0.4}, r"initial_density \(0\.4\) must not be below"),
+        ({"method": "nm", "density": 0.5}, "pattern 2:4 fixes the density"),
+        ({"method": "nm", "pattern": "4:2"}, "it is N:M, such as 2:4, with N below M"),
+        ({"method": "static", "masks": "weights", "density": 0.5}, "masks weights keeps the density of the weights"),
+        ({"method": "slak", "regrow_warmup": 5}, "a dense state never starts anew"),
+        ({"method": "rigl", "density": 0.5, "growth": "momentum"}, "growth momentum needs sparsity.optimizer_state"),
+        ({"method": "static", "density": 0.5, "dead_channels": 0.5}, "dead_channels needs masks that move"),
+        ({"method": "chase", "density": 0.5, "dead_channels": 1}, "dead_channels must be from 0 up to, but not, 1"),
+        ({"method": "gmp", "density": 0.5, "dead_channels": 0.5, "growth": "random"}, "not go with initial_density"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
+)
+def test_configurations_that_make_no_sense(config: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        SparsityConfig(**config)
+
+
+def test_masks_that_would_never_move():
+    with pytest.raises(ConfigError, match="update_interval is 2000 updates, and they may move from update 0 to 100 of"):
+        make(network(), method="slak")
+
+
+def test_weights_without_zeros_have_no_masks():
+    with pytest.raises(ConfigError, match="No layer would have a weight at zero: the weights have no zeros"):
+        make(network(), method="static", masks="weights").start()
+
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "slak": {"method": "slak", "density": 0.4, "update_interval": 3},
+    "rigl": {"method": "rigl", "density": 0.3, "update_interval": 4, "regrow_warmup": 3, "optimizer_state": "compact"},
+    "chase": {"method": "chase", "density": 0.4, "update_interval": 3, "stop": 1.0, "optimizer_state": "compact"},
+}
+
+
+def asked_to_stop(loss: Callable[..., Tensor], batch: int) -> Callable[..., Tensor]:
+    """`loss`, which sends this process a signal at its so-many-th call."""
+    calls = itertools.count(1)
+
+    def disturbed(*args: Any) -> Tensor:
+        if next(calls) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    return disturbed
+
+
+@pytest.mark.parametrize("method", RUNS)
+def test_sparse_runs_go_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
+    """From the middle of an epoch, with all that draws random numbers or keeps state, masks included."""
+    changes = {**EVERYTHING, "scheduler": {"epochs": 2}, "sparsity": RUNS[method]}
+    train(configure(recipe, tmp_path / "whole", **changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageClassification, "loss", asked_to_stop(ImageClassification.loss, batch=14))
+        with pytest.raises(Interrupted):
+            train(configure(recipe, tmp_path / "parts", **changes))
+    assert read_state(tmp_path / "parts" / "last")["progress"]["batch"] == 4  # of the second epoch's
+    train(configure(recipe, tmp_path / "parts", **changes, resume="auto"))
+    assert_same_checkpoint(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
+    masks = [load_masks(tmp_path / run / "last" / "masks.safetensors") for run in ("whole", "parts")]
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
+    weights = safetensors.torch.load_file(tmp_path / "parts" / "last" / "model.safetensors")  # the average
+    for name, mask in masks[0].items():
+        assert not weights[name][~mask].any()
+        assert weights[name][mask].any()
+
+
+def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path):
+    """Mixed precision keeps zeros; history says the density; a checkpoint is dense with zeros, its masks a bit each."""
+    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"]}
+    run = train(configure(recipe, tmp_path / "run", train={"amp": "bf16"}, sparsity=sparsity))
+    assert [float(row["density"]) for row in rows(run.folder)] == pytest.approx([0.3, 0.3], abs=1e-3)
+    model: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True)
+    masks = load_masks(run.folder / "last" / "masks.safetensors")
+    assert all(name.startswith("stages.") for name in masks)
+    for name, mask in masks.items():
+        assert not model.get_parameter(name).detach()[~mask].any()
+    dense = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=False)
+    apply_masks(dense, masks)
+    assert masks_of(dense).keys() == masks.keys()
+    size = (run.folder / "last" / "masks.safetensors").stat().st_size
+    assert size < 400 * len(masks) + sum(mask.numel() for mask in masks.values()) / 8
+
+
+def test_zeros_survive_fine_tuning(recipe: Path, tmp_path: Path):
+    sparse = {"method": "rigl", "density": 0.4, "update_interval": 5}
+    first = train(configure(recipe, tmp_path / "first", sparsity=sparse, scheduler={"epochs": 1}))
+    tuning: dict[str, Any] = {"model": {"name": str(first.folder), "args": {}}, "scheduler": {"epochs": 1}}
+    second = train(configure(recipe, tmp_path / "second", sparsity={"method": "static", "masks": "weights"}, **tuning))
+    weights = [safetensors.torch.load_file(run / "last" / "model.safetensors") for run in (first.folder, second.folder)]
+    for name in load_masks(second.folder / "last" / "masks.safetensors"):
+        assert torch.equal(weights[0][name] == 0, weights[1][name] == 0)
+        assert not torch.equal(weights[0][name], weights[1][name])
+
+
+def test_channels_that_die_out_are_cut_off(recipe: Path, tmp_path: Path):
+    sparsity = {"method": "chase", "density": 0.5, "update_interval": 3, "stop": 0.8, "dead_channels": 0.4}
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity))
+    last: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True).eval()
+    shrunk: Any = zoo.create_model(f"local-dir:{run.folder / 'shrunk'}", pretrained=True).eval()
+    hidden = [(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for m in hidden_layers(shrunk)]
+    whole = [(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for m in hidden_layers(last)]
+    assert hidden == [width - int(0.4 * width) for width in whole]
+    images = torch.randn(3, 1, 16, 16)
+    torch.testing.assert_close(shrunk(images), last(images), rtol=1e-5, atol=1e-5)
+
+
+def hidden_layers(model: nn.Module) -> list[Any]:
+    return [module for name, module in model.named_modules() if name.endswith(".fc1")]
+
+
+def test_sparsity_may_begin_and_end_on_the_way(recipe: Path, tmp_path: Path):
+    dense = train(configure(recipe, tmp_path / "run", train={"max_updates": 11}))
+    assert not (dense.folder / "last" / "masks.safetensors").exists()
+    sparsity = {"method": "static", "density": 0.5, "masks": "magnitude"}
+    train(configure(recipe, tmp_path / "run", sparsity=sparsity, resume="auto"))
+    assert [row["density"] == "" for row in rows(dense.folder)] == [True, False]
+    masks = load_masks(dense.folder / "last" / "masks.safetensors")
+    train(configure(recipe, tmp_path / "run", scheduler={"epochs": 3}, resume="auto"))
+    weights = safetensors.torch.load_file(dense.folder / "last" / "model.safetensors")
+    assert all(weights[name][~mask].all() for name, mask in masks.items())  # all weights learn again
+    assert not (dense.folder / "last" / "masks.safetensors").exists()
+
+
+def test_what_a_sparse_run_cannot_do(recipe: Path, tmp_path: Path):
+    sparsity: dict[str, Any] = {"method": "rigl", "density": 0.5, "update_interval": 5}
+    with pytest.raises(ConfigError, match=r"sparsity does not go with train\.parallel fsdp"):
+        train(configure(recipe, tmp_path / "a", train={"parallel": "fsdp"}, sparsity=sparsity))
+    clip, compact = {"clip_grad": 0.1, "clip_mode": "agc"}, sparsity | {"optimizer_state": "compact"}
+    with pytest.raises(ConfigError, match=r"compact does not go with optimizer\.clip_mode agc"):
+        train(configure(recipe, tmp_path / "b", optimizer=clip, sparsity=compact))
+    train(configure(recipe, tmp_path / "c", sparsity=sparsity, train={"max_updates": 3}))
+    with pytest.raises(CheckpointError, match=r"was trained with sparsity\.optimizer_state active, not compact"):
+        train(configure(recipe, tmp_path / "c", sparsity=compact, resume="auto"))
+
+
+def test_the_configuration_of_a_run_is_read_again(recipe: Path, tmp_path: Path):
+    sparsity = {"method": "nm", "layers": ["stages.*.blocks"], "pattern": "1:4"}
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": 1}))
+    again = load_config(TrainingConfig, run.folder / "config.yaml")
+    assert again.sparsity == SparsityConfig(method="nm", layers=("stages.*.blocks",), pattern="1:4")
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def _process(rank: int, folder: str, config: dict[str, Any]) -> None:
+    """One of two, which see different images, begin with different masks and would draw different ones."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model, peers = network(), Peers(2)
+    rule = SparsityConfig(**config).rule()
+    assert rule is not None
+    sparse = SparseTraining(model, rule, updates=12, seed=rank, agree=peers.copy_from_first)
+    generator = torch.Generator().manual_seed(rank)
+
+    def loss(module: nn.Module) -> Tensor:
+        images = torch.randn(4, 3, 8, 8, generator=generator)
+        return nn.functional.cross_entropy(module(images), torch.randint(10, (4,), generator=generator))
+
+    def mean(gradient: Tensor) -> Tensor:
+        dist.all_reduce(gradient)
+        return gradient / 2
+
+    sparse.start(lambda names: snip_scores(model, names, [loss], mean))
+    optimizer = adamw(model)
+    sparse.attach(optimizer)
+    learner = DistributedDataParallel(model)
+    history = []
+    for update in range(1, 13):
+        with learner.no_sync():
+            (loss(learner) / 2).backward()
+        (loss(learner) / 2).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+        history.append({name: mask.clone() for name, mask in sparse.masks.items()})
+    torch.save({"masks": history, "weights": model.state_dict()}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_masks_are_the_same_in_all_processes(tmp_path: Path):
+    config = {"method": "rigl", "density": 0.3, "update_interval": 2, "distribution": "snip"}
+    config["optimizer_state"] = "compact"
+    mp.start_processes(_process, (str(tmp_path), config), nprocs=2, start_method="spawn")
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for one, other in zip(*(part["masks"] for part in found), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(mask, other[name]) for name, mask in one.items())
+    moves = [a for a, b in itertools.pairwise(found[0]["masks"]) if any(not torch.equal(a[n], b[n]) for n in a)]
+    assert len(moves) >= 3
+    for name, mask in found[0]["masks"][-1].items():
+        for part in found:
+            assert not part["weights"][name][~mask].any()
+        assert torch.equal(found[0]["weights"][name], found[1]["weights"][name])

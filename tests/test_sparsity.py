@@ -1,0 +1,214 @@
+"""Densities, masks and the report of sparse models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from tests import golden
+from zoo.errors import CheckpointError, ConfigError
+from zoo.sparsity import (
+    apply_masks,
+    counts,
+    densities,
+    density_of,
+    er,
+    erk,
+    follows_n_m,
+    load_masks,
+    masks_of,
+    n_m_mask,
+    save_masks,
+    sparse_parameters,
+    uniform,
+)
+
+TINY = {"depths": (1, 1, 1, 1), "dims": (16, 16, 24, 32), "num_classes": 10}
+
+
+def tiny(name: str = "poolformerv2_s12", **args) -> nn.Module:
+    return zoo.create_model(name, **{**TINY, **args})
+
+
+def random_masks(model: nn.Module, density: float = 0.5, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(parameter.shape, generator=generator) < density
+        for name, parameter in sparse_parameters(model).items()
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_all_weights_of_convolutions_and_linear_layers_can_be_sparse_and_nothing_else():
+    model = tiny("convformer_s18")
+    names = set(sparse_parameters(model))
+    weights = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert names == weights
+    assert "head.fc.fc2.weight" in names
+
+
+def test_tables_are_not_weights():
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
+    model.register_parameter("pos_embed", nn.Parameter(torch.zeros(1, 4, 7, 7)))
+    assert list(sparse_parameters(model)) == ["1.weight"]
+
+
+def test_decomposed_kernels_are_the_depthwise_ones_that_are_not_square():
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, (51, 5), padding=(25, 2), groups=8),
+        nn.Conv2d(8, 8, (5, 51), padding=(2, 25), groups=8),
+        nn.Conv2d(8, 8, 5, padding=2, groups=8),
+        nn.Conv2d(8, 16, (1, 3)),
+    )
+    assert list(sparse_parameters(model, "decomposed")) == ["0.weight", "1.weight"]
+    with pytest.raises(ConfigError, match="no decomposed kernels"):
+        sparse_parameters(tiny(), "decomposed")
+
+
+def test_patterns_choose_modules_and_parameters():
+    model = tiny()
+    assert list(sparse_parameters(model, ["stages.0", "head.fc.weight"])) == [
+        "stages.0.blocks.0.mlp.fc1.weight",
+        "stages.0.blocks.0.mlp.fc2.weight",
+        "head.fc.weight",
+    ]
+    assert list(sparse_parameters(model, "*.fc1")) == [f"stages.{i}.blocks.0.mlp.fc1.weight" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ("stagez.0", "Did you mean stages.0"),
+        ("decomposd", "Did you mean decomposed"),
+        ("stages.0.blocks.0.norm1", "holds no convolution"),
+        ([], "chooses nothing"),
+    ],
+)
+def test_layers_that_are_not_there_are_errors(layers, message):
+    with pytest.raises(ConfigError, match=message):
+        sparse_parameters(tiny(), layers)
+
+
+def test_wrappers_do_not_change_the_names():
+    model = tiny()
+    assert list(sparse_parameters(nn.DataParallel(model))) == list(sparse_parameters(model))
+    assert list(sparse_parameters(torch.compile(model))) == list(sparse_parameters(model))
+
+
+# ------------------------------------------------------------------------------------------------------------ densities
+
+
+def test_erk_is_that_of_the_published_code():
+    cases = golden.load("slak", "sparse_training")["cases"]["erk"]["cases"]
+    slak = {name: key["shape"] for name, key in golden.load("slak", "slak_tiny")["keys"].items()}
+    assert len(cases) == 6
+    for name, case in cases.items():
+        shapes = case.get("shapes") or {layer: slak[layer] for layer in case["layers"]}
+        assert erk(shapes, case["density"]) == pytest.approx(case["layers"], rel=1e-12), name
+
+
+@pytest.mark.parametrize("rule", [uniform, er, erk])
+@pytest.mark.parametrize("density", [0.03, 0.4, 0.6, 0.95, 1.0])
+def test_densities_keep_the_share_that_was_asked_for(rule, density):
+    shapes = {name: p.shape for name, p in sparse_parameters(tiny("convformer_s18")).items()}
+    found = rule(shapes, density)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    assert sum(found[name] * math.prod(shape) for name, shape in shapes.items()) == pytest.approx(density * total)
+    assert all(0 < share <= 1 for share in found.values())
+    whole = counts(shapes, found)
+    assert sum(whole.values()) == round(density * total)
+    assert all(abs(whole[name] - found[name] * math.prod(shape)) < 1 for name, shape in shapes.items())
+
+
+def test_er_looks_at_channels_and_erk_at_the_kernel_too():
+    shapes = {"wide": (64, 64, 7, 7), "narrow": (64, 64, 1, 1)}
+    assert er(shapes, 0.2)["wide"] == pytest.approx(er(shapes, 0.2)["narrow"])
+    assert erk(shapes, 0.02)["wide"] < erk(shapes, 0.02)["narrow"]
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.5, float("nan"), True, "half"])
+def test_a_density_that_cannot_be_is_an_error(density):
+    with pytest.raises(ConfigError, match="A density is a number above 0"):
+        erk({"a": (2, 2)}, density)
+
+
+def test_an_unknown_rule_names_the_nearest():
+    with pytest.raises(ConfigError, match="Did you mean uniform"):
+        densities({"a": (2, 2)}, 0.5, "unifrom")
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+def test_masks_survive_a_file_at_a_bit_for_a_weight(tmp_path):
+    model = tiny()
+    masks = random_masks(model)
+    save_masks(masks, tmp_path / "masks.safetensors")
+    loaded = load_masks(tmp_path / "masks.safetensors")
+    assert loaded.keys() == masks.keys()
+    assert all(torch.equal(loaded[name], mask) for name, mask in masks.items())
+    size = (tmp_path / "masks.safetensors").stat().st_size
+    assert size < sum(mask.numel() for mask in masks.values()) / 8 + 200 * len(masks)
+
+
+def test_masks_load_into_a_dense_model_by_name(tmp_path):
+    masks = random_masks(tiny(), 0.3)
+    save_masks(masks, tmp_path / "masks.safetensors")
+    dense = tiny()
+    with torch.no_grad():
+        dense.head.fc.weight[0] = math.nan
+    apply_masks(dense, load_masks(tmp_path / "masks.safetensors"))
+    for name, parameter in sparse_parameters(dense).items():
+        assert not parameter[~masks[name]].count_nonzero()
+        assert parameter[masks[name]].count_nonzero() == masks[name].sum()
+    found = masks_of(dense)
+    assert all(torch.equal(found[name], mask) for name, mask in masks.items())
+    assert density_of(found) == pytest.approx(0.3, abs=0.02)
+    assert masks_of(tiny()) == {}
+
+
+def test_masks_of_another_model_are_errors(tmp_path):
+    model = tiny()
+    with pytest.raises(CheckpointError, match=r"'head\.fc\.weigth'.*Did you mean head\.fc\.weight"):
+        apply_masks(model, {"head.fc.weigth": torch.ones(10, 32, dtype=torch.bool)})
+    before = model.head.fc.weight.clone()
+    with pytest.raises(CheckpointError, match="9x32, its weight in MetaFormer is 10x32"):
+        apply_masks(model, {"stem.conv.weight": torch.zeros(16, 3, 7, 7), "head.fc.weight": torch.ones(9, 32)})
+    assert torch.equal(before, model.head.fc.weight)
+    assert model.stem.conv.weight.count_nonzero()
+
+
+def test_a_file_that_holds_no_masks_is_an_error(tmp_path):
+    zoo.save_pretrained(tiny(), tmp_path / "model")
+    with pytest.raises(CheckpointError, match="holds no masks"):
+        load_masks(tmp_path / "model" / "model.safetensors")
+    save_masks({"a": torch.ones(100, dtype=torch.bool)}, tmp_path / "masks.safetensors")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes((tmp_path / "masks.safetensors").read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_masks(cut)
+    with pytest.raises(CheckpointError, match="no file of masks"):
+        load_masks(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (4, 12, 3, 3), (5, 7), (8, 1, 5, 5)])
+def test_n_m_masks_keep_the_largest_of_every_group_of_inputs(shape):
+    torch.manual_seed(0)
+    weight = torch.randn(shape)
+    mask = n_m_mask(weight.abs(), 2, 4)
+    assert mask.shape == weight.shape
+    assert follows_n_m(weight * mask, 2, 4)
+    for start in range(0, shape[1], 4):
+        group, kept = weight[:, start : start + 4].abs(), mask[:, start : start + 4]
+        assert (kept.sum(1) == min(2, group.shape[1])).all()
+        least = group.masked_fill(~kept, math.inf).amin(1)
+        assert (least >= group.masked_fill(kept, 0).amax(1)).all()
+    assert follows_n_m(weight, 2, 4) == (shape[1] <= 2)
+    with pytest.raises(ConfigError, match="N:M"):
+        n_m_mask(weight, 4, 2)

@@ -1,0 +1,86 @@
+"""VoVNet against its authors' code, and its figures."""
+
+import pytest
+import torch
+
+import zoo
+from tests import golden
+from zoo.registry import get_entry
+
+# of a golden file: our name for the network
+NAMES = {
+    "vovnet27_slim": "vovnet27_slim",
+    "vovnet39_id": "vovnet39",
+    "vovnet57_id": "vovnet57",
+    "vovnetv2_19": "vovnetv2_19",
+    "vovnetv2_19_dw": "ese_vovnet19b_dw",
+    "vovnetv2_19_slim": "ese_vovnet19b_slim",
+    "vovnetv2_19_slim_dw": "ese_vovnet19b_slim_dw",
+    "vovnetv2_39": "vovnetv2_39",
+    "vovnetv2_99": "vovnetv2_99",
+}
+SMALL = ("vovnetv2_19_slim_dw@192x256", "vovnetv2_19_dw", "vovnet27_slim")
+# parameters, MACs (G) at 224x224; two digits are timm's table, which counts activations, too
+FIGURES = {
+    "vovnet39a": (22_600_296, 7.0722),
+    "vovnet57a": (36_640_296, 8.9301),
+    "ese_vovnet19b_slim_dw": (1_897_752, 0.3981),
+    "ese_vovnet19b_slim": (3_166_136, 1.6802),
+    "ese_vovnet19b_dw": (6_543_080, 1.3335),
+    "ese_vovnet39b": (24_568_936, 7.07),
+    "ese_vovnet57b": (38_608_936, 8.94),
+    "ese_vovnet99b": (63_199_272, 16.50),
+    "eca_vovnet39b": (22_600_316, 7.0722),
+    "vovnetv2_19": (11_205_416, 4.1219),
+    "vovnetv2_39": (26_209_128, 7.0758),
+    "vovnetv2_57": (42_479_912, 8.9360),
+    "vovnetv2_99": (70_548_520, 16.4956),
+    "vovnet27_slim": (3_525_736, 2.1767),
+}
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in golden.names("vovnet")]
+)
+def test_golden_parity(file):
+    reference = golden.load("vovnet", file)
+    classifies = "logits" in reference["outputs"]
+    model = zoo.create_model(NAMES[file.split("@")[0]], pretrained=False, **({} if classifies else {"num_classes": 0}))
+    assert not zoo.load_checkpoint(model, golden.state_dict(reference)).dropped
+    model.double().eval()
+    with torch.no_grad():
+        images = golden.inputs(reference)["input"].double()
+        features, maps = model.forward_intermediates(images)
+        outputs = {"stem": model.stem(images), "features": features, "logits": model.forward_head(features)}
+        outputs |= {f"stage{i}": stage for i, stage in enumerate(maps[1:], start=1)}
+    assert reference["precision"] == "float64"
+    assert max(golden.errors(reference, outputs).values()) < 1e-9
+
+
+def test_frozen_batch_norms_have_no_counters():
+    """detectron2's batch norms, which the published files have, count no batches."""
+    tensors = golden.state_dict(golden.load("vovnet", "vovnetv2_19_slim_dw"))
+    frozen = {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
+    assert len(frozen) < len(tensors)
+    model = zoo.create_model("ese_vovnet19b_slim_dw", pretrained=False, num_classes=0)
+    assert not zoo.load_checkpoint(model, frozen).dropped
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_costs(name):
+    params, macs = FIGURES[name]
+    costs = zoo.profile(zoo.create_model(name, pretrained=False, device="meta"), input_size=(3, 224, 224))
+    assert costs.params == params
+    assert costs.macs / 1e9 == pytest.approx(macs, abs=0.00005 if round(macs, 2) != macs else 0.015)
+
+
+def test_timms_forms_are_not_the_published_ones():
+    """Same parameters in V1, other functions: the identity mapping is what differs."""
+    torch.manual_seed(0)
+    ours, timms = (zoo.create_model(name, pretrained=False).eval() for name in ("vovnet39", "vovnet39a"))
+    timms.load_state_dict(ours.state_dict())
+    with torch.no_grad():
+        images = torch.randn(1, 3, 64, 64)
+        assert not torch.allclose(ours(images), timms(images), rtol=1e-2)
+    assert not get_entry("vovnet39").weights
+    assert [w.tag for w in get_entry("ese_vovnet39b").weights] == ["ra_in1k"]

@@ -1,0 +1,108 @@
+"""Folding: what a network computes with constants at inference, done once in the weights.
+
+Each function returns a new layer and leaves its arguments as they are. Products are formed in float64 and rounded
+once. All of it is exact in real arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+
+
+def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """(weight, bias), each (C,) in float64, of the `x * weight + bias` that a batch norm is at inference.
+
+    Raises ValueError for one that keeps no running statistics, which is no constant.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("A batch norm without running statistics depends on the batch and cannot be folded.")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.detach().double()
+
+
+def fold_batch_norm(conv: Layer, norm: _BatchNorm) -> Layer:
+    """`norm(conv(x))` as one layer with a bias; for a batch norm *before* a layer see `batch_norm_affine`."""
+    scale, shift = batch_norm_affine(norm)
+    return fold_shift(fold_scale(conv, scale), shift)
+
+
+def fold_affine(layer: Layer, weight: Tensor | None, bias: Tensor | None = None) -> Layer:
+    """`layer(x * weight + bias)` as one layer; `weight` and `bias` are (in_channels,), None for 1 and 0.
+
+    Raises ValueError for a bias before a convolution that pads with zeros: at the borders it cannot be folded.
+    """
+    if bias is not None and isinstance(layer, nn.Conv2d) and layer.padding not in (0, (0, 0), "valid"):
+        raise ValueError("A bias before a zero-padded convolution differs at the borders and cannot be folded.")
+    old = layer.weight.detach().double()
+    new = old if weight is None else old * _per_input(layer, weight)
+    folded = _like(layer, new, layer.bias)
+    if bias is None:
+        return folded
+    return fold_shift(folded, (old * _per_input(layer, bias)).flatten(1).sum(1))
+
+
+def fold_scale(layer: Layer, scale: Tensor) -> Layer:
+    """`scale * layer(x)` as one layer; `scale` is (out_channels,) or a single number."""
+    scale = scale.detach().double().flatten().expand(layer.weight.shape[0])
+    weight = layer.weight.detach().double() * scale.view(-1, *(1,) * (layer.weight.ndim - 1))
+    return _like(layer, weight, None if layer.bias is None else layer.bias.detach().double() * scale)
+
+
+def fold_shift(layer: Layer, shift: Tensor) -> Layer:
+    """`layer(x) + shift` as one layer with a bias; `shift` is (out_channels,) or a single number."""
+    shift = shift.detach().double().flatten().expand(layer.weight.shape[0])
+    return _like(layer, layer.weight, shift if layer.bias is None else layer.bias.detach().double() + shift)
+
+
+def as_conv2d(layer: nn.Conv2d | nn.Linear) -> nn.Conv2d:
+    """A linear layer over the last dimension as the 1x1 convolution over channels; a convolution as it is."""
+    if isinstance(layer, nn.Conv2d):
+        return layer
+    conv = nn.Conv2d(layer.in_features, layer.out_features, 1, bias=layer.bias is not None, device="meta")
+    conv.weight = nn.Parameter(layer.weight.detach()[:, :, None, None].clone(), requires_grad=False)
+    if layer.bias is not None:
+        conv.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    return conv.train(layer.training)
+
+
+def _per_input(layer: nn.Conv2d | nn.Linear, values: Tensor) -> Tensor:
+    """`values` (in_channels,), shaped to multiply the layer's weight."""
+    values = values.detach().double().flatten()
+    if isinstance(layer, nn.Linear):
+        return values
+    per_group = values.view(layer.groups, 1, -1).expand(-1, layer.out_channels // layer.groups, -1)
+    return per_group.reshape(layer.out_channels, -1, 1, 1)
+
+
+def _like(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
+    """A layer that differs from `layer` in its weights alone. Neither has gradients."""
+    old = layer.weight
+    made: nn.Conv2d | nn.Linear
+    if isinstance(layer, nn.Conv2d):
+        made = nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            layer.groups,
+            bias=bias is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+    else:
+        made = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    made.weight = nn.Parameter(torch.empty_like(old).copy_(weight.detach()), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().to(old.dtype, copy=True), requires_grad=False)
+    return made.train(layer.training)  # type: ignore[return-value]

@@ -1,0 +1,349 @@
+"""The Triton programs behind `zoo.layers.large_kernel_triton`, which says what they compute and why so.
+
+Every program works on one channel of some images. Names: `long` is the axis along which a kernel is long (height for
+a tall kernel, width for a wide one), `short` the other; `taps` and `shifts` are the kernel's lengths along them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+POSITIONS = 64  # maps of up to so many positions take `map_program`
+
+# TILE: positions of a program, images x tile height x tile width. The first call for a shape times them all.
+_CONFIGS = [
+    triton.Config({"TILE": 4096}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 8192}, num_warps=4),
+    triton.Config({"TILE": 8192}, num_warps=8),
+    triton.Config({"TILE": 16384}, num_warps=8),
+]
+
+
+@triton.jit
+def _scale(peak):
+    """The power of two that brings `peak` into [2^14, 2^15), near the end of float16's range, and its inverse."""
+    exponent = (peak.to(tl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = tl.minimum(268 - exponent, 253)
+    return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _peak_of_map(
+    x, images, height, width, row0, row1, column0, column1, image_stride,
+    IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """The largest magnitude within rows row0 to row1 and columns column0 to column1."""
+    lane = tl.arange(0, IMAGES * TILE_H)
+    image = lane // TILE_H
+    peak = tl.full((IMAGES * TILE_H, TILE_W), 0.0, tl.float32)
+    for row in range(row0, row1, TILE_H):
+        rows = row + lane % TILE_H
+        for column in range(column0, column1, TILE_W):
+            columns = column + tl.arange(0, TILE_W)
+            mask = ((image < images) & (rows < height))[:, None] & (columns < width)[None, :]
+            value = tl.load(x + (image * image_stride + rows * width)[:, None] + columns[None, :], mask, 0.0)
+            peak = tl.maximum(peak, tl.abs(value.to(tl.float32)))
+    return tl.max(peak)
+
+
+@triton.jit(do_not_specialize=["channels", "flip"])
+def matrix_program(
+    kernel, matrices, unscales, channels, flip,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """One line of one channel's kernel as a banded matrix: matrices[plane, channel, line] is (LONG, STRIP * LONG).
+
+    Entry [o, i] is the tap with which input row `i` counts for output row `o`; in a strip of three, input rows begin
+    LONG before the output rows. float32 is scaled and held as float16, the remainder in a second plane.
+    """
+    TAPS: tl.constexpr = max(HEIGHT, WIDTH)
+    LINES: tl.constexpr = min(HEIGHT, WIDTH)
+    program = tl.program_id(0)
+    channel = program // LINES
+    kernel += channel * HEIGHT * WIDTH
+    line = program % LINES
+    line += flip * (LINES - 1 - 2 * line)
+    for part in range(STRIP):
+        row = tl.arange(0, LONG)
+        column = tl.arange(0, LONG)
+        tap = column[None, :] - row[:, None] + (part - STRIP // 2) * LONG + TAPS // 2
+        inside = (tap >= 0) & (tap < TAPS)
+        tap += flip * (TAPS - 1 - 2 * tap)
+        index = tap * WIDTH + line if HEIGHT >= WIDTH else line * WIDTH + tap
+        matrix = tl.load(kernel + index, inside, 0.0).to(tl.float32)
+        out = matrices + program.to(tl.int64) * (LONG * STRIP * LONG) + part * LONG
+        out += row[:, None] * (STRIP * LONG) + column[None, :]
+        if PRODUCTS == 0:
+            tl.store(out, matrix.to(matrices.dtype.element_ty))
+        else:
+            taps = tl.arange(0, triton.next_power_of_2(HEIGHT * WIDTH))
+            peak = tl.max(tl.abs(tl.load(kernel + taps, taps < HEIGHT * WIDTH, 0.0).to(tl.float32)))
+            scale, unscale = _scale(peak)
+            tl.store(unscales + channel, unscale)
+            matrix *= scale
+            high = matrix.to(tl.float16)
+            tl.store(out, high)
+            if PRODUCTS == 3:
+                plane = channels.to(tl.int64) * (LINES * LONG * STRIP * LONG)
+                tl.store(out + plane, (matrix - high.to(tl.float32)).to(tl.float16))
+
+
+@triton.jit
+def _line_product(
+    total, matrices, plane, x, offset, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
+):
+    """total + (a line's banded matrix) @ (the map, shifted by that line's offset), on 16-bit operands."""
+    matrix = tl.load(matrices)
+    touched = columns & (column + offset >= 0) & (column + offset < short_size)
+    block = tl.load(x, rows[:, None] & touched[None, :], 0.0)
+    if PRODUCTS == 0:
+        total = tl.dot(matrix, block, total)
+    else:
+        block = block * map_scale
+        high = block.to(tl.float16)
+        total = tl.dot(matrix, high, total)
+        if PRODUCTS == 3:
+            total = tl.dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total)
+            total = tl.dot(tl.load(matrices + plane), high, total)
+    return total
+
+
+@triton.jit
+def _band(
+    x, matrices, plane, images, long_size, short_size, long_stride, short_stride, image_stride, long0, short0,
+    map_scale,
+    TAPS: tl.constexpr, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
+    STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """One kernel's outputs for a tile: (LONG, IMAGES * SHORT), the sum over its lines of banded matrix @ shifted map."""
+    lane = tl.arange(0, IMAGES * SHORT)
+    column = short0 + lane % SHORT
+    columns = lane // SHORT < images
+    place = tl.arange(0, LONG)
+    matrices += place[:, None] * (STRIP * LONG) + place[None, :]
+    x += (lane // SHORT * image_stride + column * short_stride)[None, :] + place[:, None] * long_stride
+    total = tl.zeros((LONG, IMAGES * SHORT), tl.float32)
+    first = 0
+    last = long_size
+    if STRIP > 1:
+        first = tl.maximum(long0 - TAPS // 2, 0) // 16 * 16  # multiples of 16 keep wide loads aligned
+        last = tl.minimum(long0 + LONG + TAPS // 2, long_size)
+    for start in range(first, last, LONG):
+        rows = start + place < long_size
+        strip = matrices + (start - long0 + STRIP // 2 * LONG)
+        if LINES <= 7:
+            for line in tl.static_range(LINES):
+                total = _line_product(
+                    total, strip + line * (LONG * STRIP * LONG), plane,
+                    x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
+                    column, short_size, rows, columns, map_scale, PRODUCTS,
+                )  # fmt: skip
+        else:  # too many to unroll; those that never touch the map are left out
+            for line in range(
+                tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)
+            ):
+                total = _line_product(
+                    total, strip + line * (LONG * STRIP * LONG), plane,
+                    x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
+                    column, short_size, rows, columns, map_scale, PRODUCTS,
+                )  # fmt: skip
+    return total
+
+
+@triton.autotune(
+    configs=_CONFIGS[:1] if INTERPRETED else _CONFIGS,
+    key=["ALIGN", "MAX_IMAGES", "TILE_H", "TILE_W", "TALL_H", "TALL_W", "WIDE_H", "WIDE_W", "PRODUCTS"],
+)
+@triton.jit(do_not_specialize=["batch", "channels", "height", "width_units"])
+def band_program(
+    x, tall, tall_unscale, wide, wide_unscale, bias, y, batch, channels, height, width_units,
+    ALIGN: tl.constexpr, MAX_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
+    TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """y = conv(x, tall) + conv(x, wide) + bias on a tile of one channel of some images.
+
+    `tall` and `wide` are what `matrix_program` made of the kernels; edges of 0 mean that there is none.
+    """
+    IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES)
+    width = width_units * ALIGN  # so that the compiler knows which loads are aligned
+    program = tl.program_id(0)
+    channel = program % channels
+    rest = program // channels
+    tiles_w = tl.cdiv(width, TILE_W)
+    tiles_h = tl.cdiv(height, TILE_H)
+    column0 = rest % tiles_w * TILE_W
+    row0 = rest // tiles_w % tiles_h * TILE_H
+    image0 = rest // (tiles_w * tiles_h) * IMAGES
+    images = batch - image0
+    image_stride = channels * height * width
+    origin = (image0.to(tl.int64) * channels + channel) * height * width
+    x += origin
+    y += origin
+    map_scale = 1.0
+    map_unscale = 1.0
+    if PRODUCTS > 0:
+        reach_h: tl.constexpr = max(TALL_H // 2, WIDE_H // 2)
+        reach_w: tl.constexpr = max(TALL_W // 2, WIDE_W // 2)
+        peak = _peak_of_map(
+            x, images, height, width,
+            tl.maximum(row0 - reach_h, 0), tl.minimum(row0 + TILE_H + reach_h, height),
+            tl.maximum(column0 - reach_w, 0) // 16 * 16, tl.minimum(column0 + TILE_W + reach_w, width),
+            image_stride, IMAGES, TILE_H, TILE_W,
+        )  # fmt: skip
+        map_scale, map_unscale = _scale(peak)
+    total = tl.zeros((IMAGES, TILE_H, TILE_W), tl.float32)
+    if TALL_H > 0:
+        tall_size: tl.constexpr = TALL_W * TILE_H * TILE_H * STRIP_H
+        band = _band(
+            x, tall + channel.to(tl.int64) * tall_size, channels.to(tl.int64) * tall_size, images, height, width, width, 1,
+            image_stride, row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS,
+        )  # fmt: skip
+        if PRODUCTS > 0:
+            band *= map_unscale * tl.load(tall_unscale + channel)
+        total = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
+    if WIDE_H > 0:
+        wide_size: tl.constexpr = WIDE_H * TILE_W * TILE_W * STRIP_W
+        band = _band(
+            x, wide + channel.to(tl.int64) * wide_size, channels.to(tl.int64) * wide_size, images, width, height, 1, width,
+            image_stride, column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS,
+        )  # fmt: skip
+        if PRODUCTS > 0:
+            band *= map_unscale * tl.load(wide_unscale + channel)
+        total += tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
+    if HAS_BIAS:
+        total += tl.load(bias + channel).to(tl.float32)
+    image = tl.arange(0, IMAGES)[:, None, None]
+    row = row0 + tl.arange(0, TILE_H)[None, :, None]
+    column = column0 + tl.arange(0, TILE_W)[None, None, :]
+    mask = (image < images) & (row < height) & (column < width)
+    tl.store(y + image * image_stride + row * width + column, total.to(y.dtype.element_ty), mask)
+
+
+@triton.constexpr_function
+def images_of(tile: int, tile_h: int, tile_w: int, max_images: int) -> int:
+    """How many images a program takes."""
+    return max(min(tile // (tile_h * tile_w), max_images), 1)
+
+
+@triton.jit
+def _dense(matrix, kernel, rows, columns, flip, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """matrix + the kernel's tap between every two positions; `rows` and `columns` are how far apart they lie."""
+    row = rows + HEIGHT // 2
+    column = columns + WIDTH // 2
+    inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+    tap = row * WIDTH + column
+    return matrix + tl.load(kernel + tap + flip * (HEIGHT * WIDTH - 1 - 2 * tap), inside, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _product(left, right, total, left_scale, right_scale, PRODUCTS: tl.constexpr):
+    """total + left @ right of float32 operands, scaled and as one or two float16 each."""
+    left = left * left_scale
+    right = right * right_scale
+    left_high = left.to(tl.float16)
+    right_high = right.to(tl.float16)
+    total = tl.dot(left_high, right_high, total)
+    if PRODUCTS == 3:
+        total = tl.dot((left - left_high.to(tl.float32)).to(tl.float16), right_high, total)
+        total = tl.dot(left_high, (right - right_high.to(tl.float32)).to(tl.float16), total)
+    return total
+
+
+@triton.jit(do_not_specialize=["batch", "channels", "height", "width", "flip"])
+def map_program(
+    x, tall, wide, bias, y, batch, channels, height, width, flip,
+    IMAGES: tl.constexpr, PLACES: tl.constexpr,
+    TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """As `band_program` for maps of at most PLACES positions: both kernels as one matrix between all positions."""
+    program = tl.program_id(0)
+    channel = program % channels
+    image = program // channels * IMAGES + tl.arange(0, IMAGES)
+    size = height * width
+    place = tl.arange(0, PLACES)
+    rows = place[:, None] // width - place[None, :] // width
+    columns = place[:, None] % width - place[None, :] % width
+    matrix = tl.zeros((PLACES, PLACES), tl.float32)
+    if TALL_H > 0:
+        matrix = _dense(matrix, tall + channel * TALL_H * TALL_W, rows, columns, flip, TALL_H, TALL_W)
+    if WIDE_H > 0:
+        matrix = _dense(matrix, wide + channel * WIDE_H * WIDE_W, rows, columns, flip, WIDE_H, WIDE_W)
+    offset = (image.to(tl.int64) * channels + channel)[:, None] * size + place[None, :]
+    mask = (image < batch)[:, None] & (place < size)[None, :]
+    block = tl.load(x + offset, mask, 0.0)
+    total = tl.zeros((IMAGES, PLACES), tl.float32)
+    if PRODUCTS > 0:
+        map_scale, map_unscale = _scale(tl.max(tl.abs(block)))
+        matrix_scale, matrix_unscale = _scale(tl.max(tl.abs(matrix)))
+        total = _product(block, matrix, total, map_scale, matrix_scale, PRODUCTS) * map_unscale * matrix_unscale
+    else:
+        total = tl.dot(block, matrix.to(block.dtype), total)
+    if HAS_BIAS:
+        total += tl.load(bias + channel).to(tl.float32)
+    tl.store(y + offset, total.to(y.dtype.element_ty), mask)
+
+
+@triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "images_each"])
+def weight_program(
+    x, gradient, out, batch, channels, height, width_units, images_each,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, SHIFTS: tl.constexpr, LONG: tl.constexpr,
+    SHORT: tl.constexpr, IMAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One line of one channel's weight gradient over `images_each` images: out[split, channel, :, shift].
+
+    (shifted map) @ (gradient map)^T holds at [i, o] what input row i and output row o share; a tap is i - o, so its
+    gradient is the sum of a diagonal.
+    """
+    width = width_units * ALIGN
+    long_size = width if WIDE else height
+    short_size = height if WIDE else width
+    long_stride = 1 if WIDE else width
+    short_stride = width if WIDE else 1
+    program = tl.program_id(0)
+    shift = program % SHIFTS
+    channel = program // SHIFTS % channels
+    split = program // (SHIFTS * channels)
+    offset = shift - SHIFTS // 2
+    image_stride = channels * height * width
+    place = tl.arange(0, LONG)
+    lane = tl.arange(0, IMAGES * SHORT)
+    tap = tl.arange(0, triton.next_power_of_2(TAPS))
+    line = tl.zeros((triton.next_power_of_2(TAPS),), tl.float32)
+    reach = 0 if long_size <= LONG else (TAPS // 2 + LONG - 1) // LONG
+    for step in range(-reach, reach + 1):  # how many tiles the input lies behind the output
+        total = tl.zeros((LONG, LONG), tl.float32)
+        for image0 in range(split * images_each, tl.minimum((split + 1) * images_each, batch), IMAGES):
+            origin = image0 * image_stride.to(tl.int64) + channel * height * width
+            present = lane // SHORT < tl.minimum((split + 1) * images_each, batch) - image0
+            for short0 in range(0, short_size, SHORT):
+                column = short0 + lane % SHORT
+                column_offset = lane // SHORT * image_stride + column * short_stride
+                usable = present & (column < short_size)
+                touched = usable & (column + offset >= 0) & (column + offset < short_size)
+                for long0 in range(0, long_size, LONG):
+                    out_row = long0 + place
+                    in_row = out_row + step * LONG
+                    right = tl.load(
+                        gradient + origin + (out_row * long_stride)[:, None] + column_offset[None, :],
+                        (out_row < long_size)[:, None] & usable[None, :],
+                        0.0,
+                    )
+                    left = tl.load(
+                        x + origin + (in_row * long_stride)[:, None] + (column_offset + offset * short_stride)[None, :],
+                        ((in_row >= 0) & (in_row < long_size))[:, None] & touched[None, :],
+                        0.0,
+                    )
+                    total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+        row = place[None, :] + (tap - TAPS // 2 - step * LONG)[:, None]
+        inside = (row >= 0) & (row < LONG)
+        diagonals = tl.gather(total, tl.minimum(tl.maximum(row, 0), LONG - 1), 0)
+        line += tl.sum(tl.where(inside, diagonals, 0.0), 1)
+    out += (split * channels + channel) * TAPS * SHIFTS
+    tl.store(out + tap * (1 if WIDE else SHIFTS) + shift * (TAPS if WIDE else 1), line, tap < TAPS)

@@ -1,0 +1,255 @@
+"""Depthwise convolution with large kernels on NVIDIA GPUs, in Triton.
+
+TODO doc
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ConfigError
+
+MAX_EDGE = 63  # of a kernel
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_available(x: Tensor) -> bool:
+    """Whether these functions take `x`: Triton is installed, `x` is on an NVIDIA GPU since Ampere, of a 16 or 32 bit type.
+
+    Under Triton's interpreter (`TRITON_INTERPRET=1`) tensors of the CPU count, too.
+    """
+    if not _INSTALLED or x.dtype not in _DTYPES:
+        return False
+    return _INTERPRETED or (x.is_cuda and _has_tensor_cores(x.device.index))
+
+
+@torch.compiler.assume_constant_result
+def _has_tensor_cores(device: int | None) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`depthwise_conv2d_branches` with one kernel."""
+    return depthwise_conv2d_branches(x, [weight], bias)
+
+
+def depthwise_conv2d_branches(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """The sum of depthwise convolutions of `x` in one pass: (B, C, H, W) -> (B, C, H, W), in `x`'s memory format.
+
+    Each of `weights` is (C, 1, kh, kw) with odd edges up to 63, `bias` is (C). Zero padding keeps the size. Under
+    autocast everything is cast as `F.conv2d` casts it. Raises ConfigError for other shapes, and where
+    `is_available(x)` is false.
+    """
+    _check(x, weights, bias)
+    if not is_available(x):
+        raise ConfigError(
+            f"The Triton kernels need an NVIDIA GPU since Ampere and float32, bfloat16 or float16, not {x.dtype} on "
+            f"{x.device}: use zoo.layers.large_kernel, which falls back."
+        )
+    tall, wide = _merge(weights)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = _bands(x.contiguous(), tall, wide, bias, False)
+    return y.contiguous(memory_format=torch.channels_last) if channels_last else y
+
+
+def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+    if not weights:
+        raise ConfigError("A convolution needs at least one kernel.")
+    if x.ndim != 4:
+        raise ConfigError(f"A depthwise convolution takes x (B, C, H, W), not {tuple(x.shape)}.")
+    for weight in weights:
+        shape = tuple(weight.shape)
+        if len(shape) != 4 or shape[:2] != (x.shape[1], 1) or not all(e % 2 and e <= MAX_EDGE for e in shape[2:]):
+            raise ConfigError(
+                f"The kernels of x {tuple(x.shape)} must be ({x.shape[1]}, 1, kh, kw) with odd edges up to {MAX_EDGE}, "
+                f"not {shape}."
+            )
+    if bias is not None and bias.shape != (x.shape[1],):
+        raise ConfigError(f"The bias of {x.shape[1]} channels must be ({x.shape[1]},), not {tuple(bias.shape)}.")
+
+
+def _merge(weights: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """At most one tall and one wide kernel whose convolutions have the same sum: smaller ones are padded and added."""
+    groups = [[w for w in weights if w.shape[2] >= w.shape[3]], [w for w in weights if w.shape[2] < w.shape[3]]]
+    for inner, outer in (groups, groups[::-1]):
+        if inner and outer and all(any(_fits(w, o) for o in outer) for w in inner):
+            outer += inner
+            inner.clear()
+            break
+    return _sum(groups[0]), _sum(groups[1])
+
+
+def _fits(weight: Tensor, other: Tensor) -> bool:
+    return weight.shape[2] <= other.shape[2] and weight.shape[3] <= other.shape[3]
+
+
+def _sum(weights: Sequence[Tensor]) -> Tensor | None:
+    if len(weights) < 2:
+        return weights[0].contiguous() if weights else None
+    height, width = (max(weight.shape[axis] for weight in weights) for axis in (2, 3))
+    total = None
+    for weight in weights:
+        down, right = (height - weight.shape[2]) // 2, (width - weight.shape[3]) // 2
+        padded = F.pad(weight.float(), (right, right, down, down))  # the sum is rounded once, in the program
+        total = padded if total is None else total + padded
+    return total
+
+
+@torch.library.custom_op("zoo::depthwise_bands", mutates_args=())
+def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, bias: Tensor | None, flip: bool) -> Tensor:
+    """conv(x, tall) + conv(x, wide) + bias of contiguous tensors; `flip` turns the kernels by 180 degrees."""
+    from zoo.layers import large_kernel_programs as programs
+
+    y = torch.empty_like(x)
+    if not x.numel():
+        return y
+    batch, channels, height, width = x.shape
+    edges = {
+        "TALL_H": tall.shape[2] if tall is not None else 0,
+        "TALL_W": tall.shape[3] if tall is not None else 0,
+        "WIDE_H": wide.shape[2] if wide is not None else 0,
+        "WIDE_W": wide.shape[3] if wide is not None else 0,
+    }
+    options = {"HAS_BIAS": bias is not None, "PRODUCTS": _products(x.dtype), **edges}
+    with torch.cuda.device_of(x):
+        if height * width <= programs.POSITIONS:
+            images = min(64, _tile(batch))
+            grid = (-(-batch // images) * channels,)
+            tensors = [x if tensor is None else tensor for tensor in (tall, wide, bias)]
+            programs.map_program[grid](
+                x, *tensors, y, batch, channels, height, width, int(flip),
+                IMAGES=images, PLACES=_tile(height * width), num_warps=4, **options,
+            )  # fmt: skip
+            return y
+        tiles = _tile(height), _tile(width)
+        strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
+        max_images = min(16, _tile(batch, 1))
+
+        def band_grid(chosen: dict[str, Any]) -> tuple[int]:
+            images = programs.images_of(chosen["TILE"], *tiles, max_images)
+            return (-(-batch // images) * -(-height // tiles[0]) * -(-width // tiles[1]) * channels,)
+
+        align = math.gcd(width, 16)
+        matrices: list[Tensor] = []
+        for weight, tile, strip in zip((tall, wide), tiles, strips, strict=True):
+            matrices += [x, x] if weight is None else _banded(weight, x.dtype, tile, strip, flip)
+        programs.band_program[band_grid](
+            x, *matrices, x if bias is None else bias, y, batch, channels, height, width // align,
+            ALIGN=align, MAX_IMAGES=max_images, TILE_H=tiles[0], TILE_W=tiles[1], STRIP_H=strips[0], STRIP_W=strips[1],
+            **options,
+        )  # fmt: skip
+    return y
+
+
+def _banded(weight: Tensor, dtype: torch.dtype, tile: int, strip: int, flip: bool) -> tuple[Tensor, Tensor]:
+    """Every line of a kernel as a banded matrix, and by what products of each channel are to be multiplied."""
+    from zoo.layers import large_kernel_programs as programs
+
+    channels, _, height, width = weight.shape
+    lines, products = min(height, width), _products(dtype)
+    shape = (2 if products == 3 else 1, channels, lines, tile, strip * tile)
+    matrices = weight.new_empty(shape, dtype=torch.float16 if products else dtype)
+    unscales = weight.new_empty(channels, dtype=torch.float32)
+    programs.matrix_program[(channels * lines,)](
+        weight, matrices, unscales, channels, int(flip),
+        HEIGHT=height, WIDTH=width, LONG=tile, STRIP=strip, PRODUCTS=products, num_warps=4,
+    )  # fmt: skip
+    return matrices, unscales
+
+
+@torch.library.custom_op("zoo::depthwise_bands_weight", mutates_args=())
+def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    """The gradient of a (C, 1, kernel_h, kernel_w) kernel, in float32."""
+    from zoo.layers import large_kernel_programs as programs
+
+    batch, channels, height, width = x.shape
+    wide = kernel_h < kernel_w
+    taps, shifts = (kernel_w, kernel_h) if wide else (kernel_h, kernel_w)
+    if not x.numel():
+        return x.new_zeros((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+    long, short = (width, height) if wide else (height, width)
+    short_tile = min(64, 1 << (short - 1).bit_length())
+    images = 64 // short_tile
+    splits = max(1, min(-(-batch // images), 2048 // (channels * shifts)))
+    images_each = -(-(-(-batch // splits)) // images) * images
+    splits = -(-batch // images_each)
+    out = x.new_empty((splits, channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+    align = math.gcd(width, 16)
+    precision = {0: "tf32", 1: "tf32", 3: "tf32x3"}[_products(x.dtype)]
+    with torch.cuda.device_of(x):
+        programs.weight_program[(splits * channels * shifts,)](
+            x, gradient, out, batch, channels, height, width // align, images_each,
+            ALIGN=align, WIDE=wide, TAPS=taps, SHIFTS=shifts, LONG=_tile(long), SHORT=short_tile, IMAGES=images,
+            PRECISION=precision, num_warps=4,
+        )  # fmt: skip
+    return out.sum(0)
+
+
+def _tile(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`, within what tensor cores take and what fits in registers."""
+    return min(max(1 << (size - 1).bit_length(), least), 64)
+
+
+def _products(dtype: torch.dtype) -> int:
+    """How many 16-bit products stand for one float32 product; 0 for 16-bit types."""
+    if dtype != torch.float32:
+        return 0
+    return 1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3
+
+
+@_bands.register_fake
+def _(x: Tensor, tall: Tensor | None, wide: Tensor | None, bias: Tensor | None, flip: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_bands_weight.register_fake
+def _(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
+    return x.new_empty((x.shape[1], 1, kernel_h, kernel_w), dtype=torch.float32)
+
+
+def _save_bands(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, tall, wide, bias, ctx.flip = inputs
+    ctx.save_for_backward(x, tall, wide)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _bands_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, tall, wide = ctx.saved_tensors
+    gradient = gradient.contiguous()
+    of_x = _bands(gradient, tall, wide, None, not ctx.flip) if ctx.needs_input_grad[0] else None
+    of_kernels: list[Tensor | None] = [None, None]
+    for i, weight in enumerate((tall, wide)):
+        if ctx.needs_input_grad[1 + i]:
+            pair = (gradient, x) if ctx.flip else (x, gradient)
+            of_kernels[i] = _bands_weight(*pair, *weight.shape[2:]).to(weight.dtype)
+    of_bias = gradient.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+    return of_x, *of_kernels, of_bias, None
+
+
+def _save_bands_weight(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _bands_weight_backward(ctx: Any, of_kernel: Tensor) -> tuple[Tensor | None, ...]:
+    x, gradient = ctx.saved_tensors
+    of_kernel = of_kernel.contiguous()
+    kernels = (None, of_kernel) if of_kernel.shape[2] < of_kernel.shape[3] else (of_kernel, None)
+    of_x = _bands(gradient, *kernels, None, True) if ctx.needs_input_grad[0] else None
+    of_gradient = _bands(x, *kernels, None, False) if ctx.needs_input_grad[1] else None
+    return of_x, of_gradient, None, None
+
+
+_bands.register_autograd(_bands_backward, setup_context=_save_bands)
+_bands_weight.register_autograd(_bands_weight_backward, setup_context=_save_bands_weight)

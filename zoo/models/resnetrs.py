@@ -1,0 +1,41 @@
+"""ResNet-RS: ResNets retrained and rescaled.
+
+Bello et al., "Revisiting ResNets: Improved Training and Scaling Strategies", NeurIPS 2021, arXiv 2103.07579.
+
+What makes them compact: training and scaling, not the architecture, carry most of what later networks gained, and
+ResNets scaled by depth and image size (rather than width) are faster than EfficientNets of equal accuracy.
+
+The model is timm's `ResNet`, which has the deep stem, the convolution in place of max pooling, the average-pooled
+shortcuts and the squeeze-and-excitation of the paper's section 3; the weights are the authors', as timm ported them.
+"""
+
+from zoo.layers.from_timm import timm_builder, timm_weights
+from zoo.registry import Entry, Paper, register
+
+PAPER = Paper(
+    title="Revisiting ResNets: Improved Training and Scaling Strategies",
+    authors="Bello, Fedus, Du, Cubuk, Srinivas, Lin, Shlens, Zoph",
+    venue="NeurIPS 2021",
+    arxiv="2103.07579",
+)
+
+# layers: top-1 (%) at the size that the weights were trained at
+for layers, top1 in {50: 77.858, 101: 80.706, 152: 82.900, 200: 83.884, 270: 83.596, 350: 84.304, 420: 84.240}.items():
+    name = f"resnetrs{layers}"
+    weights = timm_weights(name, {"tf_in1k": top1})
+    register(
+        Entry(
+            name=name,
+            build=timm_builder(name),
+            family="resnetrs",
+            paper=PAPER,
+            compact="A ResNet that is scaled by depth and image size, with squeeze-and-excitation, and trained anew.",
+            code_license="apache-2.0",
+            code_url="https://github.com/tensorflow/tpu/tree/master/models/official/resnet/resnet_rs",
+            weights=weights,
+            input_size=weights[0].input_size,
+            first_conv="conv1.0",
+            classifier="fc",
+            note="timm trained these weights later than the others, and longer." if layers == 200 else "",
+        )
+    )

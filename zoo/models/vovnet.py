@@ -1,0 +1,147 @@
+"""VoVNet and VoVNetV2: one-shot aggregation.
+
+Lee et al., "An Energy and GPU-Computation Efficient Backbone Network for Real-Time Object Detection", CVPR Workshops
+2019, arXiv 1904.09730 (V1), and Lee and Park, "CenterMask: Real-Time Anchor-Free Instance Segmentation", CVPR 2020,
+arXiv 1911.06667 (V2).
+
+What makes them compact: a module keeps the outputs of its convolutions and concatenates them once, at its end, so
+inputs do not grow from layer to layer as DenseNet's do, and memory is read less often.
+
+The model is timm's `VovNet`. timm's entries (`vovnet39a`, `ese_vovnet39b` ...) stand as they are; where the authors'
+published code computes something else, there is an entry of our own:
+
+- V2 has effective squeeze-and-excitation in every module of the published code, in a stage's last one in timm's:
+  `vovnetv2_39`, `vovnetv2_57`, `vovnetv2_99`. Networks with one module to a stage agree.
+- V1 has an identity mapping in every module behind a stage's first, in the published code: `vovnet39`, `vovnet57` and
+  `vovnet27_slim`.
+- timm registers no `vovnetv2_19`.
+
+The published files hold V2 without a classifier (trained for detection) and V1 with one; they lie on Dropbox and are
+not offered here by name: `checkpoint_path` takes them in their own layout.
+"""
+
+import re
+
+from timm.layers import EffectiveSEModule
+from timm.models.vovnet import OsaBlock
+from torch import Tensor, nn
+
+from zoo.layers.from_timm import timm_builder, timm_weights
+from zoo.registry import Entry, Paper, register
+
+V1_PAPER = Paper(
+    title="An Energy and GPU-Computation Efficient Backbone Network for Real-Time Object Detection",
+    authors="Lee, Hwang, Lee, Bae, Park",
+    venue="CVPR Workshops 2019",
+    arxiv="1904.09730",
+)
+V2_PAPER = Paper(
+    title="CenterMask: Real-Time Anchor-Free Instance Segmentation",
+    authors="Lee, Park",
+    venue="CVPR 2020",
+    arxiv="1911.06667",
+)
+
+
+def attend_everywhere(model: nn.Module) -> None:
+    """Effective squeeze-and-excitation in every module that has none, as the published V2 code has it."""
+    for block in model.modules():
+        if isinstance(block, OsaBlock) and block.attn is None:
+            block.attn = EffectiveSEModule(block.conv_concat.conv.out_channels)
+            nn.init.kaiming_normal_(block.attn.fc.weight, mode="fan_out", nonlinearity="relu")  # as timm's others
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A published checkpoint in timm's layout.
+
+    Takes youngwanLEE/vovnet-detectron2's and stigma0617/VoVNet.pytorch's layouts, and timm's. A V2 file holds no
+    classifier and, with frozen batch norms, no counters: those stay the model's own.
+    """
+    if not any(key.startswith("stem.stem_1/") for key in state_dict):
+        return state_dict
+    converted = {_rename(key): tensor for key, tensor in state_dict.items()}
+    for key, tensor in model.state_dict().items():
+        if key.endswith("num_batches_tracked") and key not in converted:
+            converted[key] = tensor.new_zeros((), device="cpu")
+    return converted
+
+
+def _rename(key: str) -> str:
+    key = re.sub(r"^stem\.stem_(\d+)/", lambda match: f"stem.{int(match[1]) - 1}.", key)
+    key = re.sub(
+        r"^stage(\d+)\.OSA\d+_(\d+)\.",
+        lambda match: f"stages.{int(match[1]) - 2}.blocks.{int(match[2]) - 1}.",
+        key,
+    )
+    key = re.sub(r"\.layers\.(\d+)\.OSA\w+/", r".conv_mid.\1.", key)
+    key = re.sub(r"\.concat\.OSA\w+/", ".conv_concat.", key)
+    key = re.sub(r"\.conv_reduction\.OSA\w+/", ".conv_reduction.", key)
+    key = key.replace(".ese.fc.", ".attn.fc.")
+    for theirs, ours in (("dw_conv3x3", "conv_dw"), ("pw_conv1x1", "conv_pw"), ("pw_norm", "bn"), ("norm", "bn")):
+        key = re.sub(rf"\.{theirs}\.(?=[^.]+$)", f".{ours}.", key)
+    return re.sub(r"^classifier\.", "head.fc.", key)
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+NO_CLASSIFIER = "The authors' ImageNet files hold the backbone alone, trained for detection: no accuracy is stated."
+NO_FILE = "The authors' files lie on Dropbox, which cannot be fetched by name; checkpoint_path takes them."
+
+
+def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note: str = "", **fixed: object) -> None:
+    adapt = fixed.pop("adapt", None)
+    v1 = paper is V1_PAPER
+    register(
+        Entry(
+            name=name,
+            build=timm_builder(timm_name, adapt=adapt, **fixed),  # type: ignore[arg-type]
+            family="vovnet",
+            paper=paper,
+            compact="The outputs of a module's convolutions are concatenated once, at its end.",
+            code_license="unstated" if v1 else "cc-by-nc-4.0",
+            code_url=f"https://github.com/{'stigma0617/VoVNet.pytorch' if v1 else 'youngwanLEE/vovnet-detectron2'}",
+            weights=timm_weights(name, top1) if name == timm_name else (),
+            convert=convert,
+            first_conv="stem.0.conv",
+            classifier="head.fc",
+            note=note,
+        )
+    )
+
+
+for name in ("vovnet39a", "vovnet57a"):
+    _entry(name, name, V1_PAPER, {}, "timm's form, without the identity mappings that the published code has.")
+for name, top1 in (
+    ("ese_vovnet19b_slim_dw", {}),
+    ("ese_vovnet19b_slim", {}),
+    ("ese_vovnet19b_dw", {"ra_in1k": 76.828}),
+    ("ese_vovnet39b", {"ra_in1k": 79.312}),
+    ("ese_vovnet57b", {"ra4_e3600_r256_in1k": 82.460}),
+    ("ese_vovnet99b", {}),
+    ("eca_vovnet39b", {}),
+):
+    same = name.startswith("ese_vovnet19b")
+    _entry(
+        name,
+        name,
+        V2_PAPER,
+        top1,
+        f"Computes what the published code does. {NO_CLASSIFIER}"
+        if same
+        else "timm's form, with attention in the last module of a stage alone.",
+    )
+
+WIDE = {"stage_conv_chs": [128, 160, 192, 224], "stage_out_chs": [256, 512, 768, 1024]}
+SLIM = {"stage_conv_chs": [64, 80, 96, 112], "stage_out_chs": [128, 256, 384, 512]}
+_entry("vovnetv2_19", "ese_vovnet19b_slim", V2_PAPER, {}, NO_CLASSIFIER, **WIDE)
+for size in (39, 57, 99):
+    _entry(f"vovnetv2_{size}", f"ese_vovnet{size}b", V2_PAPER, {}, NO_CLASSIFIER, adapt=attend_everywhere)
+_entry(
+    "vovnet27_slim", "vovnet39a", V1_PAPER, {}, "No file is published.", residual=True, block_per_stage=[1] * 4, **SLIM
+)
+for size, claim in ((39, "76.77"), (57, "77.73")):
+    note = f"The authors claim {claim}% top-1 at 224x224. {NO_FILE}"
+    _entry(f"vovnet{size}", f"vovnet{size}a", V1_PAPER, {}, note, residual=True)

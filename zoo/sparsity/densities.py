@@ -1,0 +1,154 @@
+"""Which weights of a model can be sparse, and how dense each of them is to be."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from zoo.errors import ConfigError, did_you_mean
+
+__all__ = ["RULES", "counts", "densities", "er", "erk", "sparse_parameters", "uniform"]
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> dict[str, nn.Parameter]:
+    """The weights of `model` that `layers` chooses for sparsity, by name; a shared weight once.
+
+    Args:
+        model: what data-parallel and compiled wrappers add to its names is left off.
+        layers: "all" (weights of convolutions and linear layers, classifier included), "decomposed" (of them the
+            depthwise kernels that are taller than wide or wider than tall, as SLaK's large ones), or patterns: names
+            of modules or parameters in which `*` and `?` may stand; a module stands for all below it.
+
+    Vectors (biases, norms, scales) are never sparse. Raises ConfigError for a pattern that matches nothing, and where
+    there is no such weight.
+    """
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    able = {name: p for name, p in parameters.items() if _can_be_sparse(name, p, modules)}
+    what = type(model).__name__
+    if layers == "all":
+        if not able:
+            raise ConfigError(f"{what} has no weights of convolutions or linear layers to make sparse.")
+        return able
+    if layers == "decomposed":
+        chosen = {name: p for name, p in able.items() if p.ndim == 4 and p.shape[1] == 1 and p.shape[2] != p.shape[3]}
+        if not chosen:
+            raise ConfigError(
+                f"{what} has no decomposed kernels (depthwise and not square, as SLaK's): choose its layers by name, "
+                "or all."
+            )
+        return chosen
+    names: dict[str, None] = {}
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        found = [name for name in (*modules, *parameters) if name and fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            near = did_you_mean(pattern, ("all", "decomposed", *modules, *able)) or f" There are: {_some(able)}."
+            raise ConfigError(f"Nothing in {what} is called {pattern!r}, so it cannot be made sparse.{near}")
+        below = [name for name in able if any(name == top or name.startswith(f"{top}.") for top in found)]
+        if not below:
+            raise ConfigError(
+                f"{pattern!r} matches {_some(found)} in {what}, which holds no convolution or linear layer."
+            )
+        names |= dict.fromkeys(below)
+    if not names:
+        raise ConfigError(f"layers chooses nothing in {what}: say all, decomposed, or names of layers.")
+    return {name: able[name] for name in able if name in names}
+
+
+def plain_name(name: str) -> str:
+    """A name without what torch.compile and data parallelism add to it."""
+    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
+
+
+def _can_be_sparse(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> bool:
+    module, _, last = name.rpartition(".")
+    # tables (positions, relative biases, embeddings) have two or four dimensions too, but multiply nothing
+    return last == "weight" and parameter.ndim in (2, 4) and not isinstance(modules.get(module), nn.Embedding)
+
+
+def _some(names: Sequence[str] | Mapping[str, object], most: int = 6) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+# ------------------------------------------------------------------------------------------------------------ densities
+# A density is the share of a weight's elements that may be non-zero: 1 - sparsity.
+
+
+def uniform(shapes: Shapes, density: float) -> dict[str, float]:
+    """The same density for every layer."""
+    return dict.fromkeys(shapes, _checked(density))
+
+
+def er(shapes: Shapes, density: float) -> dict[str, float]:
+    """Erdos-Renyi: the density of a layer goes with (inputs + outputs) / (inputs * outputs).
+
+    Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive Sparse Connectivity Inspired by
+    Network Science", 2018, arXiv 1707.04780, equation 1. The kernel's size does not count: see `erk`.
+    """
+    return _proportional({name: shape[:2] for name, shape in shapes.items()}, shapes, density)
+
+
+def erk(shapes: Shapes, density: float) -> dict[str, float]:
+    """Erdos-Renyi kernel: the density of a layer goes with the sum of its dimensions over their product.
+
+    Evci et al., "Rigging the Lottery", ICML 2020, arXiv 1911.11134, section 3. Layers whose share would exceed 1 are
+    dense, and the others share what is left, so that `density` of all weights remain.
+    """
+    return _proportional(shapes, shapes, density)
+
+
+def _proportional(dimensions: Shapes, shapes: Shapes, density: float) -> dict[str, float]:
+    density = _checked(density)
+    raw = {name: sum(shape) / math.prod(shape) for name, shape in dimensions.items()}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    dense: set[str] = set()
+    while len(dense) < len(shapes):
+        rest = [name for name in shapes if name not in dense]
+        budget = density * sum(sizes[name] for name in rest) - (1 - density) * sum(sizes[name] for name in dense)
+        epsilon = budget / sum(raw[name] * sizes[name] for name in rest)
+        most = max(raw[name] for name in rest)
+        if epsilon * most <= 1:
+            return {name: 1.0 if name in dense else epsilon * raw[name] for name in shapes}
+        dense.update(name for name in rest if raw[name] == most)
+    return dict.fromkeys(shapes, 1.0)
+
+
+RULES = {"uniform": uniform, "er": er, "erk": erk}
+
+
+def densities(shapes: Shapes, density: float, rule: str = "erk") -> dict[str, float]:
+    """The density of every layer by a rule of `RULES`. Raises ConfigError for an unknown one."""
+    if rule not in RULES:
+        raise ConfigError(
+            f"There is no density rule {rule!r}.{did_you_mean(rule, RULES)} There are: {', '.join(RULES)}."
+        )
+    return RULES[rule](shapes, density)
+
+
+def counts(shapes: Shapes, layer_densities: Mapping[str, float]) -> dict[str, int]:
+    """How many weights of each layer are non-zero, in whole numbers whose sum is the nearest to the densities'.
+
+    Every layer is within one weight of its own density: the largest remainders are rounded up.
+    """
+    exact = {name: layer_densities[name] * math.prod(shape) for name, shape in shapes.items()}
+    whole = {name: math.floor(share + 1e-9) for name, share in exact.items()}
+    left = round(sum(exact.values())) - sum(whole.values())
+    by_remainder = sorted(exact, key=lambda name: whole[name] - exact[name])
+    for name in by_remainder[: max(left, 0)]:
+        whole[name] += 1
+    return whole
+
+
+def _checked(density: float) -> float:
+    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+        raise ConfigError(f"A density is a number above 0 and up to 1 (1 - sparsity), not {density!r}.")
+    return float(density)

@@ -1,0 +1,562 @@
+"""Sparse training: weights held at zero by masks, which may move as the model learns.
+
+A mask says of every weight of a layer whether it is kept (True) or zero. Masks begin at a density for each layer
+(uniform, Erdos-Renyi, SNIP); every so many updates those that are smallest leave, and as many appear elsewhere: SET,
+RigL and SLaK differ in when and where (`zoo.training.sparse_methods`). The number of weights that a layer keeps is
+exact after every update.
+
+In a training loop of one's own:
+
+    sparse = SparseTraining(model, SparsityConfig(method="rigl", density=0.2).rule(), updates=1000)
+    sparse.start()
+    sparse.attach(optimizer)
+    for update, batch in enumerate(batches, 1):
+        loss_of(model, batch).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+
+Weights that appear start at zero, and so does what the optimizer remembers of them. Adam would then take far too long
+steps: it corrects its averages for their beginning at zero by the number of all updates, so that after k of them a
+weight of steady gradient moves by (1 - beta1**k) / sqrt(1 - beta2**k) of the learning rate, up to 6.6 times of it
+(betas 0.9, 0.999). Here the correction counts a weight's own updates (`optimizer_state` active or compact), and
+`regrow_warmup` shortens its first steps besides: the cold start of Xiao et al. 2026 (SMET), arXiv 2606.00888, whose
+abstract states the remedies; the formulas are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from zoo.errors import CheckpointError, ConfigError
+from zoo.sparsity import check_masks, counts, densities, n_m_mask, sparse_parameters
+from zoo.sparsity.channels import (
+    ChannelGroup,
+    channel_groups,
+    channel_positions,
+    retire_channels,
+    shrink,
+    weakest_channels,
+)
+from zoo.training.sparse_methods import SparsityRule
+
+__all__ = ["MASKS", "SparseTraining", "largest", "prune_rate", "snip_scores"]
+
+MASKS = "masks.safetensors"  # in the folder of a checkpoint
+# whose updates of a weight depend on that weight alone, so that the others need not be there
+ELEMENTWISE = (
+    *("SGD", "SGDW", "Adam", "AdamW", "AdamWLegacy", "NAdam", "NAdamW", "RAdam", "Adamax", "Lion", "AdaBelief"),
+    *("RMSprop", "RMSpropTF"),
+)
+
+
+class SparseTraining:
+    """The masks of a model that is being trained.
+
+    Args:
+        model: its chosen weights are multiplied with their masks after every step, in place.
+        rule: what `SparsityConfig.rule` gives.
+        updates: of the whole run, by which `start` and `stop` are measured.
+        updates_per_epoch: for an `update_interval` of an epoch.
+        seed: of random masks. They depend on it, the update and the layer's name alone: not on the device, the number
+            of processes, or other random numbers.
+        agree: overwrites tensors with those of the first process, where there are several.
+
+    `masks` holds the masks by the names of the weights; chosen layers without one keep all weights. Raises ConfigError
+    where no layer is chosen, all chosen are frozen, and masks would never move although the rule says so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: SparsityRule,
+        *,
+        updates: int,
+        updates_per_epoch: int = 1,
+        seed: int = 0,
+        agree: Callable[[list[Tensor]], None] = lambda tensors: None,
+    ) -> None:
+        self.model, self.rule, self.seed, self.agree = model, rule, seed, agree
+        chosen = sparse_parameters(model, rule.layers)
+        self.parameters = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
+        if not self.parameters:
+            raise ConfigError("sparsity.layers chooses frozen weights alone: unfreeze some, or choose others.")
+        self.interval = updates_per_epoch if rule.update_interval == "epoch" else int(rule.update_interval)
+        self.begin, self.end = round(rule.start * updates), round(rule.stop * updates)
+        self.falls = rule.initial_density is not None
+        if rule.growth != "none" and -(-max(self.begin, 1) // self.interval) * self.interval > self.end:
+            raise ConfigError(
+                f"Masks would never move: sparsity.update_interval is {self.interval} updates, and they may move from "
+                f"update {self.begin} to {self.end} of {updates}. Lower it, or set sparsity.growth to none."
+            )
+        self.masks: dict[str, Tensor] = {}
+        self.final: dict[str, int] = {}  # weights that each mask keeps in the end
+        self.steps = 0  # of the optimizer
+        self.born: dict[str, Tensor] = {}  # the step at which a weight appeared; 0: it was there from the start
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.values: dict[str, nn.Parameter] = {}  # compact: the kept weights alone, in the optimizer's hands
+        self.channels: dict[str, ChannelGroup] = {}  # those that may die out
+        self.retired: dict[str, list[int]] = {}  # those that did
+
+    # ----------------------------------------------------------------------------------------------------------- start
+
+    def start(self, saliency: Callable[[list[str]], Mapping[str, Tensor]] | None = None) -> None:
+        """Make the first masks and apply them.
+
+        `saliency` gives the scores of `snip_scores` for weights of these names, where the rule asks for them. Raises
+        ConfigError where nothing becomes sparse.
+        """
+        rule, shapes = self.rule, self._shapes()
+        scores: Mapping[str, Tensor] = {}
+        if "snip" in (rule.distribution, rule.masks):
+            if saliency is None:
+                raise ConfigError("SNIP needs a batch to score weights with, and none was given.")
+            scores = saliency(list(shapes))
+        if rule.n_m is not None:
+            masks = {name: n_m_mask(self._choice(name, scores), *rule.n_m) for name in shapes}
+            self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        elif rule.masks == "weights":
+            masks = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
+            self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        else:
+            assert rule.density is not None  # the configuration's to check
+            if rule.distribution == "snip":
+                total = sum(score.numel() for score in scores.values())
+                self.final = largest(scores, round(rule.density * total))
+            else:
+                self.final = counts(shapes, densities(shapes, rule.density, rule.distribution))
+            now = self._targets(0)
+            masks = {name: _best(self._choice(name, scores), None, now[name]) for name in shapes}
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self.final = {name: kept for name, kept in self.final.items() if kept < rule.dense_from * sizes[name]}
+        self.masks = {name: masks[name] for name in self.final}
+        if not self.masks:
+            raise ConfigError(
+                "No layer would have a weight at zero: "
+                + ("the weights have no zeros." if rule.masks == "weights" else "lower sparsity.density.")
+            )
+        if rule.dead_channels:
+            self._find_channels()
+        self.agree(list(self.masks.values()))
+        self.apply()
+
+    def _find_channels(self) -> None:
+        """The groups of channels that may die out, each of whose layers gets a mask. Raises ConfigError for none."""
+        self.channels = channel_groups(self.model)
+        if not self.channels:
+            raise ConfigError(
+                f"sparsity.dead_channels: {type(self.model).__name__} has no channels that can go: leave it out."
+            )
+        parameters = dict(self.model.named_parameters())
+        for name in (part.tensor for group in self.channels.values() for part in group.slices if part.role != "own"):
+            if name not in self.masks:
+                self.parameters[name] = parameters[name]
+                self.masks[name] = torch.ones_like(parameters[name], dtype=torch.bool)
+                self.final[name] = parameters[name].numel()
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.parameters.items()}
+
+    def _choice(self, name: str, scores: Mapping[str, Tensor]) -> Tensor:
+        """By which the first mask keeps the highest."""
+        match self.rule.masks:
+            case "magnitude":
+                return self.parameters[name].detach().abs()
+            case "snip":
+                return scores[name]
+            case _:
+                return self._random(name, 0)
+
+    def _random(self, name: str, update: int) -> Tensor:
+        parameter = self.parameters[name]
+        return torch.rand(parameter.shape, generator=self._generator(name, update)).to(parameter.device)
+
+    def _generator(self, name: str, update: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed}/{update}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take charge of what `optimizer`, made over the model's parameters, remembers; before its first step.
+
+        Raises ConfigError for an optimizer that cannot do what the rule says.
+        """
+        self.optimizer, kind = optimizer, type(optimizer).__name__
+        names = {id(self.parameters[name]): name for name in self.masks}
+        compact = self.rule.optimizer_state == "compact"
+        if compact and kind not in ELEMENTWISE:
+            raise ConfigError(
+                f"sparsity.optimizer_state compact needs an optimizer that treats each weight by itself, which {kind} "
+                "does not: take adamw or sgd, or optimizer_state active."
+            )
+        for group in optimizer.param_groups:
+            if self.rule.growth == "momentum" and not ("betas" in group or group.get("momentum")):
+                raise ConfigError(f"sparsity.growth momentum: {kind} keeps none. Choose another optimizer or growth.")
+            for i, parameter in enumerate(group["params"]):
+                name = names.get(id(parameter))
+                if name is None:
+                    continue
+                self.groups[name] = group
+                if compact:
+                    self.values[name] = nn.Parameter(parameter.detach()[self.masks[name]])
+                    group["params"][i] = self.values[name]
+
+    # ------------------------------------------------------------------------------------------------------------ steps
+
+    def step(self, update: int, step: Callable[[], object]) -> None:
+        """One update: `step()`, masks applied, and masks moved where the time has come.
+
+        `update` counts from 1. Gradients are there, those of all processes and accumulated batches together. `step`
+        may clip them; it answers False where it did nothing, as mixed precision does when gradients overflow.
+        """
+        due = self.is_due(update)
+        scores = self._gradients() if due and self.rule.growth == "gradient" else {}
+        self._confine_gradients()
+        if not (due and self.rule.update_instead_of_step):
+            before = {name: self._held(name).detach().clone() for name in self.masks if self._is_rescaled(name)}
+            if step() is not False:
+                self.steps += 1
+                self._rescale(before)
+            self.apply()
+        if due:
+            self.move(update, scores)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set the weights that masks leave out to zero."""
+        for name, mask in self.masks.items():
+            if name in self.values:
+                self.parameters[name].masked_scatter_(mask, self.values[name].detach())
+            else:
+                self.parameters[name].mul_(mask)
+
+    def average(self, ema: ModelEmaV3, update: int) -> None:
+        """Update an average of the model so that it has the same zeros.
+
+        A weight that appeared has no past to average: the average takes it as it is.
+        """
+        averages = dict(ema.module.named_parameters())
+        fresh = {name: mask & (averages[name].detach() == 0) for name, mask in self.masks.items()}
+        ema.update(self.model, step=update)
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                average = averages[name]
+                average.copy_(torch.where(fresh[name], self.parameters[name].to(average), average) * mask)
+
+    def _held(self, name: str) -> nn.Parameter:
+        """The parameter in the optimizer's hands."""
+        return self.values.get(name, self.parameters[name])
+
+    def _gradients(self) -> dict[str, Tensor]:
+        gradients = {name: self.parameters[name].grad for name in self.masks}
+        return {
+            name: torch.zeros_like(self.parameters[name]) if gradient is None else gradient.detach().abs().clone()
+            for name, gradient in gradients.items()
+        }
+
+    def _confine_gradients(self) -> None:
+        """To the kept weights, unless the optimizer is to follow all."""
+        if self.rule.optimizer_state == "dense":
+            return
+        for name, mask in self.masks.items():
+            parameter = self.parameters[name]
+            if parameter.grad is None:
+                continue
+            if name in self.values:
+                self.values[name].grad, parameter.grad = parameter.grad[mask], None
+            else:
+                parameter.grad.mul_(mask)
+
+    def _is_rescaled(self, name: str) -> bool:
+        return name in self.born or self.rule.lr_density_power != 0
+
+    @torch.no_grad()
+    def _rescale(self, before: Mapping[str, Tensor]) -> None:
+        """Lengthen or shorten the step that was just taken from `before`."""
+        for name, start in before.items():
+            held = self._held(name)
+            factor = torch.full_like(held, self._density(name) ** -self.rule.lr_density_power)
+            if name in self.born:
+                born = self.born[name]
+                age = (self.steps - born).to(held.dtype)
+                young = self._bias_correction(name, age)
+                if self.rule.regrow_warmup:
+                    young = young * (age / self.rule.regrow_warmup).clamp(max=1)
+                factor = torch.where(born > 0, factor * young, factor)
+            held.copy_(torch.lerp(start, held, factor))
+
+    def _density(self, name: str) -> float:
+        return int(self.masks[name].count_nonzero()) / self.masks[name].numel()
+
+    def _bias_correction(self, name: str, age: Tensor) -> Tensor:
+        """What Adam's step must be multiplied with so that its averages are corrected for `age` updates of a weight."""
+        assert self.optimizer is not None
+        state, betas = self.optimizer.state.get(self._held(name), {}), self.groups[name].get("betas")
+        if betas is None or not {"exp_avg", "exp_avg_sq"} <= state.keys():
+            return torch.ones_like(age)  # averages that are not corrected begin with short steps of themselves
+        step = torch.full_like(age, float(state.get("step", self.steps)))
+        first, second = (_grown(beta, age) / _grown(beta, step) for beta in betas[:2])
+        return second.sqrt() / first
+
+    # ------------------------------------------------------------------------------------------------------- topologies
+
+    def is_due(self, update: int) -> bool:
+        """Whether masks move at this update."""
+        has_aim = self.falls or bool(self.rule.dead_channels)  # that is reached at the end, though no interval is
+        if not self.begin <= update <= self.end or (update % self.interval and not (has_aim and update == self.end)):
+            return False
+        return has_aim or (self.rule.growth != "none" and self.rate(update) > 0)
+
+    def rate(self, update: int) -> float:
+        """The share of kept weights that move at this update."""
+        rule = self.rule
+        return prune_rate(self._progress(update), rule.prune_rate, rule.final_prune_rate, rule.prune_schedule)
+
+    def _progress(self, update: int) -> float:
+        return min(max((update - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
+
+    def _targets(self, update: int) -> dict[str, int]:
+        """How many weights each layer keeps after this update.
+
+        Where the density falls, a layer's sparsity is its final one times a factor that is the same for all, so that
+        the whole follows s = s_f + (s_i - s_f) (1 - t)^3 (Zhu and Gupta 2017, arXiv 1710.01878, equation 1).
+        """
+        initial, final = self.rule.initial_density, self.rule.density
+        if initial is None or final is None or final == 1 or update >= self.end:
+            return self.final
+        factor = 1 + ((1 - initial) / (1 - final) - 1) * (1 - self._progress(update)) ** 3
+        shapes = {name: self.parameters[name].shape for name in self.final}
+        return counts(shapes, {n: 1 - (1 - kept / shapes[n].numel()) * factor for n, kept in self.final.items()})
+
+    @torch.no_grad()
+    def move(self, update: int, gradients: Mapping[str, Tensor]) -> None:
+        """Prune and grow. `gradients` are magnitudes; where they overflowed, masks stay as they are this time."""
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
+            return
+        targets, rate = self._targets(update), self.rate(update)
+        closed = channel_positions(self.model, self.channels, self.retired)
+        fresh = {}
+        for name, mask in self.masks.items():
+            moving = math.ceil(rate * targets[name]) if self.rule.growth != "none" else 0
+            kept = self._prune(name, mask, targets[name] - moving)
+            if moving:
+                free = ~(kept | closed[name].to(kept.device)) if name in closed else ~kept
+                kept = self._grow(name, kept, free, moving, update, gradients)
+            fresh[name] = kept
+        if self.channels:
+            fresh = self._retire(fresh, update, gradients)
+        self.agree(list(fresh.values()))
+        for name, mask in fresh.items():
+            self._adopt(name, mask)
+
+    def _prune(self, name: str, mask: Tensor, count: int) -> Tensor:
+        """`mask`, but for its smallest weights: `count` are left."""
+        weight = self.parameters[name].detach()
+        if self.rule.prune == "magnitude":
+            return _best(weight.abs(), mask, count)
+        negative = mask & (weight < 0)
+        below, active = int(negative.count_nonzero()), int(mask.count_nonzero())
+        count_below = round(count * below / active) if active else 0
+        count_above = min(count - count_below, active - below)
+        above = _best(weight.abs(), mask & ~negative, count_above)
+        return above | _best(weight.abs(), negative, count - count_above)
+
+    def _grow(
+        self, name: str, kept: Tensor, free: Tensor, count: int, update: int, gradients: Mapping[str, Tensor]
+    ) -> Tensor:
+        match self.rule.growth:
+            case "gradient":
+                scores = gradients[name]
+            case "momentum":
+                scores = self._momentum(name)
+            case _:
+                scores = self._random(name, update)
+        if self.rule.n_m is not None:
+            return n_m_mask(scores.masked_fill(kept, math.inf), *self.rule.n_m)
+        return kept | _best(scores, free, min(count, int(free.count_nonzero())))
+
+    def _retire(self, masks: dict[str, Tensor], update: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let more channels die out, those with the fewest weights, which their layers get back elsewhere (Chase)."""
+        weakest = weakest_channels(self.model, self.channels, self.rule.dead_channels * self._progress(update), masks)
+        going = {}
+        for name, numbers in weakest.items():
+            before = self.retired.get(name, [])
+            more = [number for number in numbers.tolist() if number not in before][: len(numbers) - len(before)]
+            if more:
+                going[name] = more
+        masks = retire_channels(
+            self.model,
+            self.channels,
+            going,
+            masks,
+            retired=self.retired,
+            scores=gradients or None,
+            generator=self._generator("channels", update),
+        )
+        self.retired = {
+            name: sorted(self.retired.get(name, []) + going.get(name, [])) for name in {**self.retired, **going}
+        }
+        self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
+        return masks
+
+    def _momentum(self, name: str) -> Tensor:
+        """How far the optimizer would move each weight: |m| / (sqrt(v) + 1e-8), or |m| where it keeps no v."""
+        state = self.optimizer.state.get(self.parameters[name], {}) if self.optimizer is not None else {}
+        momentum = state.get("exp_avg", state.get("momentum_buffer"))
+        if momentum is None:
+            return torch.zeros_like(self.parameters[name])
+        squares = state.get("exp_avg_sq")
+        return momentum.abs() if squares is None else momentum.abs() / (squares.sqrt() + 1e-8)
+
+    def _adopt(self, name: str, new: Tensor) -> None:
+        """Change a mask, and with it the weights and what the optimizer remembers of them."""
+        old, parameter = self.masks[name], self.parameters[name]
+        parameter.mul_(new)
+        self.masks[name] = new
+        if self.rule.optimizer_state == "dense" or self.optimizer is None:
+            return
+        held, state = self._held(name), self.optimizer.state.get(self._held(name), {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == held.shape and value.ndim:
+                state[key] = self._carried(name, value, old, new)
+        appeared = new & ~old
+        if name in self.born or appeared.any():
+            born = self.born.get(name, torch.zeros_like(held, dtype=torch.int32))
+            born = self._carried(name, born, old, new)
+            self.born[name] = born.masked_fill(appeared[new] if name in self.values else appeared, self.steps)
+        if name in self.values:
+            held.grad = None
+            held.data = parameter.detach()[new]
+
+    def _carried(self, name: str, value: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """What is remembered for each held weight, under another mask: zero for weights that appeared."""
+        if name not in self.values:
+            return value * (old & new)
+        return torch.zeros(old.shape, dtype=value.dtype, device=value.device).masked_scatter_(old, value)[new]
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the masks, as plain data and tensors."""
+        return {
+            "optimizer_state": self.rule.optimizer_state,
+            "final": dict(self.final),
+            "steps": self.steps,
+            "born": dict(self.born),
+            "retired": dict(self.retired),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint: before `attach`. Its masks and densities hold, whatever the rule says of them.
+
+        Raises CheckpointError for masks of another model, and an optimizer's state of another kind.
+        """
+        if (state["optimizer_state"] == "compact") != (self.rule.optimizer_state == "compact"):
+            raise CheckpointError(
+                f"The checkpoint was trained with sparsity.optimizer_state {state['optimizer_state']}, not "
+                f"{self.rule.optimizer_state}: set it to that."
+            )
+        found = check_masks(self.model, masks)
+        self.parameters |= found
+        self.masks = {name: mask.to(found[name].device) for name, mask in masks.items()}
+        self.final, self.steps = dict(state["final"]), state["steps"]
+        self.born = {name: born.to(found[name].device) for name, born in state["born"].items()}
+        self.retired = dict(state["retired"])
+        if self.rule.dead_channels:
+            self._find_channels()
+        self.apply()
+
+    # ---------------------------------------------------------------------------------------------------------- outcome
+
+    def cut(self, model: nn.Module) -> None:
+        """Slice the channels that died out from a copy of the model, in place. It computes what it did."""
+        shrink(model, self.channels, self.retired)
+
+    @property
+    def density(self) -> float:
+        """The share of the chosen layers' weights that is kept."""
+        total = sum(parameter.numel() for parameter in self.parameters.values())
+        return 1 - sum(mask.numel() - int(mask.count_nonzero()) for mask in self.masks.values()) / total
+
+    def describe(self) -> str:
+        """One line on what is sparse."""
+        total = sum(parameter.numel() for parameter in self.parameters.values())
+        text = (
+            f"Sparse: {len(self.masks)} of {len(self.parameters)} chosen layers; {self.density:.2%} of their "
+            f"{total:,} weights kept."
+        )
+        empty = [name for name, kept in self.final.items() if kept == 0]
+        if empty:
+            text += f" Nothing is left of {', '.join(empty[:3])}{' and others' * (len(empty) > 3)}: raise the density?"
+        return text
+
+
+def prune_rate(progress: float, first: float, last: float, schedule: str) -> float:
+    """The rate after a share of the time: from `first` to `last` by "cosine" or "linear"; "constant" is `first`."""
+    match schedule:
+        case "cosine":
+            return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            return first + (last - first) * progress
+        case "constant":
+            return first
+        case _:
+            raise ConfigError(f"There is no schedule {schedule!r}: take cosine, linear or constant.")
+
+
+def snip_scores(
+    model: nn.Module,
+    names: Sequence[str],
+    losses: Sequence[Callable[[nn.Module], Tensor]],
+    average: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> dict[str, Tensor]:
+    """|weight x gradient| of the named weights, for the mean of `losses`: how much the loss depends on each.
+
+    Lee et al., "SNIP", ICLR 2019, arXiv 1810.02340, equation 4, without its division by the sum. `losses` take a copy
+    of the model in training mode, in which drop path and dropout rest: else a block that is dropped scores zero.
+    `average` makes one gradient of all processes'. Raises ConfigError where scores are not finite, or all zero.
+    """
+    copied = copy.deepcopy(model).train()
+    for module in copied.modules():
+        if isinstance(module, DropPath | nn.Dropout | nn.Dropout1d | nn.Dropout2d):
+            module.eval()
+    for loss in losses:
+        (loss(copied) / len(losses)).backward()
+    parameters, scores = dict(copied.named_parameters()), {}
+    for name in names:
+        weight = parameters[name].detach()
+        gradient = parameters[name].grad
+        scores[name] = (weight * average(torch.zeros_like(weight) if gradient is None else gradient)).abs()
+    sums = [score.double().sum() for score in scores.values()]
+    if not (math.isfinite(float(sum(sums))) and float(sum(sums)) > 0):
+        raise ConfigError("SNIP cannot score the weights: the loss's gradients are zero or not finite. Take erk.")
+    return scores
+
+
+def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
+    """How many of the `count` largest of all scores each layer holds."""
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    chosen = _best(everything, None, count)
+    parts = chosen.split([score.numel() for score in scores.values()])
+    return {name: int(part.count_nonzero()) for name, part in zip(scores, parts, strict=True)}
+
+
+def _best(scores: Tensor, among: Tensor | None, count: int) -> Tensor:
+    """A mask of exactly the `count` highest scores, which are not negative, among those of a mask."""
+    candidates = scores if among is None else scores.masked_fill(~among, -1.0)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    mask[candidates.flatten().topk(count, sorted=False).indices] = True
+    return mask.view(scores.shape)
+
+
+def _grown(beta: float, age: Tensor) -> Tensor:
+    """1 - beta ** age, to the last digit."""
+    return -torch.expm1(age * math.log(beta)) if beta > 0 else torch.ones_like(age)
