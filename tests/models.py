@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -16,12 +17,17 @@ def each_vision_model(everything: bool = False) -> list[Any]:
     """Parameters for `pytest.mark.parametrize("name", ...)`."""
     smallest: dict[str, str] = {}
     for info in zoo.search(task="vision", sort="params"):
-        smallest.setdefault(info.name.partition("_")[0], info.name)
+        smallest.setdefault(series(info.name), info.name)
     quick = set(smallest.values())
     return [
         pytest.param(name, marks=() if everything or name in quick else pytest.mark.slow)
         for name in zoo.list_models(task="vision")
     ]
+
+
+def series(name: str) -> str:
+    """What comes before a size: `ffnet` of `ffnet40s_bbx_mobile`, `poolformerv2` of `poolformerv2_s12`."""
+    return re.sub(r"\d\d+[a-z]*$", "", name.partition("_")[0])
 
 
 def create(name: str, **arguments: Any) -> Any:

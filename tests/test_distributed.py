@@ -22,6 +22,7 @@ from tests.test_data import make_folder
 from tests.test_training import SMALL, assert_same_checkpoint, configure, rows
 from zoo.config import plain_flags
 from zoo.errors import ConfigError
+from zoo.sparsity import load_masks
 from zoo.training import train
 from zoo.training.checkpoint import read_state
 
@@ -135,6 +136,34 @@ def test_going_on_with_another_number_of_processes(launcher: Launcher, home: Pat
 
 def updates(run: Path) -> int:
     return read_state(run / "last")["progress"]["updates"] if (run / "last" / "state.pt").exists() else 0
+
+
+@pytest.mark.slow  # seven processes, where test_sparse_training.py has its own two
+def test_sparse_training(launcher: Launcher, home: Path):
+    """Two processes find the masks that one does: SNIP and growth see all images. Killed, they go on exactly."""
+    sparsity = {"method": "rigl", "density": 0.3, "update_interval": 2, "distribution": "snip", "stop": 1.0}
+    sparse = {"sparsity": {**sparsity, "optimizer_state": "compact"}}
+    for name, changes, processes in (("sparse_one", ONE, 1), ("sparse_two", TWO, 2)):
+        launcher.run(home, *flags(home, **changes, **sparse), "--output.dir", home / name, processes=processes)
+    one, two = (load_masks(home / name / "last" / "masks.safetensors") for name in ("sparse_one", "sparse_two"))
+    same = sum(int((mask == two[name]).sum()) for name, mask in one.items())
+    assert same > 0.98 * sum(mask.numel() for mask in one.values())  # but for scores that are as good as equal
+    assert [row["density"] for row in rows(home / "sparse_one")] == [
+        row["density"] for row in rows(home / "sparse_two")
+    ]
+
+    output = home / "sparse_killed"
+    argv = [*flags(home, **TWO, **sparse), "--output.dir", output, "--resume", "auto"]
+    job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=2, pause=0.2)
+    while updates(output) < 6:  # after masks have moved, in the middle of an epoch
+        assert job.is_running(), job.text()
+        time.sleep(0.01)
+    for rank in (0, 1):
+        job.kill(signal.SIGKILL, rank)
+    job.wait()
+    assert updates(output) < 10
+    launcher.run(home, *argv, processes=2)
+    assert_same_checkpoint(output / "last", home / "sparse_two" / "last")
 
 
 def test_evaluation_counts_every_image_once(launcher: Launcher, home: Path, tmp_path: Path):

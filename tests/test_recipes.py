@@ -188,6 +188,9 @@ def test_what_headers_expect_is_what_the_authors_claim(path: Path, tag: str | No
     if not weights:
         pytest.skip(f"{path.stem} has no published weights")
     claims = [w for w in weights if w.top1 is not None and tag in (None, w.tag)]
+    if not claims and tag is None:
+        assert "Expect: the authors state no accuracy; not measured here" in header(path)
+        return
     assert any(f"Expect: {w.top1:.1f}% top-1 ({w.accuracy_source}); not measured here" in header(path) for w in claims)
 
 
@@ -242,6 +245,7 @@ def test_recipe_takes_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.
         data=changes,
         distill=distill,
         train={"max_updates": 2, "device": "cpu", "global_batch_size": None},
+        sparsity={"update_interval": 1} if config.sparsity.method else {},  # so that masks move in a run this short
         output={"dir": str(tmp_path / "run"), "tracker": None},
     )
     monkeypatch.setattr("zoo.training.loop.write_checkpoint", lambda *_: None)

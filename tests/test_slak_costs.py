@@ -13,6 +13,7 @@ from tests.profiles import profiled
 from tests.test_slak import SMALL
 from zoo import cli
 from zoo.errors import CheckpointError, ConfigError
+from zoo.profiling import Profile
 
 # parameters, of which weights that can be sparse, MACs of convolutions and linear layers, at 224x224
 DENSE = {
@@ -36,65 +37,76 @@ SIZE = (3, 224, 224)
 
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_costs_are_the_authors_networks(name):
-    profile = profiled(name, SIZE)
     params, weights, macs = DENSE[name]
-    assert (profile.params, profile.macs) == (params, macs)
+    info = zoo.model_info(name)
+    assert (info.params, info.macs) == (params, macs)
     model = zoo.create_model(name, pretrained=False, device="meta")
     assert sum(p.numel() for p in model.parameters() if p.ndim in (2, 4)) == weights
-    assert profile.complete
-    assert profile.effective is None
 
 
 def test_where_the_macs_of_slak_tiny_lie():
-    """The authors' fvcore total, to which we add their element-wise norms over channels, and pooling."""
     profile = profiled("slak_tiny", SIZE)
+    assert profile.complete
+    assert profile.effective is None  # without weights, nobody knows
     operators = {operator.name: operator for operator in profile.operators}
     assert operators["linear"].macs == 7_010_070_896
     assert operators["convolution"].macs == 1_694_705_474
     assert operators["batch_norm"].fvcore_total == 16_675_092
     assert operators["layer_norm"].fvcore_total == 13_900_900 + 5_353_740
-    assert profile.fvcore_total == 8_735_352_362 + 5_353_740 + operators["adaptive_avg_pool2d"].fvcore_total
 
 
-@pytest.mark.parametrize(("size", "total"), [((3, 192, 256), 8_557_100_334), ((3, 384, 384), 25_669_295_022)])
-def test_slak_tiny_at_other_sizes(size, total):
-    profile = profiled("slak_tiny", size)
-    reference = profile.macs + sum(o.fvcore_total for o in profile.operators if o.name == "batch_norm")
-    blocks = sum(m.own_fvcore_total for m in profile.modules if re.fullmatch(r"stages\.\d\.blocks\.\d+\.norm", m.name))
-    assert reference + blocks + 5 * 998 == total  # and the head's norm
+def authors_total(profile: Profile) -> int:
+    """fvcore's total of the authors' code: it does not see their norms over channels, nor our kind of pooling."""
+    unseen = re.compile(r"stem\.norm|stages\.\d\.downsample\.norm|head\.global_pool\.pool")
+    return profile.fvcore_total - sum(m.own_fvcore_total for m in profile.modules if unseen.fullmatch(m.name))
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "params", "macs"),
+    ("size", "total"),
     [
-        ("slak_tiny_nodecom", {}, 60_818_614, "13.7997"),
-        ("slak_tiny_nodecom_merged", {}, 60_577_702, "13.7303"),
-        ("slak_tiny_w1", {}, 30_816_232, "5.4190"),
-        ("slak_tiny_w1", {"decompose": False}, 38_605_768, "9.3485"),
-        ("slak_convnext_tiny", {}, 28_595_752, "4.4555"),
-        ("slak_tiny", {"merged": True}, 50_445_718, "8.6353"),
+        (SIZE, 8_735_352_362),
+        ((3, 384, 384), 25_669_295_022),
+        pytest.param((3, 192, 256), 8_557_100_334, marks=pytest.mark.slow),  # one more trace of the same network
+    ],
+)
+def test_totals_of_slak_tiny_at_several_sizes(size, total):
+    assert authors_total(profiled("slak_tiny", size)) == total
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "params", "total"),
+    [
+        pytest.param("slak_tiny_nodecom", {}, 60_818_614, "13.8248", marks=pytest.mark.slow),  # as the next but wider
+        ("slak_tiny_nodecom_merged", {}, 60_577_702, None),
+        ("slak_tiny_w1", {}, 30_816_232, "5.4426"),
+        ("slak_tiny_w1", {"decompose": False}, 38_605_768, "9.3722"),
+        ("slak_convnext_tiny", {}, 28_595_752, "4.4706"),
+        ("slak_tiny", {"merged": True}, 50_445_718, "8.6492"),
         ("slak_small", {"merged": True}, 90_604_240, None),
         ("slak_base", {"merged": True}, 157_247_532, None),
     ],
 )
-def test_costs_of_other_forms(name, arguments, params, macs):
+def test_costs_of_other_forms(name, arguments, params, total):
     model = zoo.create_model(name, pretrained=False, device="meta", **arguments)
-    profile = zoo.profile(model)
-    assert profile.params == params
-    if macs is not None:
-        assert f"{profile.macs / 1e9:.4f}" == macs
+    assert sum(p.numel() for p in model.parameters()) == params
+    if total is not None:
+        assert f"{authors_total(zoo.profile(model)) / 1e9:.4f}" == total
 
 
 # ------------------------------------------------------------------------------------------------------------ effective
 
 
-@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "slak_tiny" else pytest.mark.slow) for name in SPARSE]
+)
 def test_costs_at_the_papers_sparsity(name):
     params, macs = SPARSE[name]
     effective = zoo.profile(name, sparsity=0.4).effective
     assert effective.rule == "uniform"
     assert effective.density == pytest.approx(0.6)
     assert effective.params == params
+    weights = DENSE[name][1]
+    assert params == round(DENSE[name][0] - 0.4 * weights)
     assert f"{effective.macs / 1e9:.2f}" == f"{macs:.2f}"
     info = zoo.model_info(name)
     assert round(params / 1e6) == info.reported.params / 1e6  # the authors', in millions

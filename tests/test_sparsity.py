@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -212,3 +213,111 @@ def test_n_m_masks_keep_the_largest_of_every_group_of_inputs(shape):
     assert follows_n_m(weight, 2, 4) == (shape[1] <= 2)
     with pytest.raises(ConfigError, match="N:M"):
         n_m_mask(weight, 4, 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture(scope="module")
+def sparse() -> nn.Module:
+    torch.manual_seed(0)
+    model = tiny("convformer_s18")
+    masks = random_masks(model, 0.5)
+    masks["stages.0.blocks.0.mlp.fc1.weight"][:3] = False
+    masks["stages.0.blocks.0.mlp.fc1.weight"][:, 5] = False
+    apply_masks(model, masks)
+    return model
+
+
+def test_a_report_counts_what_is_there(sparse):
+    found = zoo.sparsity.report(sparse, (3, 64, 64))
+    dense = zoo.profile(sparse, (3, 64, 64))
+    weights = sparse_parameters(sparse)
+    assert [layer.name for layer in found.layers] == list(weights)
+    assert [layer.nonzeros for layer in found.layers] == [int(w.count_nonzero()) for w in weights.values()]
+    assert (found.params, found.macs) == (dense.params, dense.macs)
+    assert found.effective_params == sum(int(p.count_nonzero()) for p in weights.values()) + sum(
+        p.numel() for name, p in sparse.named_parameters() if name not in weights
+    )
+    assert found.density == pytest.approx(0.5, abs=0.02)
+    assert sum(layer.macs for layer in found.layers) == found.macs  # no attention in it
+    assert found.effective_macs == pytest.approx(sum(layer.effective_macs for layer in found.layers), abs=30)
+
+    layers = {layer.name: layer for layer in found.layers}
+    fc1 = layers["stages.0.blocks.0.mlp.fc1.weight"]
+    assert (fc1.shape, fc1.empty_outputs, fc1.empty_inputs) == ((64, 16, 1, 1), 3, 1)
+    assert fc1.macs == 64 * 16 * 16 * 16
+    assert fc1.effective_macs == fc1.nonzeros * 16 * 16
+    assert torch.equal(found.masks[fc1.name], weights[fc1.name] != 0)
+    assert all(name in str(found) for name in ("stages.0.blocks.0.token_mixer.dwconv", f"{found.params:,}"))
+
+
+def test_a_report_sees_n_m_patterns_and_dense_models():
+    model = tiny()
+    assert zoo.sparsity.report(model, (3, 64, 64)).density == 1
+    for name, parameter in sparse_parameters(model, "*.mlp").items():
+        apply_masks(model, {name: n_m_mask(parameter.detach().abs(), 2, 4)})
+    found = zoo.sparsity.report(model, (3, 64, 64))
+    assert {layer.name for layer in found.layers if layer.follows_2_4} == set(sparse_parameters(model, "*.mlp"))
+    assert "2:4 in every layer that has zeros" in found.summary()
+
+
+def test_a_shared_weight_counts_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(self.first(x.flatten(1)))
+
+    model = Twice()
+    with torch.no_grad():
+        model.first.weight[0] = 0
+    (layer,) = zoo.sparsity.report(model, (1, 2, 2)).layers
+    assert (layer.params, layer.nonzeros, layer.macs, layer.effective_macs) == (16, 12, 32, 24)
+
+
+def test_what_has_no_weights_has_no_report():
+    with pytest.raises(ConfigError, match="no weights of convolutions"):
+        zoo.sparsity.report(nn.ReLU(), (3, 8, 8))
+    with pytest.raises(ConfigError, match="meta device"):
+        zoo.sparsity.report(tiny(device="meta"))
+    with pytest.raises(ConfigError, match="takes a module"):
+        zoo.sparsity.report("poolformer_s12")
+
+
+def test_the_picture_shows_densities_and_masks(sparse, tmp_path):
+    pytest.importorskip("matplotlib")
+    found = zoo.sparsity.report(sparse, (3, 64, 64))
+    from PIL import Image
+
+    whole = Image.open(found.plot(tmp_path / "masks.png")).size
+    one = Image.open(found.plot(tmp_path / "one.png", "*.dwconv*")).size
+    assert whole[1] > one[1] > 300
+    zoo.sparsity.report(tiny(), (3, 64, 64)).plot(tmp_path / "dense.svg")
+    assert "<svg" in (tmp_path / "dense.svg").read_text()
+    with pytest.raises(ConfigError, match=r"no weight called 'stagez'.*Did you mean stages"):
+        found.plot(tmp_path / "none.png", ["stagez"])
+    with pytest.raises(ConfigError, match="endings"):
+        found.plot(tmp_path / "masks.doc")
+
+
+def test_the_command_prints_and_draws(sparse, tmp_path, capsys):
+    from zoo.cli import main
+
+    (tmp_path / "run").mkdir()
+    zoo.save_pretrained(sparse, tmp_path / "run" / "best")
+    size = ["--input-size", "3", "64", "64"]
+    assert main(["sparsity", str(tmp_path / "run"), *size]) == 0
+    assert "stages.3.blocks.0.mlp.fc2" in capsys.readouterr().out
+    assert main(["sparsity", str(tmp_path / "run"), *size, "--json", "--plot", str(tmp_path / "masks.png")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["density"] == pytest.approx(0.5, abs=0.02)
+    assert told["layers"][0].keys() >= {"name", "density", "macs", "effective_macs", "nonzeros"}
+    assert (tmp_path / "masks.png").stat().st_size
+    assert main(["sparsity", str(tmp_path / "runn")]) == 1
+    assert "Did you mean run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sparsity", str(tmp_path / "run"), "--layers", "stages.0"])

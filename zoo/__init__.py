@@ -35,10 +35,12 @@ _PUBLIC = {
     "evaluate": "zoo.evaluation",
     "predict": "zoo.evaluation",
     "register_with_timm": "zoo.compat.timm",
+    "sparsity": "zoo.sparsity",
 }
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
+    from zoo import sparsity
     from zoo.compat.timm import register_with_timm
     from zoo.errors import ZooError
     from zoo.evaluation import evaluate, predict
@@ -67,7 +69,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    home = importlib.import_module(_PUBLIC[name])
+    value = home if _PUBLIC[name] == f"zoo.{name}" else getattr(home, name)
     globals()[name] = value
     return value
 

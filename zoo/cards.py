@@ -54,7 +54,7 @@ def render_families() -> str:
         rows.append(
             (
                 f"[{family}](model_cards/{family}.md)",
-                infos[0].task,
+                ", ".join(dict.fromkeys(info.task for info in infos)),
                 f"{len(infos)}: {code(groups(info.name for info in infos))}",
                 span([info.params for info in infos]),
                 span([info.macs for info in infos]),
@@ -101,6 +101,7 @@ def weights_section(infos: Sequence[ModelInfo]) -> str:
     if not any(info.weights for info in infos):
         return "None are published."
     notes = footnotes(w.note for info in infos for w in info.weights)
+    segments = any(w.miou is not None for info in infos for w in info.weights)
     rows = [
         (
             f"`{info.name}.{w.tag}`" + mark(notes, w.note),
@@ -109,6 +110,7 @@ def weights_section(infos: Sequence[ModelInfo]) -> str:
             shape(w.input_size),
             f"{w.crop_pct:g}",
             "" if w.top1 is None else f"{w.top1:.1f}",
+            *(["" if w.miou is None else f"{w.miou:.1f}"] if segments else []),
             w.accuracy_source or "",
             w.license,
             weights_link(w),
@@ -116,7 +118,8 @@ def weights_section(infos: Sequence[ModelInfo]) -> str:
         for info in infos
         for w in info.weights
     ]
-    columns = ("weights", "trained on", ">classes", "input", ">crop", ">top-1 %", "claimed by", "licence", "source")
+    claims = (">top-1 %", ">mIoU %") if segments else (">top-1 %",)
+    columns = ("weights", "trained on", ">classes", "input", ">crop", *claims, "claimed by", "licence", "source")
     text = [
         "Accuracies are claims of those named, not measurements of ours. The first tag of a model is its default.",
         markdown_table(columns, rows),
@@ -176,13 +179,18 @@ def use_section(infos: Sequence[ModelInfo]) -> str:
         return any((w.hub_id or "").startswith("timm/") for w in info.weights)
 
     info = min(infos, key=lambda info: (not in_timm(info), not info.weights, info.params))
-    if not info.weights:
-        return f'```python\nimport zoo\n\nmodel = zoo.create_model("{info.name}")\n```'
-    name = f"{info.name}.{info.weights[0].tag}"
+    name, how = info.name, ""
+    if info.weights and info.weights[0].page:
+        how = ', checkpoint_path="PATH/TO/FILE"'
+    elif info.weights:
+        name, how = f"{info.name}.{info.weights[0].tag}", ", pretrained=True"
+    call = f'model = zoo.create_model("{name}"{how})' + (".eval()" if how else "")
+    text = f"```python\nimport zoo\n\n{call}\n```"
+    if "pretrained" not in how or info.task != "vision":
+        return text
     register = "" if in_timm(info) else "import zoo\n\nzoo.register_with_timm()\n"
     return (
-        f'```python\nimport zoo\n\nmodel = zoo.create_model("{name}", pretrained=True).eval()\n```\n\n'
-        f"and with timm\n\n"
+        f"{text}\n\nand with timm\n\n"
         f'```python\nimport timm\n{register}\nmodel = timm.create_model("{name}", pretrained=True).eval()\n```'
     )
 

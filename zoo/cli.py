@@ -193,6 +193,23 @@ zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     as_json(sub)
 
     sub = command(
+        "sparsity",
+        run_sparsity,
+        "count the zeros among a model's weights, layer by layer, and the costs that are left",
+        """
+zoo sparsity runs/sparse
+zoo sparsity slak_tiny --checkpoint SLaK_tiny_checkpoint.pth
+zoo sparsity runs/sparse --plot masks.png --layers 'stages.2.*'
+zoo sparsity runs/sparse --json""",
+    )
+    sub.add_argument("source", metavar="RUN|CHECKPOINT|NAME", help="a folder, hf-hub:owner/name, a name, or timm/NAME")
+    sub.add_argument("--checkpoint", metavar="FILE", help="weights for a model that is given by its name")
+    input_shape(sub)
+    sub.add_argument("--plot", metavar="FILE", help="also draw densities and masks, as PNG, SVG or PDF")
+    sub.add_argument("--layers", nargs="+", metavar="PATTERN", help="whose masks to draw (default: twelve, evenly)")
+    as_json(sub)
+
+    sub = command(
         "benchmark",
         run_benchmark,
         "measure latency, throughput and peak memory side by side",
@@ -372,6 +389,26 @@ def run_profile(args: argparse.Namespace) -> None:
         print("\n\n".join(profile.table(depth=args.depth) for profile in profiles))
     if args.plot:
         profiles[0].plot(args.plot, depth=args.depth)
+        note(f"Plot: {args.plot}")
+
+
+def run_sparsity(args: argparse.Namespace) -> None:
+    if args.plot:
+        from zoo.plots import check_picture
+
+        check_picture(args.plot)
+    import zoo
+    from zoo.evaluation.image_classification import load_model
+
+    size = None if args.input_size is None else tuple(args.input_size)
+    found = zoo.sparsity.report(load_model(args.source, args.checkpoint), size)
+    if args.plot:
+        found.plot(args.plot, args.layers)
+    if args.json:
+        print_json(found.to_dict())
+    else:
+        print(found.table())
+    if args.plot:
         note(f"Plot: {args.plot}")
 
 
@@ -584,6 +621,8 @@ def print_info(info: ModelInfo) -> None:
 def checkpoint(weights: Weights) -> str:
     data = weights.dataset + (f" after {weights.pretrained_on}" if weights.pretrained_on else "")
     claim = f", top-1 {weights.top1:.1f}% ({weights.accuracy_source})" if weights.top1 is not None else ""
+    if weights.miou is not None:
+        claim = f", mIoU {weights.miou:.1f}% ({weights.accuracy_source})"
     lines = (
         f"{data}, {weights.num_classes:,} classes{claim}",
         f"input {shape(weights.input_size)}, crop {weights.crop_pct:g}, {weights.interpolation}",
@@ -670,6 +709,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.error("--plot draws one model: give a single NAME.")
     if args.command == "profile" and args.checkpoint and len(args.names) > 1:
         command.error("--checkpoint holds one model: give a single NAME.")
+    if args.command == "sparsity" and args.layers and not args.plot:
+        command.error("--layers are those to draw: say with --plot where.")
     if args.command == "predict":
         if args.cam and (args.cam_dir or len(args.images) > 1):
             command.error("--cam draws one image: give a single IMAGE, or a folder with --cam-dir alone.")

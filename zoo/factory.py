@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
 from zoo.layers.init import has_meta, materialize
 from zoo.registry import Entry, Weights, get_entry, split_name
 
-__all__ = ["build_module", "create_model"]
+__all__ = ["build_module", "create_model", "feature_config"]
 
 FEATURE_CLASSES = ("list", "dict", "getter", "hook", "fx")
 
@@ -27,6 +28,7 @@ def create_model(
     name: str,
     pretrained: bool | str | None = None,
     *,
+    task: str | None = None,
     checkpoint_path: str | Path | None = None,
     num_classes: int | None = None,
     in_chans: int | None = None,
@@ -49,6 +51,10 @@ def create_model(
             (`"hf-hub:owner/name@revision"`, `"local-dir:path"`).
         pretrained: True or a tag loads published weights; False never does. By default they are loaded when `name`
             says which: by a tag or by a repository.
+        task: "segmentation" puts FFNet's head on the feature maps of any vision model: logits of every fourth pixel (of
+            the finest map's stride), `num_classes` (19) of them; `up_head`, `seg_head` ("A", "B", "C", from large to
+            small) and `upsample` ("nearest", "bilinear") are its arguments. Weights are those of the backbone. By
+            default a model does what it was published for.
         checkpoint_path: load these weights instead: a file, a folder, or `hf-hub:owner/name@revision`.
         num_classes: width of the classifier, 0 for none. Another width than the weights have leaves it freshly
             initialised.
@@ -83,6 +89,36 @@ def create_model(
         source = None
 
     args = {**saved_args, **model_args}
+    task = args.pop("task", None) if task is None else task
+    if task is not None and task != entry.task:
+        if (task, entry.task) != ("segmentation", "vision"):
+            near = did_you_mean(str(task), ("vision", "segmentation"))
+            raise ConfigError(f"{entry.name} is made for {entry.task}: it cannot be had for {task!r}.{near}")
+        if features_only:
+            raise ConfigError('features_only=True gives maps, and task="segmentation" logits: ask for one of them.')
+        is_whole = saved_args.get("task") == task  # saved with its head, which the weights then have, too
+        given = {**saved_args, **model_args, "task": task}
+        given |= {k: v for k, v in {"num_classes": num_classes, "in_chans": in_chans}.items() if v is not None}
+        model = _segmentation_model(
+            entry.name if is_whole else name,
+            False if is_whole else pretrained,
+            given,
+            cfg,
+            checkpoint_path=None if is_whole else checkpoint_path,
+            out_indices=out_indices,
+            feature_cls=feature_cls,
+            device=device,
+            dtype=dtype,
+            strict=strict,
+            cache_dir=cache_dir,
+            token=token,
+            refresh=refresh,
+        )
+        if is_whole and source is not None:
+            from zoo.weights import load_checkpoint
+
+            load_checkpoint(model, source, strict=strict, cache_dir=cache_dir, token=token, refresh=refresh)
+        return model
     if features_only:
         num_classes = 0 if "num_classes" in _parameters(entry.build) else None
     chosen = {"num_classes": num_classes, "in_chans": in_chans}
@@ -114,9 +150,30 @@ def create_model(
         model = _build_with_weights(
             entry, args, source, finish, device, dtype, strict, use_ema, cache_dir, token, refresh
         )
-    if entry.task != "vision":
+    if entry.task == "language":
         return model
     return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
+
+
+def _segmentation_model(
+    name: str, pretrained: bool | str | None, given: dict[str, Any], cfg: dict[str, Any], **options: Any
+) -> nn.Module:
+    """FFNet's head on the feature maps of a vision model; `given` is what the user asked for, to be saved with it."""
+    from zoo.layers.segmentation import SegmentationModel
+
+    parts = ("num_classes", "up_head", "seg_head", "upsample", "drop_rate")
+    args = {key: value for key, value in given.items() if key not in (*parts, "task")}
+    backbone = create_model(name, pretrained, features_only=True, **options, **args)
+    meta = contextlib.nullcontext() if options["device"] is None else torch.device(options["device"])
+    with meta:
+        model = SegmentationModel(backbone, **{key: given[key] for key in parts if key in given})
+    model.to(device=options["device"], dtype=options["dtype"])
+    own = {"num_classes": model.num_classes, "first_conv": "", "classifier": "head.conv2"}
+    model.__dict__.update(pretrained_cfg={**cfg, **own}, default_cfg={**cfg, **own})
+    model.__dict__["_model_args"] = {key: value for key, value in given.items() if _is_plain(value)}
+    if "load_report" in backbone.__dict__:
+        model.__dict__["load_report"] = backbone.__dict__["load_report"]
+    return model
 
 
 def _resolve(
@@ -262,6 +319,14 @@ def _build_with_weights(
     return model if device is None else model.to(device=device)
 
 
+def feature_config(model: Any) -> dict[str, Any]:
+    """How timm gets at feature maps: by listing the modules one after the other, unless the model names another way."""
+    if hasattr(model, "default_feature_cls"):
+        return {"feature_cls": model.default_feature_cls}
+    stages = getattr(model, "feature_info", None) or ()
+    return {"flatten_sequential": any("." in stage["module"] for stage in stages)}
+
+
 def _as_timm_model(
     model: nn.Module,
     entry: Entry,
@@ -302,7 +367,7 @@ def _as_timm_model(
             options["feature_cls"] = feature_cls
     model_args = model._model_args
     wrapped = build_model_with_cfg(
-        lambda **_: model, entry.name, False, pretrained_cfg=cfg, feature_cfg={"flatten_sequential": True}, **options
+        lambda **_: model, entry.name, False, pretrained_cfg=cfg, feature_cfg=feature_config(model), **options
     )
     wrapped._model_args = model_args
     return wrapped

@@ -111,9 +111,12 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
         # the description is of published weights, which this model never had
         for key in ("tag", "license"):
             config["pretrained_cfg"].pop(key, None)
-    args = _known_args(cfg["architecture"], config.get("model_args", {}))
+    saved_args = config.get("model_args", {})
+    args = _known_args(cfg["architecture"], saved_args)
     built_in = _timm_args(cfg["architecture"])
     config["model_args"] = {key: value for key, value in args.items() if key not in built_in}
+    if "task" in saved_args:  # a backbone with a head that its entry does not know
+        args = saved_args
     config["zoo"] = {"version": zoo.__version__, "model_args": args}
     if widths := kept_widths(model):
         if not _is_entry(cfg["architecture"]):

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 INDEX_PATH = Path(__file__).with_name("index.json")
-TASKS = ("vision", "language")
+TASKS = ("vision", "segmentation", "language")  # "vision" is image classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -92,6 +92,7 @@ class Weights:
     pretrained_on: str | None = None  # an earlier training stage, e.g. "imagenet-22k"
     top1: float | None = None  # percent, on the data set's validation split
     top5: float | None = None
+    miou: float | None = None  # of segmentation, percent, likewise
     accuracy_source: str | None = None
     num_classes: int = 1000
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -122,7 +123,7 @@ class Entry:
     name: str
     build: Callable[..., nn.Module]
     family: str
-    task: Literal["vision", "language"] = "vision"
+    task: Literal["vision", "segmentation", "language"] = "vision"
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     paper: Paper | None = None
     compact: str = ""  # what makes it compact, in one sentence
@@ -132,6 +133,7 @@ class Entry:
     weights: tuple[Weights, ...] = ()
     convert: Callable[[StateDict, nn.Module], StateDict] | None = None
     input_size: tuple[int, int, int] = (3, 224, 224)
+    pool_size: tuple[int, int] | None = None  # of the last map, where it is not input_size / 32, rounded up
     fixed_input_size: bool = False  # the module takes `img_size` and runs at that size alone
     first_conv: str = ""  # module names, as in timm's pretrained_cfg
     classifier: str | tuple[str, ...] = ""
@@ -163,12 +165,13 @@ class Entry:
             classes = self.default("num_classes", 1000)
             weights = Weights(tag="", license="", input_size=self.input_size, num_classes=classes)
         size = weights.input_size
+        own_pool = self.pool_size if size == self.input_size else None
         cfg: dict[str, Any] = {
             "architecture": self.name,
             "tag": weights.tag,
             "num_classes": weights.num_classes,
             "input_size": size,
-            "pool_size": weights.pool_size or tuple(-(-side // 32) for side in size[1:]),
+            "pool_size": weights.pool_size or own_pool or tuple(-(-side // 32) for side in size[1:]),
             "crop_pct": weights.crop_pct,
             "crop_mode": "center",
             "interpolation": weights.interpolation,

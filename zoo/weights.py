@@ -407,8 +407,8 @@ def _checkpoint_in(folder: Path) -> Path:
 
 # -------------------------------------------------------------------------------------------------------------- reading
 
-EMA_KEYS = ("state_dict_ema", "model_ema")
-WRAPPER_KEYS = ("state_dict", "model", "module")
+EMA_KEYS = ("state_dict_ema", "model_ema", "net_E")
+WRAPPER_KEYS = ("state_dict", "model", "module", "net")
 
 
 def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:

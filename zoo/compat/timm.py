@@ -12,7 +12,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from zoo.factory import build_module
+from zoo.factory import build_module, feature_config
 from zoo.hub import load_config
 from zoo.registry import Entry, get_entry, list_models
 
@@ -70,16 +70,16 @@ def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
             return model
 
         kwargs = {**_saved_args(kwargs.get("pretrained_cfg")), **kwargs}
-        if kwargs.get("features_only") and "out_indices" not in kwargs:
+        if kwargs.get("features_only"):
             args = {k: v for k, v in kwargs.items() if k in parameters}
-            stages: Any = build_module(entry, args, device="meta").feature_info
-            kwargs["out_indices"] = tuple(range(len(stages)))
+            model: Any = build_module(entry, args, device="meta")
+            kwargs.setdefault("out_indices", tuple(range(len(model.feature_info))))
+            kwargs["feature_cfg"] = feature_config(model)
         return build_model_with_cfg(
             build,
             entry.name,
             pretrained,
             pretrained_filter_fn=entry.convert,
-            feature_cfg={"flatten_sequential": True},
             **kwargs,
         )
 

@@ -339,6 +339,10 @@ def check_image_model(model: nn.Module) -> None:
             f"{type(model).__name__} has no pretrained_cfg, which says how its images are prepared: "
             "take a model of zoo.create_model or zoo.evaluation.load_model."
         )
+    if getattr(model, "task", None) == "segmentation":
+        raise ConfigError(
+            f"{type(model).__name__} classifies pixels, not images: call the model of zoo.create_model itself."
+        )
 
 
 def load_model(source: str, checkpoint_path: str | None = None, **model_args: Any) -> nn.Module:

@@ -27,8 +27,8 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     """Convolve every channel with its own kernel: (B, C, H, W), (C, 1, kh, kw)[, (C)] -> (B, C, H, W).
 
     As `F.conv2d(x, weight, bias, padding=(kh // 2, kw // 2), groups=C)`, which computes the cross-correlation: under
-    autocast it computes in the lower precision, as that does. Differentiable twice and more; not in forward mode.
-    On a CPU the result has the memory format of `x`.
+    autocast it computes in the lower precision, as that does. Differentiable twice and more; `torch.func` and forward
+    mode get that very convolution. On a CPU the result has the memory format of `x`.
 
     Raises ConfigError for shapes that do not fit and for even kernels.
     """
@@ -69,6 +69,8 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     height, width = x.shape[2:]
     if torch.jit.is_tracing() or x.is_meta:  # costs are those of the convolutions as they stand
         return _plain(x, weights, bias)
+    if not torch.compiler.is_compiling() and _is_transformed():
+        return _plain(x, weights, bias)
     for weight in weights:
         _check(x, weight, bias)
     if torch.compiler.is_exporting():
@@ -103,6 +105,11 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     for weight in weights[1:]:
         total = total + _convolve(x, weight, None, fast)
     return total
+
+
+def _is_transformed() -> bool:
+    """Within `torch.func` or forward-mode differentiation, of which the operators below know nothing."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _lowered(tensor: Tensor) -> Tensor:
@@ -171,11 +178,15 @@ def _merge(weights: list[Tensor]) -> list[Tensor]:
 # One convolution on a CPU
 
 
+# asked once, as torch.compile does not trace the asking
+_FAST_TYPES = [torch.float32] if torch.backends.mkldnn.is_available() else []
+if _FAST_TYPES and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _FAST_TYPES.append(torch.bfloat16)
+
+
 def _has_fast_convolution(dtype: torch.dtype) -> bool:
     """Whether oneDNN convolves this type here; what PyTorch does itself is slow for every large kernel."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype in _FAST_TYPES
 
 
 def _in_channels_last(x: Tensor) -> bool:

@@ -1,8 +1,12 @@
 """The Triton programs behind `zoo.layers.large_kernel_triton`, which says what they compute and why so.
 
 Every program works on one channel of some images. Names: `long` is the axis along which a kernel is long (height for
-a tall kernel, width for a wide one), `short` the other; `taps` and `shifts` are the kernel's lengths along them.
+a tall kernel, width for a wide one), `short` the other. The kernel has TAPS taps along the long axis in each of its
+LINES, which lie side by side along the short one.
 """
+
+# mypy: disallow-untyped-defs=False
+# (what a program takes has no Python type)
 
 from __future__ import annotations
 
@@ -12,15 +16,25 @@ import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
 POSITIONS = 64  # maps of up to so many positions take `map_program`
 
-# TILE: positions of a program, images x tile height x tile width. The first call for a shape times them all.
+# TILE: positions of a program, images x tile height x tile width. The first call for a shape times them all. One stage
+# each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow shared memory.
 _CONFIGS = [
     triton.Config({"TILE": 4096}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 8192}, num_warps=4),
-    triton.Config({"TILE": 8192}, num_warps=8),
-    triton.Config({"TILE": 16384}, num_warps=8),
+    triton.Config({"TILE": 4096}, num_warps=8, num_stages=1),
+    triton.Config({"TILE": 8192}, num_warps=8, num_stages=1),
 ]
+_WEIGHT_CONFIGS = [triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)]
+
+
+@triton.jit
+def _dot(left, right, total, PRECISION: tl.constexpr = "tf32"):
+    if UPCAST:
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -101,14 +115,14 @@ def _line_product(
     touched = columns & (column + offset >= 0) & (column + offset < short_size)
     block = tl.load(x, rows[:, None] & touched[None, :], 0.0)
     if PRODUCTS == 0:
-        total = tl.dot(matrix, block, total)
+        total = _dot(matrix, block, total)
     else:
         block = block * map_scale
         high = block.to(tl.float16)
-        total = tl.dot(matrix, high, total)
+        total = _dot(matrix, high, total)
         if PRODUCTS == 3:
-            total = tl.dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total)
-            total = tl.dot(tl.load(matrices + plane), high, total)
+            total = _dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total)
+            total = _dot(tl.load(matrices + plane), high, total)
     return total
 
 
@@ -119,7 +133,7 @@ def _band(
     TAPS: tl.constexpr, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
     STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """One kernel's outputs for a tile: (LONG, IMAGES * SHORT), the sum over its lines of banded matrix @ shifted map."""
+    """One kernel's outputs for a tile, (LONG, IMAGES * SHORT): the sum over lines of banded matrix @ shifted map."""
     lane = tl.arange(0, IMAGES * SHORT)
     column = short0 + lane % SHORT
     columns = lane // SHORT < images
@@ -143,9 +157,7 @@ def _band(
                     column, short_size, rows, columns, map_scale, PRODUCTS,
                 )  # fmt: skip
         else:  # too many to unroll; those that never touch the map are left out
-            for line in range(
-                tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)
-            ):
+            for line in range(tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)):
                 total = _line_product(
                     total, strip + line * (LONG * STRIP * LONG), plane,
                     x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
@@ -201,8 +213,8 @@ def band_program(
     if TALL_H > 0:
         tall_size: tl.constexpr = TALL_W * TILE_H * TILE_H * STRIP_H
         band = _band(
-            x, tall + channel.to(tl.int64) * tall_size, channels.to(tl.int64) * tall_size, images, height, width, width, 1,
-            image_stride, row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS,
+            x, tall + channel.to(tl.int64) * tall_size, channels.to(tl.int64) * tall_size, images, height, width,
+            width, 1, image_stride, row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS,
         )  # fmt: skip
         if PRODUCTS > 0:
             band *= map_unscale * tl.load(tall_unscale + channel)
@@ -210,8 +222,8 @@ def band_program(
     if WIDE_H > 0:
         wide_size: tl.constexpr = WIDE_H * TILE_W * TILE_W * STRIP_W
         band = _band(
-            x, wide + channel.to(tl.int64) * wide_size, channels.to(tl.int64) * wide_size, images, width, height, 1, width,
-            image_stride, column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS,
+            x, wide + channel.to(tl.int64) * wide_size, channels.to(tl.int64) * wide_size, images, width, height,
+            1, width, image_stride, column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS,
         )  # fmt: skip
         if PRODUCTS > 0:
             band *= map_unscale * tl.load(wide_unscale + channel)
@@ -248,10 +260,10 @@ def _product(left, right, total, left_scale, right_scale, PRODUCTS: tl.constexpr
     right = right * right_scale
     left_high = left.to(tl.float16)
     right_high = right.to(tl.float16)
-    total = tl.dot(left_high, right_high, total)
+    total = _dot(left_high, right_high, total)
     if PRODUCTS == 3:
-        total = tl.dot((left - left_high.to(tl.float32)).to(tl.float16), right_high, total)
-        total = tl.dot(left_high, (right - right_high.to(tl.float32)).to(tl.float16), total)
+        total = _dot((left - left_high.to(tl.float32)).to(tl.float16), right_high, total)
+        total = _dot(left_high, (right - right_high.to(tl.float32)).to(tl.float16), total)
     return total
 
 
@@ -284,19 +296,23 @@ def map_program(
         matrix_scale, matrix_unscale = _scale(tl.max(tl.abs(matrix)))
         total = _product(block, matrix, total, map_scale, matrix_scale, PRODUCTS) * map_unscale * matrix_unscale
     else:
-        total = tl.dot(block, matrix.to(block.dtype), total)
+        total = _dot(block, matrix.to(block.dtype), total)
     if HAS_BIAS:
         total += tl.load(bias + channel).to(tl.float32)
     tl.store(y + offset, total.to(y.dtype.element_ty), mask)
 
 
+@triton.autotune(
+    configs=_WEIGHT_CONFIGS[:1] if INTERPRETED else _WEIGHT_CONFIGS,
+    key=["ALIGN", "WIDE", "TAPS", "LINES", "LONG", "SHORT", "PRECISION"],
+)
 @triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "images_each"])
 def weight_program(
     x, gradient, out, batch, channels, height, width_units, images_each,
-    ALIGN: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, SHIFTS: tl.constexpr, LONG: tl.constexpr,
+    ALIGN: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, LINES: tl.constexpr, LONG: tl.constexpr,
     SHORT: tl.constexpr, IMAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One line of one channel's weight gradient over `images_each` images: out[split, channel, :, shift].
+    """One line of one channel's weight gradient over `images_each` images: out[split, channel, :, line].
 
     (shifted map) @ (gradient map)^T holds at [i, o] what input row i and output row o share; a tap is i - o, so its
     gradient is the sum of a diagonal.
@@ -307,15 +323,15 @@ def weight_program(
     long_stride = 1 if WIDE else width
     short_stride = width if WIDE else 1
     program = tl.program_id(0)
-    shift = program % SHIFTS
-    channel = program // SHIFTS % channels
-    split = program // (SHIFTS * channels)
-    offset = shift - SHIFTS // 2
+    line = program % LINES
+    channel = program // LINES % channels
+    split = program // (LINES * channels)
+    offset = line - LINES // 2
     image_stride = channels * height * width
     place = tl.arange(0, LONG)
     lane = tl.arange(0, IMAGES * SHORT)
     tap = tl.arange(0, triton.next_power_of_2(TAPS))
-    line = tl.zeros((triton.next_power_of_2(TAPS),), tl.float32)
+    sums = tl.zeros((triton.next_power_of_2(TAPS),), tl.float32)
     reach = 0 if long_size <= LONG else (TAPS // 2 + LONG - 1) // LONG
     for step in range(-reach, reach + 1):  # how many tiles the input lies behind the output
         total = tl.zeros((LONG, LONG), tl.float32)
@@ -340,10 +356,10 @@ def weight_program(
                         ((in_row >= 0) & (in_row < long_size))[:, None] & touched[None, :],
                         0.0,
                     )
-                    total = tl.dot(left, tl.trans(right), total, input_precision=PRECISION)
+                    total = _dot(left, tl.trans(right), total, PRECISION)
         row = place[None, :] + (tap - TAPS // 2 - step * LONG)[:, None]
         inside = (row >= 0) & (row < LONG)
         diagonals = tl.gather(total, tl.minimum(tl.maximum(row, 0), LONG - 1), 0)
-        line += tl.sum(tl.where(inside, diagonals, 0.0), 1)
-    out += (split * channels + channel) * TAPS * SHIFTS
-    tl.store(out + tap * (1 if WIDE else SHIFTS) + shift * (TAPS if WIDE else 1), line, tap < TAPS)
+        sums += tl.sum(tl.where(inside, diagonals, 0.0), 1)
+    out += (split * channels + channel) * TAPS * LINES
+    tl.store(out + tap * (1 if WIDE else LINES) + line * (TAPS if WIDE else 1), sums, tap < TAPS)

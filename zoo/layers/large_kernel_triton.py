@@ -1,6 +1,38 @@
 """Depthwise convolution with large kernels on NVIDIA GPUs, in Triton.
 
-TODO doc
+The operator of SLaK (https://arxiv.org/abs/2207.03620, section 3).
+
+F.conv2d spends a multiply-add of the ordinary cores on every tap of every position. At SLaK's first stage (batch 64,
+124 channels, 56x56, 51x5 + 5x51) that is 25 GFLOP: 0.38 ms on an H200 (67 TFLOP/s in float32), where reading and
+writing the map takes 0.041 ms in float32 and 0.021 ms in bfloat16 (4.8 TB/s). So the work goes to tensor cores:
+
+- A kernel's line along its long axis is a banded (Toeplitz) matrix between input rows and output rows. A tall 51x5
+  kernel is the sum, over its 5 columns, of such a matrix times the map shifted sideways by up to 2; a wide one the same
+  with the axes exchanged. `matrix_program` lays the matrices out once, `band_program` multiplies: both kernels in one
+  pass over the map, on the sum of every smaller kernel that lies within one of the two.
+- Maps of at most 64 positions (SLaK's last stage, 7x7) take one matrix between all positions: `map_program`.
+- The gradient by the map is the same with the kernels turned by 180 degrees. The gradient by a kernel is (shifted map)
+  @ (gradient)^T, of which every diagonal is summed: `weight_program`.
+
+The least times in ms of SLaK's stages, forward, batch 64, on an H200 (16-bit tensor cores: 990 TFLOP/s):
+
+| stage | map, kernel | bytes, float32 | bytes, 16 bits | products, padded to the tile |
+| --- | --- | --- | --- | --- |
+| 1 | 124 x 56x56, 51 | 0.041 | 0.021 | 0.042 |
+| 2 | 249 x 28x28, 49 | 0.021 | 0.010 | 0.011 |
+| 3 | 499 x 14x14, 47 | 0.010 | 0.005 | 0.003 |
+| 4 | 998 x 7x7, 13 | 0.005 | 0.003 | 0.001 |
+
+So half the bandwidth is out of reach for 16-bit maps at stage 1 in this form, and within it elsewhere.
+
+Precision: all sums are in float32. bfloat16 and float16 are multiplied as they are; a kernel is rounded to the map's
+type once, after smaller ones were added. Where `torch.backends.cudnn` allows TF32 for convolutions (PyTorch's default),
+float32 is rounded to the 11 bits of TF32, but as float16 scaled by a power of two, which tensor cores multiply twice as
+fast; where it does not, three such products keep 22 bits. The kernel's gradient multiplies in TF32, or thrice. Since
+zeros of the matrices are multiplied too, an infinity or NaN spreads over its map.
+
+Maps in channels_last are copied to NCHW and back. The first call for a kernel, tile size and type compiles and times a
+few forms; set TRITON_CACHE_AUTOTUNING=1 to keep the choice.
 """
 
 from __future__ import annotations
@@ -24,7 +56,7 @@ _INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_available(x: Tensor) -> bool:
-    """Whether these functions take `x`: Triton is installed, `x` is on an NVIDIA GPU since Ampere, of a 16 or 32 bit type.
+    """Whether these functions take `x`: Triton is there, `x` of 16 or 32 bits is on an NVIDIA GPU, Ampere or later.
 
     Under Triton's interpreter (`TRITON_INTERPRET=1`) tensors of the CPU count, too.
     """
@@ -60,7 +92,7 @@ def depthwise_conv2d_branches(x: Tensor, weights: Sequence[Tensor], bias: Tensor
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = _bands(x.contiguous(), tall, wide, bias, False)
+    y = _bands(x.contiguous(), tall, wide, None if bias is None else bias.contiguous(), False)
     return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
 
@@ -125,8 +157,8 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, bias: Tensor | N
     options = {"HAS_BIAS": bias is not None, "PRODUCTS": _products(x.dtype), **edges}
     with torch.cuda.device_of(x):
         if height * width <= programs.POSITIONS:
-            images = min(64, _tile(batch))
-            grid = (-(-batch // images) * channels,)
+            images = _tile(batch)
+            grid = (_cdiv(batch, images) * channels,)
             tensors = [x if tensor is None else tensor for tensor in (tall, wide, bias)]
             programs.map_program[grid](
                 x, *tensors, y, batch, channels, height, width, int(flip),
@@ -139,7 +171,7 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, bias: Tensor | N
 
         def band_grid(chosen: dict[str, Any]) -> tuple[int]:
             images = programs.images_of(chosen["TILE"], *tiles, max_images)
-            return (-(-batch // images) * -(-height // tiles[0]) * -(-width // tiles[1]) * channels,)
+            return (_cdiv(batch, images) * _cdiv(height, tiles[0]) * _cdiv(width, tiles[1]) * channels,)
 
         align = math.gcd(width, 16)
         matrices: list[Tensor] = []
@@ -176,25 +208,29 @@ def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> 
 
     batch, channels, height, width = x.shape
     wide = kernel_h < kernel_w
-    taps, shifts = (kernel_w, kernel_h) if wide else (kernel_h, kernel_w)
+    taps, lines = (kernel_w, kernel_h) if wide else (kernel_h, kernel_w)
     if not x.numel():
         return x.new_zeros((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
     long, short = (width, height) if wide else (height, width)
     short_tile = min(64, 1 << (short - 1).bit_length())
     images = 64 // short_tile
-    splits = max(1, min(-(-batch // images), 2048 // (channels * shifts)))
-    images_each = -(-(-(-batch // splits)) // images) * images
-    splits = -(-batch // images_each)
+    steps = _cdiv(batch, images)
+    steps_each = _cdiv(steps, max(1, min(steps, 2048 // (channels * lines))))  # few channels: more programs
+    splits = _cdiv(steps, steps_each)
     out = x.new_empty((splits, channels, 1, kernel_h, kernel_w), dtype=torch.float32)
     align = math.gcd(width, 16)
     precision = {0: "tf32", 1: "tf32", 3: "tf32x3"}[_products(x.dtype)]
     with torch.cuda.device_of(x):
-        programs.weight_program[(splits * channels * shifts,)](
-            x, gradient, out, batch, channels, height, width // align, images_each,
-            ALIGN=align, WIDE=wide, TAPS=taps, SHIFTS=shifts, LONG=_tile(long), SHORT=short_tile, IMAGES=images,
-            PRECISION=precision, num_warps=4,
+        programs.weight_program[(splits * channels * lines,)](
+            x, gradient, out, batch, channels, height, width // align, steps_each * images,
+            ALIGN=align, WIDE=wide, TAPS=taps, LINES=lines, LONG=_tile(long), SHORT=short_tile, IMAGES=images,
+            PRECISION=precision,
         )  # fmt: skip
     return out.sum(0)
+
+
+def _cdiv(size: int, step: int) -> int:
+    return -(-size // step)
 
 
 def _tile(size: int, least: int = 16) -> int:
@@ -206,7 +242,7 @@ def _products(dtype: torch.dtype) -> int:
     """How many 16-bit products stand for one float32 product; 0 for 16-bit types."""
     if dtype != torch.float32:
         return 0
-    return 1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3
+    return 1 if torch.backends.cudnn.conv.fp32_precision == "tf32" else 3  # type: ignore[attr-defined]
 
 
 @_bands.register_fake

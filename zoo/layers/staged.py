@@ -40,7 +40,6 @@ class Head(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.dim = dim
         self.norm_first = norm_first
         self.norm = nn.Identity() if norm is None else norm
         self.set_pool(global_pool, num_classes)
@@ -123,7 +122,7 @@ class StagedNet(ZooModelHubMixin, nn.Module):
             self.head.norm = nn.Identity()
         if num_classes:
             like = next(self.stem.parameters())
-            self.head.fc = nn.Linear(self.head.dim, num_classes, device=like.device, dtype=like.dtype)
+            self.head.fc = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             self.init_module(self.head.fc)
         else:
             self.head.fc = nn.Identity()
@@ -162,7 +161,7 @@ class StagedNet(ZooModelHubMixin, nn.Module):
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if shortened:
-            self.num_features = self.head_hidden_size = self.head.dim = self.feature_info[last]["num_chs"]
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_head or shortened:
             self.reset_classifier(0, "", reset_other=prune_norm or shortened)
         return take

@@ -211,6 +211,9 @@ class InvertedResidual(nn.Module):
             return x + self.drop_path(self.layer_scale(self.proj(hidden + self.dwconv(hidden))))
         return self.layer_scale(self.proj(self.dwconv(hidden)))
 
+    def fast_form(self) -> nn.Module:
+        return FastInvertedResidual(self)
+
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -232,6 +235,9 @@ class SqueezeStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.se(self.dwconv(self.norm(self.conv(x)))))
 
+    def fast_form(self) -> nn.Module:
+        return FastStem(self)
+
 
 class PlainStem(nn.Module):
     """EMOv2's: convolution of stride 2, depthwise and 1x1 convolution. (B, in_chans, H, W) -> (B, dim, H/2, W/2)."""
@@ -246,6 +252,9 @@ class PlainStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.dwconv(self.act(self.norm(self.conv(x)))))
+
+    def fast_form(self) -> nn.Module:
+        return FastStem(self)
 
 
 class EMOStage(nn.Module):
@@ -381,6 +390,179 @@ ATTENTIONS: dict[str, type[RemoteAttention] | type[SpanningAttention]] = {
     "remote": RemoteAttention,
     "spanning": SpanningAttention,
 }
+
+
+# ----------------------------------------------------------------------------------------------------------- fast forms
+# At inference, maps lie in memory pixel by pixel (channels last), where 1x1 convolutions are linear layers, layer norms
+# need no transposition, and depthwise convolutions are fastest. Between blocks they have the shape (B, C, H, W) still.
+
+
+def as_linear(conv: nn.Conv2d) -> nn.Linear:
+    """A 1x1 convolution as the linear layer that it is on (B, H, W, C)."""
+    made = nn.Linear(conv.in_channels, conv.out_channels, conv.bias is not None, device="meta")
+    made.weight = nn.Parameter(conv.weight.detach().flatten(1).clone(), requires_grad=False)
+    if conv.bias is not None:
+        made.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
+    return made
+
+
+def window_view(x: Tensor, window: int, num_heads: int, remote: bool) -> Tensor:
+    """A map as windows, without a copy: (B, n1*w, n2*w, C) -> (B, n1, n2, num_heads, w, w, C/num_heads)."""
+    B, H, W, C = x.shape
+    n1, n2, D = H // window, W // window, C // num_heads
+    if remote:
+        return x.view(B, window, n1, window, n2, num_heads, D).permute(0, 2, 4, 5, 1, 3, 6)
+    return x.view(B, n1, window, n2, window, num_heads, D).permute(0, 1, 3, 5, 2, 4, 6)
+
+
+class FastExpansion(nn.Module):
+    """`Expansion` with the norm before it: (B, H, W, dim) -> (B, H, W, hidden)."""
+
+    def __init__(self, expand: Expansion, norm: nn.Module) -> None:
+        super().__init__()
+        folded = isinstance(norm, nn.BatchNorm2d)
+        self.norm = nn.Identity() if folded else channels_last_norm(norm)
+        v = fold_affine(expand.v, *batch_norm_affine(norm)) if isinstance(norm, nn.BatchNorm2d) else expand.v
+        self.v = as_linear(v)
+        self.act = inplace(expand.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.v(self.norm(x)))
+
+
+class FastRemoteAttention(nn.Module):
+    """`RemoteAttention` with the norm before it: the input goes into windows, and all else is a view of that."""
+
+    def __init__(self, attention: RemoteAttention, norm: nn.Module) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.window = attention.window
+        self.norm = channels_last_norm(norm)
+        self.qk = as_linear(attention.qk)
+        self.v = as_linear(attention.v)
+        self.act = inplace(attention.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        heads, w = self.num_heads, self.window
+        x = pad_last(self.norm(x), w)
+        Hp, Wp = x.shape[1], x.shape[2]
+        windows = B * (Hp // w) * (Wp // w)
+        tokens = window_view(x, w, 1, True).reshape(windows, w * w, C)
+        q, k = self.qk(tokens).view(windows, w * w, 2, heads, C // heads).permute(2, 0, 3, 1, 4).unbind(0)
+        v = tokens.view(windows, w * w, heads, C // heads).transpose(1, 2)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # its output lies token by token
+        x = x.reshape(B, Hp // w, Wp // w, w, w, C).permute(0, 3, 1, 4, 2, 5).reshape(B, Hp, Wp, C)
+        return self.act(self.v(x[:, :H, :W]))
+
+
+class FastSpanningAttention(nn.Module):
+    """`SpanningAttention` with the norm before it; where one window covers the map, both kinds are the same one."""
+
+    def __init__(self, attention: SpanningAttention, norm: nn.Module) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        self.window = attention.window
+        self.norm = channels_last_norm(norm)
+        dim = attention.qk.in_channels
+        scale = torch.ones(2 * dim, dtype=torch.float64, device=attention.qk.weight.device)
+        scale[:dim] = (dim // self.num_heads) ** -0.5  # of attention
+        self.qk = as_linear(fold_scale(attention.qk, scale))
+        self.v = as_linear(attention.v)
+        self.act = inplace(attention.act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W, w = x.shape[1], x.shape[2], self.window
+        x = pad_last(self.norm(x), w)
+        Hp, Wp = x.shape[1], x.shape[2]
+        q, k = self.qk(x).chunk(2, dim=-1)
+        v = self.act(self.v(x))
+        out = self.within(q, k, v, True).permute(0, 4, 1, 5, 2, 3, 6).reshape(-1, Hp, Wp, v.shape[-1])
+        if Hp == w and Wp == w:
+            out = out * 2
+        else:
+            close = self.within(q, k, v, False).permute(0, 1, 4, 2, 5, 3, 6)
+            out = (out.view(close.shape) + close).view(out.shape)
+        return out[:, :H, :W]
+
+    def within(self, q: Tensor, k: Tensor, v: Tensor, remote: bool) -> Tensor:
+        """(B, n1*w, n2*w, C), the same, (B, n1*w, n2*w, E) -> (B, n1, n2, num_heads, w, w, E/num_heads)"""
+        N = self.window**2
+        q, k, v = (window_view(part, self.window, self.num_heads, remote) for part in (q, k, v))
+        shape = v.shape
+        q, k, v = (part.reshape(-1, N, part.shape[-1]) for part in (q, k, v))
+        if v.is_cuda:
+            v = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        else:  # has no fused form on a CPU where values are wider than keys
+            v = (q @ k.transpose(1, 2)).softmax(dim=-1) @ v
+        return v.view(shape)
+
+
+class ChannelsLastNorm(nn.LayerNorm):
+    """`LayerNorm2d` on (B, H, W, C)."""
+
+
+def channels_last_norm(norm: nn.Module) -> nn.Module:
+    assert isinstance(norm, nn.LayerNorm)
+    made = ChannelsLastNorm(norm.normalized_shape[0], norm.eps, device="meta")
+    made.weight, made.bias = norm.weight, norm.bias
+    return made
+
+
+def pad_last(x: Tensor, window: int) -> Tensor:
+    """`pad_to_windows` of (B, H, W, C)."""
+    down, right = -x.shape[1] % window, -x.shape[2] % window
+    return F.pad(x, (0, 0, 0, right, 0, down)) if down or right else x
+
+
+def inplace(act: nn.Module) -> nn.Module:
+    return nn.SiLU(inplace=True) if isinstance(act, nn.SiLU) else act
+
+
+class FastInvertedResidual(nn.Module):
+    """`InvertedResidual` at inference: norms and layer scale in the weights, 1x1 convolutions as linear layers."""
+
+    def __init__(self, block: InvertedResidual) -> None:
+        super().__init__()
+        self.residual = block.residual
+        self.expand = FAST[type(block.expand)](block.expand, block.norm)
+        self.dwconv = fold_batch_norm(block.dwconv.conv, block.dwconv.norm)
+        proj = block.proj
+        if isinstance(block.layer_scale, LayerScale):
+            proj = fold_scale(proj, block.layer_scale.gamma)
+        self.proj = as_linear(proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        hidden = self.expand(x)
+        local = F.silu(self.dwconv(hidden.permute(0, 3, 1, 2)), inplace=True).permute(0, 2, 3, 1)
+        out = self.proj(local.add_(hidden)).add_(x) if self.residual else self.proj(local)
+        return out.permute(0, 3, 1, 2)
+
+
+FAST: dict[type[nn.Module], Any] = {
+    Expansion: FastExpansion,
+    RemoteAttention: FastRemoteAttention,
+    SpanningAttention: FastSpanningAttention,
+}
+
+
+class FastStem(nn.Module):
+    """Either stem at inference: batch norms in the weights, and the map channels last."""
+
+    def __init__(self, stem: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(stem, SqueezeStem | PlainStem)
+        self.conv = fold_batch_norm(stem.conv, stem.norm)
+        self.act = inplace(stem.act) if isinstance(stem, PlainStem) else nn.Identity()
+        self.dwconv = fold_batch_norm(stem.dwconv.conv, stem.dwconv.norm)
+        self.se = stem.se if isinstance(stem, SqueezeStem) else nn.Identity()
+        self.proj = as_linear(stem.proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        x = self.se(F.silu(self.dwconv(x), inplace=True))
+        return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

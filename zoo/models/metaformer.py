@@ -767,6 +767,30 @@ class MapNorm(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and inverse standard deviation of each sample, (B, 1, 1, 1)."""
+    B, C, H, W = x.shape
+    if torch.compiler.is_compiling():  # the compiler's own form of it takes one slow pass instead of two fast ones
+        mean = x.mean((1, 2, 3), keepdim=True)
+        return mean, ((x - mean).square().mean((1, 2, 3), keepdim=True) + eps).rsqrt()
+    _, mean, deviation = torch.native_group_norm(x, None, None, B, C, H * W, 1, eps)
+    return mean[:, :, None, None].to(x.dtype), deviation[:, :, None, None].to(x.dtype)
+
+
+class PlainGroupNorm(nn.Module):
+    """`GroupNorm` without weight and bias."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return F.group_norm(x, 1, eps=self.eps)
+        mean, deviation = moments(x, self.eps)
+        return (x - mean) * deviation
+
+
 class FastPooling(nn.Module):
     """`r x + s (P(norm(x)) - norm(x))`: the norm's shifts cancel, its scale passes P; left is a mean of x and P(x)."""
 
@@ -781,9 +805,7 @@ class FastPooling(nn.Module):
         self.weight = nn.Parameter(weight.clone(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        deviation = torch.native_group_norm(x, None, None, B, C, H * W, 1, self.eps)[2]  # its inverse, (B, 1)
-        share = (deviation.to(x.dtype) * self.weight)[:, :, None, None]
+        share = moments(x, self.eps)[1] * self.weight[:, None, None]
         pooled = self.pool(x)
         if isinstance(self.res_scale, nn.Identity):
             return x.lerp_(pooled, share) if may_overwrite(x) else x.lerp(pooled, share)
@@ -879,7 +901,7 @@ class FastMlp(nn.Module):
         self.res_scale = block.res_scale2
         if isinstance(block.norm2, GroupNorm):  # LayerNorm's kernel is faster with a weight than without
             fc1 = fold_affine(fc1, block.norm2.weight, block.norm2.bias)
-            self.norm = nn.GroupNorm(1, fc1.in_channels, block.norm2.eps, affine=False)
+            self.norm = PlainGroupNorm(block.norm2.eps)
         self.act: nn.Module = nn.Identity()
         self.squares = isinstance(mlp.act, StarReLU)
         fused: Activation = "none"

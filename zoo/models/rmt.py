@@ -269,7 +269,8 @@ class RetentionStage(nn.Module):
         if isinstance(downsample, Downsample):
             downsample = fold_batch_norm(downsample.conv, downsample.norm)
         assert isinstance(self.positions, RelativePositions)
-        return RetentionStage(downsample, CachedPositions(self.positions), [FastBlock(block) for block in self.blocks])
+        blocks = [FastBlock(block) for block in self.blocks if isinstance(block, RetentionBlock)]
+        return RetentionStage(downsample, CachedPositions(self.positions), blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------- fast forms
@@ -367,9 +368,9 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.token_label = token_label
-        self.proj = nn.Linear(dim, hidden)
-        self.norm = nn.BatchNorm2d(hidden)
-        self.act = nn.SiLU()
+        self.proj: nn.Module = nn.Linear(dim, hidden)
+        self.norm: nn.Module = nn.BatchNorm2d(hidden)
+        self.act: nn.Module = nn.SiLU()
         self.drop = nn.Dropout(drop)
         self.set_pool(global_pool)
         self.set_classifier(dim, hidden, num_classes)
@@ -744,3 +745,27 @@ for size, token_label, params, macs, top1, link, password in (
             ),
         )
     )
+
+register(
+    Entry(
+        name="rmt_test",
+        build=RMT,
+        family="rmt",
+        args={
+            **SIZES["t"],
+            "depths": (1, 1, 2, 1),
+            "dims": (16, 32, 64, 64),
+            "num_heads": (2, 2, 4, 4),
+            "head_hidden_size": 128,
+            "layer_scale_init": (None, None, 1e-6, 1e-6),
+        },
+        compact="Attention along rows and columns that decays with distance, by a prior without weights.",
+        code_license="unstated",
+        code_url="https://github.com/qhfan/RMT",
+        convert=convert,
+        input_size=(3, 64, 64),
+        first_conv="stem.conv1",
+        classifier="head.fc",
+        note="A tiny form for tests, which nobody published.",
+    )
+)

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths
-from zoo.layers.folding import fold_affine, fold_scale
+from zoo.layers.folding import as_conv2d, fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
+from zoo.layers.packed import PackedConv2d, may_overwrite
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -201,16 +202,6 @@ class SLaKBlock(nn.Module):
             branch = branch * self.gamma
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
 
-    def fast_form(self) -> nn.Module:
-        """This block with its branches merged, the norm's affine folded into fc1 and gamma into fc2."""
-        self.large_kernel = self.large_kernel.merge()
-        self.mlp.fc1 = fold_affine(self.mlp.fc1, self.norm.weight, self.norm.bias)
-        self.norm = nn.LayerNorm(self.norm.normalized_shape, self.norm.eps, elementwise_affine=False)
-        if self.gamma is not None:
-            self.mlp.fc2 = fold_scale(self.mlp.fc2, self.gamma)
-            self.gamma = None
-        return self
-
 
 class Stem(nn.Module):
     """Patches of `stride` x `stride` pixels, then norm. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)"""
@@ -222,6 +213,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
+
+    def fast_form(self) -> nn.Module:
+        return FastStem(self)
 
 
 class Downsample(nn.Module):
@@ -250,6 +244,9 @@ class SLaKStage(nn.Module):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
+
+    def fast_form(self) -> nn.Module:
+        return FastStage(self)
 
 
 class SLaK(StagedNet):
@@ -349,6 +346,69 @@ class SLaK(StagedNet):
                 nn.init.zeros_(module.bias)
         else:
             module.reset_parameters()  # type: ignore[operator]
+
+
+# ------------------------------------------------------------------------------------------------------ fast inference
+# What `zoo.optimize_for_inference` puts in place of stem and stages. Maps stay channels_last, where the norms need no
+# copies and the linear layers are 1x1 convolutions, with GELU and sum included. A stage's map is its own: its blocks
+# write over it (`may_overwrite` says where they must not).
+
+
+class FastStem(nn.Module):
+    """`Stem` with a channels_last output."""
+
+    def __init__(self, stem: Stem) -> None:
+        super().__init__()
+        self.conv, self.norm = PackedConv2d(stem.conv), stem.norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+
+
+class FastStage(nn.Module):
+    """`SLaKStage`, on as many samples at a time as the cache has room for."""
+
+    hidden_bytes = 4 * 2**20  # of the MLP's hidden maps that are worked on together
+
+    def __init__(self, stage: SLaKStage) -> None:
+        super().__init__()
+        self.owns_input = isinstance(stage.downsample, Downsample)
+        self.downsample = stage.downsample
+        if isinstance(stage.downsample, Downsample):
+            self.downsample = nn.Sequential(stage.downsample.norm, PackedConv2d(stage.downsample.conv))
+        blocks = [FastBlock(block) for block in stage.blocks]  # type: ignore[arg-type]
+        self.blocks, self.hidden = nn.Sequential(*blocks), blocks[0].fc1.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        if not may_overwrite(x):
+            return self.blocks(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.owns_input:
+            x = x.clone()
+        samples = len(x)
+        if x.device.type == "cpu" and x.numel() > 0:
+            samples = self.hidden_bytes // (self.hidden * x[0, 0].numel() * x.element_size())
+        for part in x.split(max(1, samples)):
+            self.blocks(part)
+        return x
+
+
+class FastBlock(nn.Module):
+    """`SLaKBlock` with its branches merged, the linear layers as convolutions and gamma in the second."""
+
+    def __init__(self, block: SLaKBlock) -> None:
+        super().__init__()
+        self.large_kernel = block.large_kernel.merge()
+        self.norm = block.norm  # with its affine: without, the kernel is slower
+        fc1, fc2 = as_conv2d(block.mlp.fc1), as_conv2d(block.mlp.fc2)
+        if block.gamma is not None:
+            fc2 = fold_scale(fc2, block.gamma)
+        self.fc1, self.fc2 = PackedConv2d(fc1, "gelu"), PackedConv2d(fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(self.large_kernel(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.fc2.add_to(x, self.fc1(branch))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

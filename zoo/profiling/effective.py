@@ -91,7 +91,7 @@ def effective_costs(
 
 
 def layer_macs(weights: Mapping[str, Tensor], modules: Sequence[ModuleCost]) -> dict[str, float]:
-    """The MACs of each weight in `weights`, whose keys are names of modules; weights that share a module's share these."""
+    """The MACs of each of `weights`, by the names of their modules; those that one module uses share its MACs."""
     users: dict[str, list[str]] = {}  # module -> the weights that its own operators use
     calls = {module.name: module.calls for module in modules}
     for name in weights:

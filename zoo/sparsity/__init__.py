@@ -3,6 +3,24 @@
 Nothing here trains: `zoo.training.sparse` does, with these parts.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from zoo.sparsity.channels import (
+    ChannelGroup,
+    channel_counts,
+    channel_groups,
+    channel_positions,
+    dead_channels,
+    kept_widths,
+    resize,
+    retire_channels,
+    shrink,
+    slice_tensor,
+    weakest_channels,
+)
 from zoo.sparsity.densities import counts, densities, er, erk, sparse_parameters, uniform
 from zoo.sparsity.masks import (
     apply_masks,
@@ -17,21 +35,47 @@ from zoo.sparsity.masks import (
     unpack,
 )
 
+if TYPE_CHECKING:
+    from zoo.sparsity.sparse_model import SparseLayer, SparseModel, report
+
+# imported on first use: they need zoo.profiling, which itself counts with the densities of this package
+_REPORT = ("SparseLayer", "SparseModel", "report")
+
 __all__ = [
+    "ChannelGroup",
+    "SparseLayer",
+    "SparseModel",
     "apply_masks",
+    "channel_counts",
+    "channel_groups",
+    "channel_positions",
     "check_masks",
     "counts",
+    "dead_channels",
     "densities",
     "density_of",
     "er",
     "erk",
     "follows_n_m",
+    "kept_widths",
     "load_masks",
     "masks_of",
     "n_m_mask",
     "pack",
+    "report",
+    "resize",
+    "retire_channels",
     "save_masks",
+    "shrink",
+    "slice_tensor",
     "sparse_parameters",
     "uniform",
     "unpack",
+    "weakest_channels",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _REPORT:
+        return getattr(importlib.import_module("zoo.sparsity.sparse_model"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

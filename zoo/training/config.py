@@ -162,16 +162,18 @@ class SchedulerConfig:
         min_lr: learning rate at the end.
         cooldown_epochs: more epochs at `min_lr` after that; "constant" has none.
         decay_epochs: interval of "step", or length of the decay of "wsd" (below 1: a share of the schedule).
-        decay_rate: factor of "step", or power of "poly".
+        decay_milestones: epochs at which "multistep" lowers the rate.
+        decay_rate: factor of "step" and "multistep", or power of "poly".
     """
 
-    sched: Literal["cosine", "constant", "wsd", "step", "poly", "tanh", "none"] = "cosine"
+    sched: Literal["cosine", "constant", "wsd", "step", "multistep", "poly", "tanh", "none"] = "cosine"
     epochs: int = 300
     warmup_epochs: float = 5
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     cooldown_epochs: int = 0
     decay_epochs: float | None = None
+    decay_milestones: tuple[int, ...] = ()
     decay_rate: float = 0.1
 
     def __post_init__(self) -> None:
@@ -180,6 +182,14 @@ class SchedulerConfig:
         if self.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"scheduler.warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs})."
+            )
+        if bool(self.decay_milestones) != (self.sched == "multistep"):
+            raise ConfigError(
+                "scheduler.decay_milestones, such as [100, 190], belong to scheduler.sched multistep, which needs them."
+            )
+        if list(self.decay_milestones) != sorted({n for n in self.decay_milestones if n > 0}):
+            raise ConfigError(
+                f"scheduler.decay_milestones must be rising numbers of epochs, not {list(self.decay_milestones)}."
             )
 
 
@@ -258,7 +268,8 @@ class SparsityConfig:
             sensitivity ("snip"); those that are not zero in the "weights" that training starts from, whose density it
             keeps.
         dense_from: a layer that would keep this share of its weights or more keeps all.
-        pattern: N:M, such as "2:4": at most 2 of every 4 weights along the inputs are kept. It fixes the density.
+        pattern: N:M, such as "2:4" (in quotes): at most 2 of every 4 weights along the inputs are kept, which fixes the
+            density.
         initial_density: density at the start, from which it falls to `density` on a cubic curve.
         prune: which weights leave when masks move: the smallest by "magnitude", or, in proportion, the smallest
             positive and the largest negative ones ("magnitude_per_sign").
@@ -288,7 +299,7 @@ class SparsityConfig:
     distribution: Distribution | None = None
     masks: MaskChoice | None = None
     dense_from: float | None = None
-    pattern: str | None = None
+    pattern: str | int | None = None
     initial_density: float | None = None
     prune: Prune | None = None
     growth: Growth | None = None
@@ -372,7 +383,9 @@ class SparsityConfig:
 def _check_pattern(rule: SparsityRule) -> None:
     n, colon, m = str(rule.pattern).partition(":")
     if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
-        raise ConfigError(f"sparsity.pattern is {rule.pattern!r}: it is N:M, such as 2:4, with N below M.")
+        raise ConfigError(
+            f"sparsity.pattern is {rule.pattern!r}: it is N:M, such as 2:4, with N below M; in YAML in quotes."
+        )
     if rule.density is not None or rule.initial_density is not None or rule.masks == "weights" or rule.dead_channels:
         raise ConfigError(
             f"sparsity.pattern {rule.pattern} fixes the density: leave out density, initial_density, masks weights and "

@@ -24,8 +24,9 @@ from zoo.data import (
     training_loader,
 )
 from zoo.errors import ConfigError
-from zoo.evaluation.image_classification import Counts, count, create_timm_model
+from zoo.evaluation.image_classification import Counts, check_image_model, count, create_timm_model
 from zoo.factory import create_model
+from zoo.files import whole_file
 from zoo.hub import save_pretrained
 from zoo.registry import get_entry
 from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
@@ -39,13 +40,28 @@ __all__ = ["ImageClassification", "train"]
 def train(config: TrainingConfig, console: Console | None = None) -> Run:
     """Train an image classifier as `config` says, into the folder `config.output.dir`.
 
+    A sparse run also leaves what `zoo.sparsity.report` says of its model: `sparsity.json`, and a picture of the masks.
+
     Raises ConfigError, DataError, UnknownModelError, CheckpointError or TrainingError for what they say, and
     Interrupted when a signal stopped the run (which is saved then).
     """
     prepare_folder(config)  # before the data is read and the model built: this error costs no waiting
     accelerator = make_accelerator(config.train, config.output)
     task = ImageClassification(config, accelerator)
-    return fit(task, config, accelerator, console)
+    run = fit(task, config, accelerator, console)
+    if config.sparsity.method is not None and accelerator.is_main_process:
+        _report_sparsity(task.model, run.folder, console or Console(stderr=True))
+    return run
+
+
+def _report_sparsity(model: nn.Module, folder: Path, console: Console) -> None:
+    from zoo.sparsity import report
+
+    found = report(model)
+    with whole_file(folder / "sparsity.json") as file:
+        file.write(found.to_json().encode())
+    found.plot(folder / "masks.png")
+    console.print(found.summary(), highlight=False, soft_wrap=True, markup=False)
 
 
 class ImageClassification:
@@ -188,9 +204,11 @@ def build_model(config: ModelConfig, num_classes: int, input_size: tuple[int, in
             "checkpoint_path": checkpoint_path or "",
         }
         return create_timm_model(name, num_classes=num_classes, **weights, **args)
-    return create_model(
+    model = create_model(
         name, pretrained=config.pretrained, checkpoint_path=checkpoint_path, num_classes=num_classes, **args
     )
+    check_image_model(model)
+    return model
 
 
 def _takes_weights(config: ModelConfig) -> bool:

@@ -829,6 +829,7 @@ def make_scheduler(
             sched=config.sched,
             num_epochs=config.epochs,
             decay_epochs=config.decay_epochs,
+            decay_milestones=list(config.decay_milestones),
             decay_rate=config.decay_rate,
             cooldown_epochs=config.cooldown_epochs,
             min_lr=config.min_lr,

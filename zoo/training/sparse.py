@@ -37,13 +37,17 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.sparsity import check_masks, counts, densities, n_m_mask, sparse_parameters
-from zoo.sparsity.channels import (
+from zoo.sparsity import (
     ChannelGroup,
     channel_groups,
     channel_positions,
+    check_masks,
+    counts,
+    densities,
+    n_m_mask,
     retire_channels,
     shrink,
+    sparse_parameters,
     weakest_channels,
 )
 from zoo.training.sparse_methods import SparsityRule
@@ -98,7 +102,8 @@ class SparseTraining:
                 f"update {self.begin} to {self.end} of {updates}. Lower it, or set sparsity.growth to none."
             )
         self.masks: dict[str, Tensor] = {}
-        self.final: dict[str, int] = {}  # weights that each mask keeps in the end
+        self.kept: dict[str, int] = {}  # weights that each mask keeps
+        self.final: dict[str, int] = {}  # and that it keeps in the end
         self.steps = 0  # of the optimizer
         self.born: dict[str, Tensor] = {}  # the step at which a weight appeared; 0: it was there from the start
         self.optimizer: torch.optim.Optimizer | None = None
@@ -134,7 +139,7 @@ class SparseTraining:
                 self.final = largest(scores, round(rule.density * total))
             else:
                 self.final = counts(shapes, densities(shapes, rule.density, rule.distribution))
-            now = self._targets(0)
+            now = self.targets(0)
             masks = {name: _best(self._choice(name, scores), None, now[name]) for name in shapes}
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self.final = {name: kept for name, kept in self.final.items() if kept < rule.dense_from * sizes[name]}
@@ -147,7 +152,11 @@ class SparseTraining:
         if rule.dead_channels:
             self._find_channels()
         self.agree(list(self.masks.values()))
+        self._count()
         self.apply()
+
+    def _count(self) -> None:
+        self.kept = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
 
     def _find_channels(self) -> None:
         """The groups of channels that may die out, each of whose layers gets a mask. Raises ConfigError for none."""
@@ -283,7 +292,8 @@ class SparseTraining:
         """Lengthen or shorten the step that was just taken from `before`."""
         for name, start in before.items():
             held = self._held(name)
-            factor = torch.full_like(held, self._density(name) ** -self.rule.lr_density_power)
+            density = self.kept[name] / self.masks[name].numel()
+            factor = torch.full_like(held, density**-self.rule.lr_density_power)
             if name in self.born:
                 born = self.born[name]
                 age = (self.steps - born).to(held.dtype)
@@ -292,9 +302,6 @@ class SparseTraining:
                     young = young * (age / self.rule.regrow_warmup).clamp(max=1)
                 factor = torch.where(born > 0, factor * young, factor)
             held.copy_(torch.lerp(start, held, factor))
-
-    def _density(self, name: str) -> float:
-        return int(self.masks[name].count_nonzero()) / self.masks[name].numel()
 
     def _bias_correction(self, name: str, age: Tensor) -> Tensor:
         """What Adam's step must be multiplied with so that its averages are corrected for `age` updates of a weight."""
@@ -323,7 +330,7 @@ class SparseTraining:
     def _progress(self, update: int) -> float:
         return min(max((update - self.begin) / max(self.end - self.begin, 1), 0.0), 1.0)
 
-    def _targets(self, update: int) -> dict[str, int]:
+    def targets(self, update: int) -> dict[str, int]:
         """How many weights each layer keeps after this update.
 
         Where the density falls, a layer's sparsity is its final one times a factor that is the same for all, so that
@@ -341,7 +348,7 @@ class SparseTraining:
         """Prune and grow. `gradients` are magnitudes; where they overflowed, masks stay as they are this time."""
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             return
-        targets, rate = self._targets(update), self.rate(update)
+        targets, rate = self.targets(update), self.rate(update)
         closed = channel_positions(self.model, self.channels, self.retired)
         fresh = {}
         for name, mask in self.masks.items():
@@ -356,6 +363,7 @@ class SparseTraining:
         self.agree(list(fresh.values()))
         for name, mask in fresh.items():
             self._adopt(name, mask)
+        self._count()
 
     def _prune(self, name: str, mask: Tensor, count: int) -> Tensor:
         """`mask`, but for its smallest weights: `count` are left."""
@@ -472,6 +480,7 @@ class SparseTraining:
         self.retired = dict(state["retired"])
         if self.rule.dead_channels:
             self._find_channels()
+        self._count()
         self.apply()
 
     # ---------------------------------------------------------------------------------------------------------- outcome
@@ -484,7 +493,7 @@ class SparseTraining:
     def density(self) -> float:
         """The share of the chosen layers' weights that is kept."""
         total = sum(parameter.numel() for parameter in self.parameters.values())
-        return 1 - sum(mask.numel() - int(mask.count_nonzero()) for mask in self.masks.values()) / total
+        return 1 - sum(mask.numel() - self.kept[name] for name, mask in self.masks.items()) / total
 
     def describe(self) -> str:
         """One line on what is sparse."""

@@ -1,0 +1,343 @@
+"""Large depthwise kernels: ours and F.conv2d, at the shapes of SLaK's stages, beside the limits of the machine.
+
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python benchmarks/large_kernel.py
+
+Operators: the tall, wide and small kernels of a block ("decomposed"), and the whole kernel that they stand for
+("whole"), in both memory formats; the forward as inference has it, with the branches summed, and forward and backward
+as training has it, with an output of each branch. Models: slak_tiny at 224x224, with F.conv2d in both memory formats
+("plain"; in NCHW the large kernels meet contiguous maps, as in the authors' code), with our operator, and as
+`zoo.optimize_for_inference` makes it; a training step is forward, loss, backward and AdamW. On a GPU PyTorch's side is
+cuDNN's, or what PyTorch prefers to it.
+
+All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
+CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. `limit_ms` is the larger
+of arithmetic (taps that meet a pixel, not the padding, two operations each) over the fastest matrix product measured
+here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zoo
+from zoo.config import run_command
+from zoo.files import whole_file
+from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
+from zoo.models.slak import DepthwiseConv2d
+from zoo.plots import check_picture
+
+RESULTS = Path(__file__).parent / "results" / "large_kernel.json"
+STAGES = ((124, 56), (249, 28), (499, 14), (998, 7))  # channels and side of slak_tiny's maps at 224x224
+KERNELS = {"k51": (51, 49, 47, 13), "k31": (31, 29, 27, 13), "k61": (61, 59, 57, 13)}
+SMALL = 5
+FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Step = Callable[[], object]
+
+
+class Clock:
+    """Medians of what takes turns."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self.seconds = device, seconds
+
+    def now(self) -> tuple[float, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def compare(self, steps: dict[str, Step], at_least: int = 3) -> dict[str, dict[str, float]]:
+        """Each once to warm up, then in turns, `at_least` times and until `seconds` are over."""
+        for step in steps.values():
+            step()
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        start, turns = time.perf_counter(), 0
+        while turns < at_least or (time.perf_counter() - start < self.seconds and turns < 500):
+            for name, step in steps.items():
+                before = self.now()
+                step()
+                wall, cpu = (after - earlier for after, earlier in zip(self.now(), before, strict=True))
+                times[name].append((1000 * wall, 1000 * cpu))
+            turns += 1
+        found = {}
+        for name, pairs in times.items():
+            found[name] = {"ms": round(statistics.median(wall for wall, _ in pairs), 3)}
+            if self.device.type == "cpu":
+                found[name]["cpu_ms"] = round(statistics.median(cpu for _, cpu in pairs), 3)
+        return found
+
+    def peaks(self, dtype: torch.dtype) -> dict[str, float]:
+        """The machine's best here: operations of a matrix product, bytes read and written by a copy, each second."""
+        side = 8192 if self.device.type == "cuda" else 2048
+        matrix = torch.randn(side, side, device=self.device).to(dtype)
+        source = torch.empty(256 * 2**20, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        fastest = {"product": float("inf"), "copy": float("inf")}
+        for _ in range(10):
+            for name, step in (("product", lambda: matrix @ matrix), ("copy", lambda: target.copy_(source))):
+                before = self.now()[0]
+                step()
+                fastest[name] = min(fastest[name], self.now()[0] - before)
+        return {
+            "gflops": round(2e-9 * side**3 / fastest["product"], 1),
+            "gb_per_s": round(2e-9 * source.numel() / fastest["copy"], 1),
+        }
+
+
+def cost(found: dict[str, float]) -> float:
+    return found.get("cpu_ms", found["ms"])
+
+
+def meetings(side: int, taps: int) -> int:
+    """How often a tap of a kernel meets a pixel along one axis."""
+    return sum(max(0, side - abs(offset)) for offset in range(-(taps // 2), taps // 2 + 1))
+
+
+def conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    return F.conv2d(x, weight, padding=padding, groups=len(weight))
+
+
+def compare_operators(clock: Clock, arguments: argparse.Namespace, dtype: torch.dtype, peaks: dict) -> list[dict]:
+    rows = []
+    for form in ("decomposed", "whole"):
+        for kernels in arguments.kernels:
+            for stage, ((channels, side), edge) in enumerate(zip(STAGES, KERNELS[kernels], strict=True), start=1):
+                edges = [(edge, SMALL), (SMALL, edge), (SMALL, SMALL)] if form == "decomposed" else [(edge, edge)]
+                shape = (arguments.batch_size, channels, side, side)
+                row = {"form": form, "kernels": kernels, "stage": stage, "shape": shape, "edges": edges}
+                row |= compare_operator(clock, shape, edges, dtype, peaks)
+                rows.append(row)
+                print(
+                    f"{form:<10} {kernels} stage {stage}: "
+                    + "; ".join(f"{name} {row[name]['speedup']}" for name in ("forward", "forward_backward")),
+                    flush=True,
+                )
+    return rows
+
+
+def compare_operator(
+    clock: Clock, shape: tuple[int, ...], edges: list[tuple[int, int]], dtype: torch.dtype, peaks: dict
+) -> dict[str, Any]:
+    """Forward, and forward and backward, of ours and F.conv2d in both formats, and the machine's limit."""
+    torch.manual_seed(0)
+    device = clock.device
+    weights = [torch.randn(shape[1], 1, *edge, device=device, dtype=dtype, requires_grad=True) for edge in edges]
+    frozen = [weight.detach() for weight in weights]
+    forward: dict[str, Step] = {}
+    both: dict[str, Step] = {}
+    for name, memory_format in FORMATS.items():
+        x = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=memory_format)
+        grad = torch.randn_like(x)
+        leaf = x.clone().requires_grad_()
+        tall, wide, small = frozen if len(frozen) == 3 else (frozen[0], None, None)
+
+        def ours(x: Tensor = x, tall: Any = tall, wide: Any = wide, small: Any = small) -> object:
+            return large_kernel_sum(x, tall, wide, small)
+
+        def theirs(x: Tensor = x) -> object:
+            total = conv2d(x, frozen[0])
+            for weight in frozen[1:]:
+                total = total + conv2d(x, weight)
+            return total
+
+        def training(convolve: Callable[..., Tensor], leaf: Tensor = leaf, grad: Tensor = grad) -> object:
+            outputs = [convolve(leaf, weight) for weight in weights]
+            return torch.autograd.grad(outputs, [leaf, *weights], [grad] * len(outputs))
+
+        forward[f"ours_{name}"], forward[f"conv2d_{name}"] = ours, theirs
+        both[f"ours_{name}"] = functools.partial(training, depthwise_conv2d)
+        both[f"conv2d_{name}"] = functools.partial(training, conv2d)
+
+    found: dict[str, Any] = {}
+    operations = 2 * shape[0] * shape[1] * sum(meetings(shape[2], h) * meetings(shape[3], w) for h, w in edges)
+    map_bytes = torch.Size(shape).numel() * dtype.itemsize
+    for name, steps, passes, maps in (
+        ("forward", forward, 1, 2),
+        ("forward_backward", both, 3, (1 + len(edges)) + (len(edges) + 1) + (1 + len(edges))),
+    ):
+        with torch.set_grad_enabled(name != "forward"):
+            times = clock.compare(steps)
+        arithmetic, traffic = passes * operations / peaks["gflops"] / 1e6, maps * map_bytes / peaks["gb_per_s"] / 1e6
+        found[name] = {
+            **times,
+            "limit_ms": round(max(arithmetic, traffic), 4),
+            "limited_by": "arithmetic" if arithmetic > traffic else "traffic",
+            "speedup": {f: round(cost(times[f"conv2d_{f}"]) / cost(times[f"ours_{f}"]), 2) for f in FORMATS},
+        }
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+class NchwConv2d(nn.Conv2d):
+    """A convolution of contiguous maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous())
+
+
+def with_convolutions(model: nn.Module, kind: type[nn.Conv2d]) -> nn.Module:
+    """A copy of `model` with PyTorch's convolution for ours."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, DepthwiseConv2d):
+            module.__class__ = kind  # type: ignore[assignment]
+    return model
+
+
+def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = zoo.create_model("slak_tiny", pretrained=False).to(clock.device).train(training)
+    models = {
+        "plain_nchw": with_convolutions(model, NchwConv2d),
+        "plain_channels_last": with_convolutions(model, nn.Conv2d).to(memory_format=torch.channels_last),
+        "ours": model,
+    }
+    if not training:
+        models["ours_optimized"] = zoo.optimize_for_inference(model)
+    models = {name: model for name, model in models.items() if name not in skip}
+    images = torch.randn(batch_size, 3, 224, 224, device=clock.device)
+    labels = torch.randint(1000, (batch_size,), device=clock.device)
+
+    def infer(name: str) -> object:
+        x = images.contiguous(memory_format=torch.channels_last) if name == "plain_channels_last" else images
+        with torch.inference_mode():
+            return models[name](x)
+
+    optimizers = {}
+    if training:
+        optimizers = {name: torch.optim.AdamW(model.parameters(), 1e-6, fused=True) for name, model in models.items()}
+
+    def train(name: str) -> object:
+        x = images.contiguous(memory_format=torch.channels_last) if name == "plain_channels_last" else images
+        F.cross_entropy(models[name](x), labels).backward()
+        optimizers[name].step()
+        return optimizers[name].zero_grad()
+
+    step = train if training else infer
+    times = clock.compare({name: functools.partial(step, name) for name in models})
+    best = "ours" if training else "ours_optimized"
+    speedup = {name: round(cost(times[name]) / cost(times[best]), 2) for name in models if name != best}
+    return {**times, "speedup_of": best, "speedup": speedup}
+
+
+# -------------------------------------------------------------------------------------------------------------- picture
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Milliseconds of every operator beside the limit, and of the models."""
+    from matplotlib.figure import Figure
+
+    rows = report["operators"]
+    names = ["conv2d_nchw", "conv2d_channels_last", "ours_nchw", "ours_channels_last"]
+    colors = ["0.75", "0.5", "C0", "C2"]
+    figure = Figure(figsize=(13, 11), layout="constrained")
+    top, middle, bottom = figure.subplots(3, 1)
+    for axes, what in ((top, "forward"), (middle, "forward_backward")):
+        for i, (name, color) in enumerate(zip(names, colors, strict=True)):
+            places = [place + 0.2 * (i - 1.5) for place in range(len(rows))]
+            axes.bar(places, [row[what][name]["ms"] for row in rows], 0.2, color=color, label=name.replace("_", " "))
+        for place, row in enumerate(rows):
+            axes.hlines(row[what]["limit_ms"], place - 0.42, place + 0.42, color="C3", label=None if place else "limit")
+        axes.set_yscale("log")
+        axes.set_ylabel(f"{what.replace('_', ' and ')} (ms)")
+        labels = [f"{row['form']}\n{row['kernels']} {row['edges'][0][0]}\nstage {row['stage']}" for row in rows]
+        axes.set_xticks(range(len(rows)), labels, fontsize=6)
+        axes.set_axisbelow(True)
+        axes.grid(True, axis="y", color="0.9")
+    top.legend(ncols=5, frameon=False, fontsize=8)
+    top.set_title(f"Large depthwise kernels: {report['device']}, batch {report['settings']['batch_size']}")
+    entries = [
+        (f"{kind.replace('_', ' ')}, batch {batch}\n{name.replace('_', ' ')}", found[name]["ms"], name)
+        for kind, batches in report.get("models", {}).items()
+        for batch, found in batches.items()
+        for name in ("plain_nchw", "plain_channels_last", "ours", "ours_optimized")
+        if name in found
+    ]
+    shades = {"plain_nchw": "0.75", "plain_channels_last": "0.5", "ours": "C0", "ours_optimized": "C2"}
+    bottom.barh(
+        [label for label, _, _ in entries], [ms for _, ms, _ in entries], color=[shades[n] for *_, n in entries]
+    )
+    bottom.invert_yaxis()
+    bottom.set_xscale("log")
+    bottom.tick_params(axis="y", labelsize=7)
+    bottom.set_xlabel("slak_tiny at 224x224 (ms)")
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip("."), dpi=130)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the operators")
+    parser.add_argument("--batch-size", type=int, help="of the operators; 64 on a GPU, 2 on a CPU")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--seconds", type=float, default=1.0, help="spent on each comparison, at least")
+    parser.add_argument("--only", choices=("operators", "models"), help="measure one part, keep the other's figures")
+    parser.add_argument("--model-batches", nargs="+", type=int, help="64 on a GPU, 1 and 8 on a CPU")
+    parser.add_argument("--mode", choices=("inference", "training_step"), help="measure the models in one mode")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="MODEL", help="models to leave out")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    check_picture(arguments.results.with_suffix(".png"))
+    device = torch.device("cuda" if gpu and arguments.device == "auto" else "cpu")
+    arguments.batch_size = arguments.batch_size or (64 if device.type == "cuda" else 2)
+    arguments.model_batches = arguments.model_batches or ([64] if device.type == "cuda" else [1, 8])
+    clock, dtype = Clock(device, arguments.seconds), DTYPES[arguments.dtype]
+
+    key = "cpu" if device.type == "cpu" else f"gpu_{arguments.dtype}"
+    everything = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
+    report = everything.setdefault(key, {})
+    environment = [f"{n}={os.environ[n]}" for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ]
+    report["commands"] = report.get("commands", {})
+    command = " ".join([*environment, "python", "benchmarks/large_kernel.py", *sys.argv[1:]])
+    report["device"] = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    )
+    report["versions"] = {"zoo": zoo.__version__, "torch": torch.__version__}
+
+    def save() -> None:
+        with whole_file(arguments.results) as file:
+            file.write((json.dumps(everything, indent=1) + "\n").encode())
+
+    if arguments.only != "models":
+        report["commands"]["operators"] = command
+        report["settings"] = {"batch_size": arguments.batch_size, "dtype": arguments.dtype}
+        report["peaks"] = clock.peaks(dtype)
+        report["operators"] = compare_operators(clock, arguments, dtype, report["peaks"])
+        save()
+    if arguments.only != "operators":
+        for mode in (arguments.mode,) if arguments.mode else ("inference", "training_step"):
+            for batch_size in arguments.model_batches:
+                found = compare_models(clock, batch_size, mode == "training_step", arguments.skip)
+                report.setdefault("models", {}).setdefault(mode, {})[str(batch_size)] = {**found, "command": command}
+                print(f"slak_tiny {mode}, batch {batch_size}: {found['speedup_of']} against {found['speedup']}")
+                save()
+    if "operators" in report:
+        plot(report, arguments.results.with_suffix(".png"))
+    print(f"Written to {arguments.results}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

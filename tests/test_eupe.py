@@ -1,0 +1,94 @@
+"""EUPE's encoders against their authors' code, and their figures."""
+
+import pytest
+import torch
+
+import zoo
+from tests import golden
+from zoo.models.eupe import LICENSE, encode
+from zoo.registry import get_entry
+
+SMALL = ("eupe_vitt16@192x256", "eupe_convnext_tiny@192x256")
+# parameters without a classifier, and what fvcore counts in the authors' code at 224x224
+FIGURES = {
+    "eupe_vitt16": (5_489_664, 1_100_716_992),
+    "eupe_vits16": (21_596_160, 4_335_417_216),
+    "eupe_vitb16": (85_659_648, 17_206_767_360),
+    "eupe_convnext_tiny": (27_820_128, 4_465_680_384),
+    "eupe_convnext_small": (49_454_688, 8_700_635_136),
+    "eupe_convnext_base": (87_566_464, 15_377_293_312),
+}
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(n, marks=() if n in SMALL else pytest.mark.slow) for n in golden.names("eupe")]
+)
+def test_golden_parity(file):
+    """The published code rounds rotary positions to float32 in double precision too: 1e-6 is what can be asked."""
+    reference = golden.load("eupe", file)
+    model = zoo.create_model(file.split("@")[0], pretrained=False)
+    assert not zoo.load_checkpoint(model, golden.state_dict(reference)).dropped
+    model.double().eval()
+    with torch.no_grad():
+        images = golden.inputs(reference)["input"].double()
+        tokens = encode(model, images)
+        outputs = {"logits": model(images), "cls": tokens.class_token, "storage": tokens.storage}
+        outputs |= {"patch": tokens.patches, "features": model.forward_features(images)}
+        if "vit" in file:
+            maps = model.forward_intermediates(images, return_prefix_tokens=True, norm=True, intermediates_only=True)
+            for i, (patches, prefix) in enumerate(maps):
+                outputs |= {f"layer{i}_patch_nchw": patches, f"layer{i}_cls": prefix[:, 0]}
+            ((patches, prefix),) = model.forward_intermediates(
+                images, indices=1, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+            )
+            outputs["prenorm"] = torch.cat((prefix, patches), dim=1)
+        else:
+            final, maps = model.forward_intermediates(images)
+            outputs |= {f"stage{i}": stage for i, stage in enumerate(maps, start=1)}
+            outputs["prenorm"] = final.flatten(2).transpose(1, 2)
+            outputs["layer2_cls"] = maps[2].mean((2, 3))
+            outputs["layer3_patch_nchw"] = model.head.norm(maps[3])
+    assert reference["precision"] == "float64"
+    assert max(golden.errors(reference, outputs).values()) < 1e-6
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_costs(name):
+    """Exact: fvcore leaves out attention's two products, and counts those norms that the authors do not write out."""
+    params, fvcore = FIGURES[name]
+    model = zoo.create_model(name, pretrained=False, device="meta")
+    costs = zoo.profile(model, input_size=(3, 224, 224))
+    assert costs.params == params
+    if "vit" in name:
+        tokens = 1 + 4 + 14 * 14
+        assert costs.fvcore_total == fvcore + 2 * tokens**2 * model.embed_dim * len(model.blocks)
+        return
+    sides = (56, 28, 14, 7)
+    dims = [info["num_chs"] for info in model.feature_info]
+    normed = sum(len(stage.blocks) * dim * side**2 for stage, dim, side in zip(model.stages, dims, sides, strict=True))
+    assert costs.macs == fvcore - 5 * (normed + dims[-1] * (7**2 + 1))  # five operations to an element
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_weights_are_offered_with_their_licence(name):
+    weights = get_entry(name).weights
+    assert [w.tag for w in weights] == ["eupe_lvd1689m", "meta_lvd1689m"]
+    assert {w.license for w in weights} == {LICENSE}
+    assert all("oncommercial" in str(w.note) for w in weights)
+
+
+def test_dense_features_by_name():
+    """Maps of chosen blocks, other sizes, and a fresh classifier."""
+    images = torch.randn(2, 3, 64, 96)
+    model = zoo.create_model("eupe_vitt16", pretrained=False, features_only=True, out_indices=(2, 11)).eval()
+    assert [m.shape for m in model(images)] == [(2, 192, 4, 6), (2, 192, 4, 6)]
+    model = zoo.create_model("eupe_convnext_tiny", pretrained=False, features_only=True).eval()
+    assert [m.shape[1:] for m in model(images)] == [(96, 16, 24), (192, 8, 12), (384, 4, 6), (768, 2, 3)]
+    assert zoo.create_model("eupe_vitt16", pretrained=False, num_classes=7)(images).shape == (2, 7)
+    assert zoo.create_model("eupe_vitt16", pretrained=False)(images).shape == (2, 192)
+
+
+def test_heads_of_the_distillation_are_left_out():
+    for name, prefix in (("eupe_vitt16", "projectors.0.weight"), ("eupe_convnext_tiny", "projectors.0.weight")):
+        tensors = golden.state_dict(golden.load("eupe", f"{name}@192x256")) | {prefix: torch.zeros(3, 3)}
+        assert not zoo.load_checkpoint(zoo.create_model(name, pretrained=False), tensors).dropped

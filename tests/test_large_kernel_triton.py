@@ -1,0 +1,307 @@
+"""The GPU's large-kernel convolution: its arithmetic under Triton's interpreter, its machine code without a GPU.
+
+Triton reads TRITON_INTERPRET when it is imported, so what runs interpreted runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from zoo.errors import ConfigError
+from zoo.layers import large_kernel_triton as large
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).resolve().parent.parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SLAK = [(51, 5), (5, 51), (5, 5)]
+# relative error of a whole tensor: of float32 as TF32 and in full, of the 16-bit types
+TOLERANCES = {"tf32": 1e-3, "ieee": 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def reference(x, weights, bias=None):
+    y = sum(F.conv2d(x, w, None, 1, (w.shape[2] // 2, w.shape[3] // 2), groups=x.shape[1]) for w in weights)
+    return y if bias is None else y + bias[:, None, None]
+
+
+def error(value, expected):
+    return float((value.detach().double() - expected.detach().double()).norm() / expected.detach().double().norm())
+
+
+def compare(shape, edges, dtype, tolerance, device="cpu", scale=1.0):
+    """Outputs and all gradients against float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [shape, *((shape[1], 1, *edge) for edge in edges), (shape[1],)]
+    x, *weights, bias = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+    tensors = [(x * scale).requires_grad_(), *(w.requires_grad_() for w in weights), (bias * scale).requires_grad_()]
+    y = large.depthwise_conv2d_branches(tensors[0], tensors[1:-1], tensors[-1])
+    gradient = torch.randn(shape, generator=generator).to(device, dtype)
+    gradients = torch.autograd.grad(y, tensors, gradient)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = reference(exact[0], exact[1:-1], exact[-1])
+    expected_gradients = torch.autograd.grad(expected, exact, gradient.double())
+    assert y.dtype == dtype
+    assert error(y, expected) < tolerance
+    for name, value, wanted in zip(["x", *edges, "bias"], gradients, expected_gradients, strict=True):
+        assert value.dtype == dtype
+        assert error(value, wanted) < tolerance, name
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def precision(request):
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = request.param
+    yield request.param
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_a_cpu_tensor_is_refused_by_name():
+    if INTERPRETED:
+        pytest.skip("the interpreter takes tensors of the CPU")
+    x = torch.zeros(1, 2, 8, 8)
+    assert not large.is_available(x)
+    with pytest.raises(ConfigError, match=r"torch.float32 on cpu: use zoo.layers.large_kernel, which falls back"):
+        large.depthwise_conv2d(x, torch.zeros(2, 1, 5, 5))
+
+
+def test_without_triton_or_in_float64_nothing_is_available(monkeypatch):
+    monkeypatch.setattr(large, "_INTERPRETED", True)
+    assert large.is_available(torch.zeros(1))
+    assert not large.is_available(torch.zeros(1, dtype=torch.float64))
+    monkeypatch.setattr(large, "_INSTALLED", False)
+    assert not large.is_available(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "message"),
+    [
+        ((1, 2, 8), [(2, 1, 3, 3)], r"takes x \(B, C, H, W\), not \(1, 2, 8\)"),
+        ((1, 2, 8, 8), [(2, 1, 4, 3)], r"odd edges up to 63, not \(2, 1, 4, 3\)"),
+        ((1, 2, 8, 8), [(2, 1, 65, 3)], r"odd edges up to 63, not \(2, 1, 65, 3\)"),
+        ((1, 2, 8, 8), [(3, 1, 3, 3)], r"must be \(2, 1, kh, kw\)"),
+        ((1, 2, 8, 8), [], "at least one kernel"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shape, weights, message):
+    with pytest.raises(ConfigError, match=message):
+        large.depthwise_conv2d_branches(torch.zeros(shape), [torch.zeros(w) for w in weights])
+
+
+def test_a_bias_that_does_not_fit_is_refused():
+    with pytest.raises(ConfigError, match=r"must be \(2,\), not \(3,\)"):
+        large.depthwise_conv2d(torch.zeros(1, 2, 8, 8), torch.zeros(2, 1, 3, 3), torch.zeros(3))
+
+
+def test_arithmetic_under_the_interpreter():
+    if INTERPRETED:
+        pytest.skip("this is the interpreter's process")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestInterpreted"]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    run = subprocess.run(command, cwd=ROOT, env={**env, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert " passed" in run.stdout
+    assert " skipped" not in run.stdout
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="run by test_arithmetic_under_the_interpreter")
+class TestInterpreted:
+    @pytest.mark.parametrize(
+        ("shape", "edges"),
+        [
+            ((3, 1, 28, 28), [(49, 5), (5, 49), (5, 5)]),  # SLaK's branches, a batch that fills no tile
+            ((2, 2, 7, 7), [(13, 5), (5, 13), (5, 5)]),  # one matrix for the whole map
+            ((1, 1, 70, 17), [(51, 3), (3, 51)]),  # tiles and strips, a width that aligns nothing
+            ((2, 2, 12, 9), [(11, 11)]),  # more lines than are unrolled
+            ((1, 1, 9, 8), [(1, 63)]),  # longer than the map
+        ],
+    )
+    def test_float32(self, shape, edges, precision):
+        compare(shape, edges, torch.float32, TOLERANCES[precision])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("size", [7, 14])
+    def test_16_bits(self, dtype, size):
+        compare((2, 2, size, size), [(13, 5), (5, 13), (5, 5)], dtype, TOLERANCES[dtype])
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e30])
+    @pytest.mark.parametrize("size", [7, 14])
+    def test_magnitudes_beyond_float16(self, size, scale, precision):
+        """float32 is scaled into float16's range, so its own range remains."""
+        x, weight = torch.randn(2, 2, size, size) * scale, torch.randn(2, 1, 13, 5)
+        y = large.depthwise_conv2d(x, weight)
+        assert error(y, reference(x.double(), [weight.double()])) < TOLERANCES[precision]
+
+    def test_zeros_stay_zeros(self):
+        for size in (7, 14):
+            zeros, weight = torch.zeros(1, 2, size, size), torch.zeros(2, 1, 13, 5)
+            assert not large.depthwise_conv2d(zeros, weight + 1).any()
+            assert not large.depthwise_conv2d(zeros + 1, weight).any()
+
+    def test_branches_are_summed_whichever_lies_within_which(self):
+        x = torch.randn(1, 1, 9, 9)
+        every = [(7, 3), (3, 7), (5, 1), (1, 3), (5, 5)]
+        for edges in [*itertools.combinations(every, 2), every]:
+            weights = [torch.randn(1, 1, *edge) for edge in edges]
+            y = large.depthwise_conv2d_branches(x, weights)
+            assert error(y, reference(x.double(), [w.double() for w in weights])) < 1e-3, edges
+
+    def test_memory_format_is_kept(self):
+        x, weight = torch.randn(2, 3, 9, 9), torch.randn(3, 1, 7, 3)
+        y = large.depthwise_conv2d(x, weight)
+        assert y.is_contiguous()
+        last = large.depthwise_conv2d(x.contiguous(memory_format=torch.channels_last), weight)
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(last, y)
+
+    def test_strided_input_and_cropped_kernel(self):
+        x, weight = torch.randn(2, 3, 9, 18)[..., ::2], torch.randn(3, 1, 11, 5)[:, :, 2:9, 1:4]
+        assert error(large.depthwise_conv2d(x, weight), reference(x.double(), [weight.double()])) < 1e-3
+
+    @pytest.mark.parametrize("shape", [(0, 2, 9, 9), (2, 0, 9, 9)])
+    def test_nothing_in_nothing_out(self, shape):
+        x = torch.zeros(shape, requires_grad=True)
+        weight = torch.randn(shape[1], 1, 5, 3, requires_grad=True)
+        y = large.depthwise_conv2d(x, weight)
+        y.sum().backward()
+        assert y.shape == shape
+        assert not weight.grad.any()
+
+    def test_autocast_computes_in_the_lower_type(self):
+        x = torch.randn(1, 2, 9, 9)
+        weight = torch.randn(2, 1, 7, 3, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = large.depthwise_conv2d(x, weight)
+        y.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert weight.grad.dtype == torch.float32
+        assert error(y, reference(x.double(), [weight.double()])) < TOLERANCES[torch.bfloat16]
+
+    def test_second_derivatives(self, precision):
+        inputs = [torch.randn(s, requires_grad=True) for s in ((1, 2, 9, 8), (2, 1, 5, 3), (2, 1, 3, 5))]
+
+        def second(function, tensors):
+            first = torch.autograd.grad(function(tensors[0], tensors[1:]).pow(3).sum(), tensors, create_graph=True)
+            return torch.autograd.grad(sum(g.pow(2).sum() for g in first), tensors)
+
+        exact = second(reference, [tensor.detach().double().requires_grad_() for tensor in inputs])
+        for value, expected in zip(second(large.depthwise_conv2d_branches, inputs), exact, strict=True):
+            assert error(value, expected) < {"tf32": 5e-3, "ieee": 1e-5}[precision]
+
+    def test_compiles_whole_with_gradients(self):
+        weights = [torch.randn(2, 1, *edge, requires_grad=True) for edge in ((7, 3), (3, 7), (3, 3))]
+
+        def step(x):
+            return (large.depthwise_conv2d_branches(x, weights) * 2).relu()
+
+        x = torch.randn(2, 2, 9, 9)
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), step(x))
+        plain = torch.autograd.grad(step(x).sum(), weights)
+        for value, expected in zip(torch.autograd.grad(compiled(x).sum(), weights), plain, strict=True):
+            torch.testing.assert_close(value, expected)
+
+    def test_operators_are_registered_rightly(self):
+        x, tall, wide = torch.randn(1, 2, 9, 9), torch.randn(2, 1, 5, 3), torch.randn(2, 1, 3, 5)
+        x, tall, wide = (tensor.requires_grad_() for tensor in (x, tall, wide))
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.zoo.depthwise_bands, (x, tall, wide, None, False), test_utils=tests)
+        torch.library.opcheck(torch.ops.zoo.depthwise_bands_weight, (x, x, 5, 3), test_utils=tests)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Machine code: Triton brings the assembler along
+
+
+def assembled(program, tensors, constants, capability, warps=4, stages=1):
+    """(shared memory in bytes, PTX, machine code) of a program compiled for a GPU that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = program if hasattr(program, "params") else program.fn
+    names = function.arg_names
+    signature = {name: "*" + tensors[name] if name in tensors else "constexpr" for name in names}
+    signature |= {name: "i32" for name in names if name not in tensors and name not in constants}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in tensors}
+    source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["cubin"]
+
+
+def band_arguments(size, tap, dtype, products, tile, lines=5):
+    edge = max(16, 1 << (size - 1).bit_length())
+    matrices = "fp16" if products else dtype
+    tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide"), matrices)
+    tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
+    constants = {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
+    constants |= {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap, "HAS_BIAS": True}
+    return tensors, constants | {"PRODUCTS": products, "TILE": tile}
+
+
+def programs_at(size, tap, dtype, products, lines=5):
+    """Every program that a map of size x size runs, with its forms: (program, tensors, constants, warps, stages)."""
+    from zoo.layers import large_kernel_programs as programs
+
+    weight = {"x": dtype, "gradient": dtype, "out": "fp32"}
+    short = min(64, 1 << (size - 1).bit_length())
+    for wide in (False, True):
+        constants = {"ALIGN": size & -size, "WIDE": wide, "TAPS": tap, "LINES": lines, "LONG": max(16, short)}
+        constants |= {"SHORT": short, "IMAGES": 64 // short, "PRECISION": "tf32x3" if products == 3 else "tf32"}
+        for config in programs._WEIGHT_CONFIGS:
+            yield programs.weight_program, weight, constants, config.num_warps, config.num_stages
+    edges = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
+    if size * size <= programs.POSITIONS:
+        tensors = dict.fromkeys(("x", "tall", "wide", "bias", "y"), dtype)
+        constants = {"IMAGES": 64, "PLACES": 64, "HAS_BIAS": True, "PRODUCTS": products}
+        yield programs.map_program, tensors, edges | constants, 4, 3
+        return
+    tensors = {"kernel": "fp32", "matrices": "fp16" if products else dtype, "unscales": "fp32"}
+    for height, width in ((tap, lines), (lines, tap)):
+        constants = {"HEIGHT": height, "WIDTH": width, "LONG": max(16, short), "STRIP": 1, "PRODUCTS": products}
+        yield programs.matrix_program, tensors, constants, 4, 1
+    for config in programs._CONFIGS:
+        arguments = band_arguments(size, tap, dtype, products, config.kwargs["TILE"], lines)
+        yield programs.band_program, *arguments, config.num_warps, config.num_stages
+
+
+def check_machine_code(size, tap, dtype, products, capability, lines=5):
+    from zoo.layers import large_kernel_programs as programs
+
+    for program, tensors, constants, warps, stages in programs_at(size, tap, dtype, products, lines):
+        shared, ptx, cubin = assembled(program, tensors, constants, capability, warps, stages)
+        name = f"{program} {constants} {warps}"
+        assert cubin, name
+        assert shared <= 99 * 1024, name  # what a block may have on the smallest of these GPUs
+        if program is not programs.matrix_program:
+            assert "mma" in ptx, name  # tensor cores, not multiply-adds
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_program_compiles(capability):
+    check_machine_code(14, 27, "bf16", 0, capability, lines=3)
+    check_machine_code(7, 13, "fp32", 1, capability, lines=3)
+
+
+@pytest.mark.slow  # each of the forms takes seconds to compile
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.parametrize(("dtype", "products"), [("fp32", 1), ("fp32", 3), ("bf16", 0)])
+@pytest.mark.parametrize(("size", "tap"), [(56, 51), (28, 49), (14, 27), (7, 13)])
+def test_every_form_of_slaks_stages_compiles(size, tap, dtype, products):
+    check_machine_code(size, tap, dtype, products, 90)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(("channels", "size", "tap"), [(124, 56, 51), (249, 28, 49), (499, 14, 47), (998, 7, 13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_slaks_stages_on_a_gpu(channels, size, tap, dtype):
+    tolerance = TOLERANCES["tf32" if dtype == torch.float32 else dtype]
+    compare((4, channels, size, size), [(tap, 5), (5, tap), (5, 5)], dtype, tolerance, "cuda")

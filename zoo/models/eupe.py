@@ -1,0 +1,159 @@
+"""EUPE: small encoders of images for every kind of task, distilled from several large ones.
+
+Zhu et al., "Efficient Universal Perception Encoder", arXiv 2603.22387 (2026).
+
+What makes them compact: one small encoder takes the place of several large ones (for language, for dense prediction,
+for self-supervised features), because a large proxy learns from all of them first and teaches the small one.
+
+The models are timm's: its `Eva` with rotary positions (a ViT of 16x16 patches with a class token, four storage tokens
+and LayerScale), and its `ConvNeXt`. They are encoders: there is no classifier, `num_classes` is 0 unless you ask for a
+fresh one. As in the published code the ViT's output is the class token, where timm would average the patches.
+
+Rotary angles are computed in float32 by the published code, in timm's own way by timm: in double precision the two
+differ by about 1e-8. Training's random rescaling of the positions is left out, as timm leaves it out.
+
+Code and weights are under the FAIR Noncommercial Research License: research that is not commercial, and whoever passes
+weights on must do so under that licence.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+from timm.models.eva import checkpoint_filter_fn
+from torch import Tensor, nn
+
+from zoo.layers.from_timm import timm_builder
+from zoo.registry import Entry, Paper, Reported, Weights, register
+
+__all__ = ["Tokens", "encode"]
+
+LICENSE = "fair-noncommercial-research-license"
+PAPER = Paper(
+    title="Efficient Universal Perception Encoder",
+    authors="Zhu, Suri, Jose, Oquab, Szafraniec, Wen, Xiong, Labatut, Bojanowski, Krishnamoorthi, Chandra",
+    venue="arXiv 2026",
+    arxiv="2603.22387",
+)
+
+
+class Tokens(NamedTuple):
+    """What an encoder says of images, normalised. `storage` is empty, (B, 0, C), where a network has none."""
+
+    class_token: Tensor  # (B, C)
+    storage: Tensor  # (B, 4, C)
+    patches: Tensor  # (B, H/r * W/r, C), row by row; r is 16 (ViT) or 32 (ConvNeXt)
+
+
+def encode(model: nn.Module, images: Tensor) -> Tokens:
+    """Class, storage and patch tokens of `images`, (B, 3, H, W), from a model of this family."""
+    encoder: Any = model
+    features = encoder.forward_features(images)
+    if features.ndim == 3:
+        storage = encoder.num_prefix_tokens - 1
+        return Tokens(features[:, 0], features[:, 1 : 1 + storage], features[:, 1 + storage :])
+    pooled = encoder.forward_head(features, pre_logits=True)
+    patches = encoder.head.norm(features).flatten(2).transpose(1, 2)
+    return Tokens(pooled, patches[:, :0], patches)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def convert_vit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The published layout in timm's: timm's own filter knows it. timm's passes as it is."""
+    return checkpoint_filter_fn(state_dict, model) if "storage_tokens" in state_dict else state_dict
+
+
+def convert_convnext(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The published layout in timm's. The last norm lies in the file twice; heads of the distillation are left out."""
+    if "downsample_layers.0.0.weight" not in state_dict:
+        return state_dict
+    converted = {}
+    for key, tensor in state_dict.items():
+        if key.startswith(("norms.", "projectors.")):
+            continue
+        key = re.sub(r"^downsample_layers\.0\.", "stem.", key)
+        key = re.sub(r"^downsample_layers\.(\d)\.", r"stages.\1.downsample.", key)
+        key = re.sub(r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2.", key)
+        key = key.replace(".dwconv.", ".conv_dw.").replace(".pwconv", ".mlp.fc")
+        converted[re.sub(r"^norm\.", "head.norm.", key)] = tensor
+    return converted
+
+
+# ------------------------------------------------------------------------------------------------------------- variants
+
+
+def list_maps_by_calling(model: nn.Module) -> None:
+    """The maps of a ViT cannot be had by running its blocks one after the other: timm asks the model for them."""
+    model.default_feature_cls = "getter"  # type: ignore[assignment]
+
+
+def _entry(name: str, timm_name: str, hub: str, params: float, reduction: int, convert: Any, **fields: Any) -> None:
+    """Register one encoder; `params` in millions, as the authors state them."""
+    layout: dict[str, Any] = {
+        "license": LICENSE,
+        "dataset": "lvd-1689m",
+        "num_classes": 0,
+        "input_size": (3, 256, 256),
+        "pool_size": (256 // reduction, 256 // reduction),
+        "crop_pct": 1.0,
+    }
+    note = "Noncommercial research only; whoever passes the weights on must do so under the same licence."
+    vit = reduction == 16
+    register(
+        Entry(
+            name=name,
+            build=timm_builder(timm_name, adapt=list_maps_by_calling if vit else None),
+            args={"num_classes": 0, **({"global_pool": "token"} if vit else {})},
+            family="eupe",
+            paper=PAPER,
+            compact="One small encoder, distilled from a proxy that learned from several large ones.",
+            code_license=LICENSE,
+            code_url="https://github.com/facebookresearch/EUPE",
+            reported=Reported(
+                params=round(params * 1e6), macs=fields.pop("macs"), input_size=(3, 256, 256), source="arXiv 2603.22387"
+            ),
+            weights=(
+                Weights(tag="eupe_lvd1689m", hub_id=f"timm/{timm_name}.eupe_lvd1689m", note=note, **layout),
+                Weights(
+                    tag="meta_lvd1689m",
+                    hub_id=f"facebook/EUPE-{hub}",
+                    filename=f"EUPE-{hub}.pt",
+                    note=f"The authors' own file. {note}",
+                    **layout,
+                ),
+            ),
+            convert=convert,
+            input_size=(3, 256, 256),
+            **fields,
+        )
+    )
+
+
+VIT_NOTE = "The authors' figure for the ViTs is FLOPs, two to a MAC; theirs also count the key biases, which are zero."
+for letter, size, params, flops in (("t", "tiny", 6, 4e9), ("s", "small", 21, 12e9), ("b", "base", 86, 47e9)):
+    _entry(
+        f"eupe_vit{letter}16",
+        f"vit_{size}_patch16_dinov3_qkvb",
+        f"ViT-{letter.upper()}",
+        params,
+        16,
+        convert_vit,
+        macs=round(flops / 2),
+        first_conv="patch_embed.proj",
+        classifier="head",
+        note=VIT_NOTE,
+    )
+for size, params, macs in (("tiny", 29, 5e9), ("small", 50, 11e9), ("base", 89, 20e9)):
+    _entry(
+        f"eupe_convnext_{size}",
+        f"convnext_{size}",
+        f"ConvNeXt-{size[0].upper()}",
+        params,
+        32,
+        convert_convnext,
+        macs=round(macs),
+        first_conv="stem.0",
+        classifier="head.fc",
+        note="The authors count the classifier that ConvNeXt has on ImageNet; the encoder has none.",
+    )
