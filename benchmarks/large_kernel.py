@@ -54,21 +54,21 @@ Step = Callable[[], object]
 class Clock:
     """Medians of what takes turns."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
+    def __init__(self, device: torch.device, seconds: float, turns: int) -> None:
+        self.device, self.seconds, self.turns = device, seconds, turns
 
     def now(self) -> tuple[float, float]:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter(), time.process_time()
 
-    def compare(self, steps: dict[str, Step], at_least: int = 3) -> dict[str, dict[str, float]]:
-        """Each once to warm up, then in turns, `at_least` times and until `seconds` are over."""
+    def compare(self, steps: dict[str, Step]) -> dict[str, dict[str, float]]:
+        """Each once to warm up, then in turns, at least `turns` times and until `seconds` are over."""
         for step in steps.values():
             step()
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
         start, turns = time.perf_counter(), 0
-        while turns < at_least or (time.perf_counter() - start < self.seconds and turns < 500):
+        while turns < self.turns or (time.perf_counter() - start < self.seconds and turns < 500):
             for name, step in steps.items():
                 before = self.now()
                 step()
@@ -277,7 +277,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         [label for label, _, _ in entries], [ms for _, ms, _ in entries], color=[shades[n] for *_, n in entries]
     )
     bottom.invert_yaxis()
-    bottom.set_xscale("log")
+    bottom.set_xscale("log" if entries else "linear")
     bottom.tick_params(axis="y", labelsize=7)
     bottom.set_xlabel("slak_tiny at 224x224 (ms)")
     with whole_file(path) as file:
@@ -292,6 +292,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="of the operators; 64 on a GPU, 2 on a CPU")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each comparison, at least")
+    parser.add_argument("--turns", type=int, default=3, help="that each side takes, at least")
     parser.add_argument("--only", choices=("operators", "models"), help="measure one part, keep the other's figures")
     parser.add_argument("--model-batches", nargs="+", type=int, help="64 on a GPU, 1 and 8 on a CPU")
     parser.add_argument("--mode", choices=("inference", "training_step"), help="measure the models in one mode")
@@ -302,7 +303,7 @@ def main() -> None:
     device = torch.device("cuda" if gpu and arguments.device == "auto" else "cpu")
     arguments.batch_size = arguments.batch_size or (64 if device.type == "cuda" else 2)
     arguments.model_batches = arguments.model_batches or ([64] if device.type == "cuda" else [1, 8])
-    clock, dtype = Clock(device, arguments.seconds), DTYPES[arguments.dtype]
+    clock, dtype = Clock(device, arguments.seconds, arguments.turns), DTYPES[arguments.dtype]
 
     key = "cpu" if device.type == "cpu" else f"gpu_{arguments.dtype}"
     everything = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}

@@ -6,8 +6,8 @@ The paper's recipe in miniature (arXiv 2207.03620, section 4): kernels decompose
 SNIP, masks that move by magnitude and chance) at width 1.3. "dense" has as many parameters as the sparse model keeps,
 to the nearest width; that is the model of width 1, or as good as. "wide" is the sparse model's own architecture with
 all its weights. All share one recipe and the same seeds; no layer scale, which would keep a short run from learning.
-The curves and the figures, with the command, device and versions, go to benchmarks/results/slak_cifar10/, written anew
-after every run.
+The figures, with the command, device and versions, a picture of them, and the curves of runs of several epochs go to
+benchmarks/results/slak_cifar10/, written anew after every run.
 """
 
 from __future__ import annotations
@@ -129,7 +129,31 @@ def write(report: dict[str, Any], folder: Path) -> None:
     }
     seeds = max(row["seeds"] for row in found.values())
     title = f"A small SLaK on CIFAR-10 (JPEG), mean over {seeds} seed{'s' * (seeds > 1)}"
-    plot_curves(curves, "top1", title, folder / "curves.png")
+    if max(len(run["history"]) for run in report["runs"].values()) > 1:
+        plot_curves(curves, "top1", title, folder / "curves.png")
+    plot_seeds(report, folder / "top1.png")
+
+
+def plot_seeds(report: dict[str, Any], path: Path) -> None:
+    """The accuracy of every run against the weights that it keeps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for colour, (name, row) in enumerate(report["summary"].items()):
+        mine = [run for key, run in report["runs"].items() if key.startswith(f"{name}/")]
+        label = f"{name}, width {row['width_factor']:g}: {row['top1_mean']:.2f}%"
+        axes.scatter(
+            [run["kept"] / 1e3 for run in mine], [run["last_top1"] for run in mine], color=f"C{colour}", alpha=0.6
+        )
+        axes.scatter(row["kept"] / 1e3, row["top1_mean"], color=f"C{colour}", marker="_", s=900, label=label)
+    axes.set(xlabel="parameters kept (thousands)", ylabel="top-1 on the test images (%)")
+    axes.set_title(f"A small SLaK on CIFAR-10 (JPEG), {row['updates']} updates: each seed, and their mean")
+    axes.margins(x=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend(markerscale=0.4)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def main() -> None:

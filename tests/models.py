@@ -14,7 +14,10 @@ SIZE = 64  # small images keep tests over the registry quick: the last map is 2x
 
 
 def each_vision_model(everything: bool = False) -> list[Any]:
-    """Parameters for `pytest.mark.parametrize("name", ...)`."""
+    """Parameters for `pytest.mark.parametrize("name", ...)`.
+
+    Without those that compute with part of their weights at a time: what holds for them, their own tests say.
+    """
     smallest: dict[str, str] = {}
     for info in zoo.search(task="vision", sort="params"):
         smallest.setdefault(series(info.name), info.name)
@@ -22,6 +25,7 @@ def each_vision_model(everything: bool = False) -> list[Any]:
     return [
         pytest.param(name, marks=() if everything or name in quick else pytest.mark.slow)
         for name in zoo.list_models(task="vision")
+        if not get_entry(name).selective
     ]
 
 

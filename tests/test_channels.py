@@ -184,9 +184,10 @@ def test_a_shrunk_model_opens_like_any_other(tmp_path):
     assert (tmp_path / "converted.safetensors").stat().st_size
 
 
-def test_a_shrunk_network_with_narrower_maps_opens_too(tmp_path):
+@pytest.mark.parametrize("name", ["vovnet27_slim", "simplenet_cifar_310k"])
+def test_a_shrunk_network_with_narrower_maps_opens_too(name, tmp_path):
     """Batch norms let the stream lose channels, and so the maps that others build on."""
-    model = settled(zoo.create_model("vovnet27_slim", num_classes=10))
+    model = settled(zoo.create_model(name, num_classes=10))
     groups = channel_groups(model, SIZE)
     shrink(model, groups, some_channels(groups))
     expected = model(batch := images(1))

@@ -11,6 +11,7 @@ import zoo
 from tests.models import SIZE, create, each_vision_model
 from zoo.errors import ConfigError
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
+from zoo.layers.packed import PackedConv2d
 from zoo.registry import get_entry
 
 models = pytest.mark.parametrize("name", each_vision_model())
@@ -93,9 +94,11 @@ def test_compiles_and_exports(name):
 
 
 @models
-@pytest.mark.parametrize("feature_cls", ["list", "getter", "hook"])
 @torch.no_grad()
-def test_features(name, feature_cls):
+def test_features(name):
+    """In timm's wrappers, which take the model apart ("list"), hold it ("getter") or hook into it ("hook")."""
+    kinds = ["list", "getter", "hook"]
+    feature_cls = kinds[zoo.list_models(task="vision").index(name) % len(kinds)]
     model = randomize(create(name, features_only=True, feature_cls=feature_cls))
     for found, expected in zip(zoo.optimize_for_inference(model)(images()), model(images()), strict=True):
         close(found, expected)
@@ -227,3 +230,56 @@ def test_what_cannot_be_optimized():
         zoo.optimize_for_inference("poolformer_s12")
     with pytest.raises(ConfigError, match="meta device"):
         zoo.optimize_for_inference(zoo.create_model("poolformer_s12", pretrained=False, device="meta"))
+
+
+def test_an_optimised_model_is_not_saved_as_its_original(tmp_path):
+    fast = zoo.optimize_for_inference(create("poolformer_s12"), inplace=True)
+    with pytest.raises(ConfigError, match="folded"):
+        zoo.save_pretrained(fast, tmp_path / "model")
+
+
+def test_benchmark_measures_fast_forms():
+    """The flag reaches the result, and is refused where it makes no sense."""
+    options = {"input_size": (3, SIZE, SIZE), "repeats": 1, "warmup": 0, "memory": False}
+    (result,) = zoo.benchmark("poolformer_s12", optimize=True, **options)
+    assert result.optimize
+    assert result.latency_ms > 0
+    with pytest.raises(ConfigError, match="for inference"):
+        zoo.benchmark("poolformer_s12", optimize=True, mode="train", **options)
+
+
+@torch.no_grad()
+def test_packed_weights_follow_the_weights():
+    """Weights changed in place, moved to another dtype, or asked for gradients."""
+    conv = nn.Conv2d(4, 8, 3, padding=1)
+    packed = PackedConv2d(copy.deepcopy(conv).requires_grad_(False), "gelu")
+    x = torch.randn(2, 4, 9, 9)
+
+    def expected():
+        return nn.functional.gelu(nn.functional.conv2d(x, packed.weight, packed.bias, padding=1))
+
+    close(packed(x), expected())
+    packed.weight.mul_(2)
+    close(packed(x), expected())
+    other = copy.deepcopy(packed)
+    other.weight.mul_(2)
+    close(packed(x), expected())
+    wide = packed.double()
+    close(wide(x.double()), nn.functional.gelu(nn.functional.conv2d(x.double(), wide.weight, wide.bias, padding=1)))
+    with torch.enable_grad():
+        images_with_gradients = x.double().requires_grad_()
+        packed(images_with_gradients).sum().backward()
+    assert images_with_gradients.grad is not None
+
+
+@pytest.mark.parametrize("name", ["poolformerv2_s12", "caformer_s18"])
+def test_gradients_with_respect_to_images(name):
+    """As saliency and attacks want them, of the fast form as of the model."""
+    model = randomize(create(name))
+    fast = zoo.optimize_for_inference(model)
+    gradients = []
+    for one in (model, fast):
+        batch = images().requires_grad_()
+        one(batch)[:, 0].sum().backward()
+        gradients.append(batch.grad)
+    close(gradients[1], gradients[0])

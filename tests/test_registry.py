@@ -190,18 +190,19 @@ def test_every_model_has_its_facts():
         assert info.activations > 0
         for weights in info.weights:
             assert weights.license
-            assert (weights.hub_id is None) != (weights.url is None)
+            assert [weights.hub_id, weights.url, weights.page].count(None) == 2
             assert weights.top1 is None or weights.accuracy_source
 
 
 def test_the_authors_own_figures_are_near_ours():
-    """Theirs are rounded, and some count norms: 3% covers both."""
-    for name in zoo.list_models():
-        info = zoo.model_info(name)
+    """Theirs are rounded, and some count norms: 3% covers both, and where it does not, the entry says why."""
+    infos = [info for info in map(zoo.model_info, zoo.list_models()) if info.reported is not None]
+    assert len(infos) > 50
+    for info in infos:
         assert info.reported is not None
-        assert math.isclose(info.params, info.reported.params, rel_tol=0.03), name
+        assert math.isclose(info.params, info.reported.params, rel_tol=0.03) or info.note, info.name
         if info.input_size == info.reported.input_size:
-            assert math.isclose(info.macs, info.reported.macs, rel_tol=0.03), name
+            assert math.isclose(info.macs, info.reported.macs, rel_tol=0.03) or info.note, info.name
 
 
 def test_facts_are_those_of_the_entry():

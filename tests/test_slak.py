@@ -268,21 +268,22 @@ def test_decomposed_kernels_can_be_traced_scripted_exported_and_compiled():
     model = randomized(small(depths=(1, 1), dims=(16, 24), kernel_sizes=(17, 9)))
     images = torch.randn(2, 3, 64, 64)
     batch = torch.export.Dim("batch", min=1, max=8)
-    for module in (model, zoo.optimize_for_inference(model)):
-        with torch.no_grad():
-            expected = module(images)
-            ways = {
-                "traced": torch.jit.trace(module, images[:1]),
-                "exported": torch.export.export(module, (images,), dynamic_shapes=({0: batch},)).module(),
-                "compiled": torch.compile(module, backend="aot_eager", fullgraph=True),
-            }
-            if module is model:  # the fast form asks at run time whether it may write over its input
-                ways["scripted"] = torch.jit.script(module)
-                ways["fx"] = torch.jit.script(torch.fx.symbolic_trace(module))
-            for way, found in ways.items():
-                torch.testing.assert_close(
-                    found(images), expected, rtol=1e-4, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}"
-                )
+    fast = zoo.optimize_for_inference(model)
+    with torch.no_grad():
+        expected = model(images)
+        ways = {
+            "traced": torch.jit.trace(model, images[:1]),
+            "scripted": torch.jit.script(model),
+            "fx": torch.jit.script(torch.fx.symbolic_trace(model)),
+        }
+        for form, module in (("model", model), ("fast form", fast)):
+            exported = torch.export.export(module, (images,), dynamic_shapes=({0: batch},))
+            ways[f"{form}, exported"] = exported.module()
+            ways[f"{form}, compiled"] = torch.compile(module, backend="aot_eager", fullgraph=True)
+        for way, found in ways.items():
+            torch.testing.assert_close(
+                found(images), expected, rtol=1e-4, atol=1e-5, msg=lambda text, way=way: f"{way}: {text}"
+            )
 
 
 def test_maps_are_channels_last_whatever_the_images_are():

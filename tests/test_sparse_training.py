@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 import os
 import signal
@@ -42,6 +43,12 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture at the end of a run takes longer than these runs do."""
+    monkeypatch.setattr("zoo.training.image_classification._report_sparsity", lambda *args: None)
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -571,13 +578,14 @@ def asked_to_stop(loss: Callable[..., Tensor], batch: int) -> Callable[..., Tens
 @pytest.mark.parametrize("method", RUNS)
 def test_sparse_runs_go_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
     """From the middle of an epoch, with all that draws random numbers or keeps state, masks included."""
-    changes = {**EVERYTHING, "scheduler": {"epochs": 2}, "sparsity": RUNS[method]}
+    changes = {**EVERYTHING, "scheduler": {"epochs": 1}, "sparsity": RUNS[method]}
+    changes["train"] = {**EVERYTHING["train"], "grad_accum_steps": 1}
     train(configure(recipe, tmp_path / "whole", **changes))
     with monkeypatch.context() as patch:
-        patch.setattr(ImageClassification, "loss", asked_to_stop(ImageClassification.loss, batch=14))
+        patch.setattr(ImageClassification, "loss", asked_to_stop(ImageClassification.loss, batch=7))
         with pytest.raises(Interrupted):
             train(configure(recipe, tmp_path / "parts", **changes))
-    assert read_state(tmp_path / "parts" / "last")["progress"]["batch"] == 4  # of the second epoch's
+    assert read_state(tmp_path / "parts" / "last")["progress"]["batch"] == 7  # of eleven
     train(configure(recipe, tmp_path / "parts", **changes, resume="auto"))
     assert_same_checkpoint(tmp_path / "whole" / "last", tmp_path / "parts" / "last")
     masks = [load_masks(tmp_path / run / "last" / "masks.safetensors") for run in ("whole", "parts")]
@@ -589,9 +597,10 @@ def test_sparse_runs_go_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: py
         assert weights[name][mask].any()
 
 
-def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path):
+def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Mixed precision keeps zeros; history says the density; a checkpoint is dense with zeros, its masks a bit each."""
-    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"]}
+    monkeypatch.undo()
+    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "stop": 0.75}
     run = train(configure(recipe, tmp_path / "run", train={"amp": "bf16"}, sparsity=sparsity))
     assert [float(row["density"]) for row in rows(run.folder)] == pytest.approx([0.3, 0.3], abs=1e-3)
     model: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True)
@@ -602,6 +611,9 @@ def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path):
     dense = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=False)
     apply_masks(dense, masks)
     assert masks_of(dense).keys() == masks.keys()
+    report = json.loads((run.folder / "sparsity.json").read_text())
+    assert report["effective_params"] == report["params"] - sum(int((~mask).sum()) for mask in masks.values())
+    assert (run.folder / "masks.png").read_bytes().startswith(b"\x89PNG")
     size = (run.folder / "last" / "masks.safetensors").stat().st_size
     assert size < 400 * len(masks) + sum(mask.numel() for mask in masks.values()) / 8
 
@@ -624,10 +636,11 @@ def test_gradients_that_overflow(recipe: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("zoo.training.image_classification.make_accelerator", with_scaler)
     monkeypatch.setattr(ImageClassification, "loss", overflowing)
-    sparsity = {"method": "rigl", "density": 0.3, "update_interval": 2, "optimizer_state": "compact"}
-    run = train(configure(recipe, tmp_path / "run", sparsity={**sparsity, "update_instead_of_step": False}))
+    sparsity: dict[str, Any] = {"method": "rigl", "density": 0.3, "update_interval": 2, "optimizer_state": "compact"}
+    sparsity["update_instead_of_step"] = False
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, scheduler={"epochs": 1}))
     state = read_state(run.folder / "last")
-    assert state["sparsity"]["steps"] == 22 - 2
+    assert state["sparsity"]["steps"] == 11 - 2
     assert state["scaler"]["scale"] == 256.0
     weights = safetensors.torch.load_file(run.folder / "last" / "model.safetensors")
     for name, mask in load_masks(run.folder / "last" / "masks.safetensors").items():
@@ -637,9 +650,9 @@ def test_gradients_that_overflow(recipe: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_zeros_survive_fine_tuning(recipe: Path, tmp_path: Path):
-    sparse = {"method": "rigl", "density": 0.4, "update_interval": 5}
-    first = train(configure(recipe, tmp_path / "first", sparsity=sparse, scheduler={"epochs": 1}))
-    tuning: dict[str, Any] = {"model": {"name": str(first.folder), "args": {}}, "scheduler": {"epochs": 1}}
+    sparse, few = {"method": "rigl", "density": 0.4, "update_interval": 2}, {"max_updates": 5}
+    first = train(configure(recipe, tmp_path / "first", sparsity=sparse, train=few))
+    tuning: dict[str, Any] = {"model": {"name": str(first.folder), "args": {}}, "train": few}
     second = train(configure(recipe, tmp_path / "second", sparsity={"method": "static", "masks": "weights"}, **tuning))
     weights = [safetensors.torch.load_file(run / "last" / "model.safetensors") for run in (first.folder, second.folder)]
     for name in load_masks(second.folder / "last" / "masks.safetensors"):
@@ -649,7 +662,7 @@ def test_zeros_survive_fine_tuning(recipe: Path, tmp_path: Path):
 
 def test_channels_that_die_out_are_cut_off(recipe: Path, tmp_path: Path):
     sparsity = {"method": "chase", "density": 0.5, "update_interval": 3, "stop": 0.8, "dead_channels": 0.4}
-    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity))
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, scheduler={"epochs": 1}))
     last: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True).eval()
     shrunk: Any = zoo.create_model(f"local-dir:{run.folder / 'shrunk'}", pretrained=True).eval()
     hidden = [(m.out_features if isinstance(m, nn.Linear) else m.out_channels) for m in hidden_layers(shrunk)]
@@ -664,13 +677,13 @@ def hidden_layers(model: nn.Module) -> list[Any]:
 
 
 def test_sparsity_may_begin_and_end_on_the_way(recipe: Path, tmp_path: Path):
-    dense = train(configure(recipe, tmp_path / "run", train={"max_updates": 11}))
+    dense = train(configure(recipe, tmp_path / "run", train={"max_updates": 3}))
     assert not (dense.folder / "last" / "masks.safetensors").exists()
     sparsity = {"method": "static", "density": 0.5, "masks": "magnitude"}
-    train(configure(recipe, tmp_path / "run", sparsity=sparsity, resume="auto"))
+    train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": 6}, resume="auto"))
     assert [row["density"] == "" for row in rows(dense.folder)] == [True, False]
     masks = load_masks(dense.folder / "last" / "masks.safetensors")
-    train(configure(recipe, tmp_path / "run", scheduler={"epochs": 3}, resume="auto"))
+    train(configure(recipe, tmp_path / "run", scheduler={"epochs": 3}, train={"max_updates": 9}, resume="auto"))
     weights = safetensors.torch.load_file(dense.folder / "last" / "model.safetensors")
     assert all(weights[name][~mask].all() for name, mask in masks.items())  # all weights learn again
     assert not (dense.folder / "last" / "masks.safetensors").exists()

@@ -85,9 +85,9 @@ def test_default_configuration(name):
     model.reset_classifier(0, "")
     unpooled = (1, model.head_hidden_size, *features.shape[2:]) if maps else features.shape
     assert model(batch).shape == unpooled
-    model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0)
+    model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0).eval()
     assert model(batch).shape == pre_logits.shape
-    model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0, global_pool="")
+    model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0, global_pool="").eval()
     assert model(batch).shape == unpooled
 
 

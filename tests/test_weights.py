@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import functools
+import http.server
 import itertools
 import json
 import os
@@ -13,6 +15,8 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +29,10 @@ from torch import nn
 
 import zoo
 from tests.hub_stub import Hub, corrupt, cut_at, shorten, status
-from zoo.errors import CheckpointError, ConfigError, UnknownModelError
+from zoo.errors import CheckpointError, ConfigError, DownloadError, UnknownModelError
 from zoo.hub import load_config
-from zoo.weights import LoadReport, locate, read_state_dict
+from zoo.registry import Weights
+from zoo.weights import LoadReport, fetch, locate, read_state_dict
 
 SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
 
@@ -405,6 +410,45 @@ def test_a_url_is_taken_up_where_it_broke(network: Network) -> None:
     assert network.online["url"] == network.online["url, moved"] == network.online["url, cut once"] == TEXT
     ranges = [part for _, path, _, part in network.hub.requests if path == "/files/cut-once.pth"]
     assert ranges == ["", "bytes=1000-"]
+
+
+def test_a_file_within_a_zip_archive(tmp_path: Path) -> None:
+    site, cache = tmp_path / "site", tmp_path / "cache"
+    site.mkdir()
+    with zipfile.ZipFile(site / "net.zip", "w") as archive:
+        archive.writestr("net/small.pth", "small")
+        archive.writestr("net/large.pth", "large")
+    (site / "broken.zip").write_text("no archive")
+    asked = []
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: Any) -> None:
+            asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def read(archive: str, member: str) -> str:
+            url = f"http://127.0.0.1:{server.server_port}/{archive}"
+            return fetch(Weights(tag="", license="", url=url, filename=member), cache_dir=cache).read_text()
+
+        assert (read("net.zip", "net/small.pth"), read("net.zip", "net/large.pth")) == ("small", "large")
+        assert asked == ["/net.zip"]  # once for both
+        with pytest.raises(DownloadError, match=r"holds no net/other\.pth"):
+            read("net.zip", "net/other.pth")
+        with pytest.raises(DownloadError, match="is no whole zip archive"):
+            read("broken.zip", "net/small.pth")
+        server.shutdown()
+    assert not list(cache.rglob("*other*"))
+
+
+def test_weights_that_only_a_person_can_fetch() -> None:
+    page = Weights(tag="best", license="", page="https://example.org/share", note="password 1234")
+    with pytest.raises(
+        DownloadError, match=r"by hand, from https://example\.org/share \(password 1234\).*checkpoint_path="
+    ):
+        fetch(page)
+    assert page.source == "https://example.org/share"
 
 
 def test_offline(network: Network) -> None:

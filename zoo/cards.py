@@ -145,7 +145,7 @@ def results_section(infos: Sequence[ModelInfo]) -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*/results.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         for found in _runs(report):
-            if found["model"] in names:
+            if found.get("model") in names:
                 cells = (f"`{found['model']}`", report["what"], _mean(found), str(found["seeds"]), str(found["epochs"]))
                 rows.append((*cells, report["device"], f"`{report['command']}`"))
     if not rows:

@@ -225,6 +225,7 @@ zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --comp
     sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps (default: cpu)")
     sub.add_argument("--dtype", default="float32", metavar="T", help="float32, bfloat16, float16 (default: float32)")
     sub.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
+    sub.add_argument("--optimize", action="store_true", help="measure their fast forms (zoo.optimize_for_inference)")
     sub.add_argument("--compile", action="store_true", help="torch.compile the models first")
     sub.add_argument("--repeats", type=int, metavar="N", help="measurements of each model")
     as_json(sub)
@@ -426,6 +427,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         channels_last=args.channels_last,
         compile=args.compile,
+        optimize=args.optimize,
         **repeats,
     )
     if args.json:

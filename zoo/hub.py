@@ -84,6 +84,8 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
 
     if not isinstance(model, nn.Module):
         raise ConfigError(f"save_pretrained takes a torch.nn.Module, not {type(model).__name__}.")
+    if getattr(model, "optimized_for_inference", False):
+        raise ConfigError("An optimised model's weights are folded: save the model that it was made from.")
     cfg = getattr(model, "pretrained_cfg", None)
     if not cfg or "architecture" not in cfg or not hasattr(model, "num_features"):
         raise ConfigError("save_pretrained takes a whole model that create_model made, whose architecture has a name.")

@@ -105,4 +105,5 @@ def _like(layer: Layer, weight: Tensor, bias: Tensor | None) -> Layer:
     made.weight = nn.Parameter(torch.empty_like(old).copy_(weight.detach()), requires_grad=False)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(old.dtype, copy=True), requires_grad=False)
-    return made.train(layer.training)  # type: ignore[return-value]
+    made.train(layer.training)
+    return made

@@ -198,10 +198,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Ten
     if x.numel() == 0:
         return _conv2d(x, weight, bias)
     channels_last = _in_channels_last(x)
-    if not fast:  # PyTorch's own convolution takes 2 to 10 times as long in channels_last
-        y = _conv2d(x.contiguous(), weight, bias)
-    elif _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
+    if _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
         y = _convolve_by_fourier(x, weight, bias)
+    elif not fast:  # PyTorch's own convolution takes 2 to 10 times as long in channels_last
+        y = _conv2d(x.contiguous(), weight, bias)
     else:
         y = _correlate(x, weight, bias, weight.shape[2] // 2, weight.shape[3] // 2)
     return y.contiguous(memory_format=torch.channels_last) if channels_last else y.contiguous()
@@ -261,11 +261,12 @@ def _convolve_by_fourier(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     height, width = x.shape[2], x.shape[3]
     rows, columns = weight.shape[2], weight.shape[3]
     period = [_fast_length(height + rows // 2), _fast_length(width + columns // 2)]
-    kernel = F.pad(weight[:, 0].float(), [0, period[1] - columns, 0, period[0] - rows])
+    wide = torch.promote_types(x.dtype, torch.float32)  # float64 stays: its convolution is the slowest of all
+    kernel = F.pad(weight[:, 0].to(wide), [0, period[1] - columns, 0, period[0] - rows])
     spectrum = torch.fft.rfft2(kernel.roll([-(rows // 2), -(columns // 2)], [1, 2])).conj()
     # image by image, since the spectra of a batch do not fit into the cache
     y = torch.stack(
-        [torch.fft.irfft2(torch.fft.rfft2(image.float(), period) * spectrum, period) for image in x.unbind(0)]
+        [torch.fft.irfft2(torch.fft.rfft2(image.to(wide), period) * spectrum, period) for image in x.unbind(0)]
     )
     y = y[:, :, :height, :width].to(x.dtype)
     return y if bias is None else y + bias[:, None, None]
@@ -348,8 +349,8 @@ def _weight_grad_as_convolution(x: Tensor, grad: Tensor, rows: int, columns: int
     turned = columns > rows  # so that few columns are padded: see _correlate
     if turned:
         x, grad, rows, columns, height, width = x.mT, grad.mT, columns, rows, width, height
-    x = x.reshape(1, batch * channels, height, width)
-    grad = grad.reshape(batch * channels, 1, height, width)
+    x = x.contiguous().view(1, batch * channels, height, width)
+    grad = grad.contiguous().view(batch * channels, 1, height, width)
     found = _correlate(x, grad, None, rows // 2, columns // 2)
     found = found.reshape(batch, channels, rows, columns).sum(0).unsqueeze(1)
     return found.mT.contiguous() if turned else found

@@ -147,15 +147,15 @@ class SegmentationModel(nn.Module):
 
     Args:
         backbone: as `zoo.create_model(..., features_only=True)` makes it: gives a list of maps, fine to coarse, and
-            has a `feature_info`. The last map of each stride is taken, of the four coarsest strides, or the last four
-            maps where there are fewer strides.
+            has a `feature_info`. The last map of each stride is taken, of the four coarsest strides. Where there are
+            fewer strides, the last four maps are taken, and where there are fewer maps, the coarsest more than once.
         num_classes: of the logits; 0 gives the map before them.
         up_head: "A", "B" or "C", from large to small.
         seg_head: likewise.
         upsample: "nearest", or "bilinear" with aligned corners.
         drop_rate: dropout of whole channels before the last convolution.
 
-    Raises ConfigError for values that cannot be, and for a backbone of fewer than four maps.
+    Raises ConfigError for values that cannot be.
     """
 
     task = "segmentation"
@@ -220,10 +220,9 @@ class _Fresh(nn.Module):
 
 
 def _four_maps(strides: Sequence[int]) -> tuple[int, ...]:
-    """Which of a backbone's maps the head takes."""
-    if len(strides) < 4:
-        raise ConfigError(f"FFNet's head takes four maps, and this backbone gives {len(strides)}.")
+    """Which of a backbone's maps the head takes, fine to coarse."""
     last_of_each = {stride: i for i, stride in enumerate(strides)}
     if len(last_of_each) >= 4:
         return tuple(sorted(last_of_each.values())[-4:])
-    return tuple(range(len(strides)))[-4:]
+    every = [*range(len(strides)), *[len(strides) - 1] * 4]
+    return tuple(every[max(0, len(strides) - 4) :][:4])

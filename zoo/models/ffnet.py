@@ -18,6 +18,7 @@ top and bottom only, as theirs does. Stem, stages, neck and head are named as in
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ class _Backbone(ZooModelHubMixin, nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Parameter groups in depth order, for layer-wise learning-rate decay: stages (`coarse`) or blocks."""
         stages = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
-        return {"stem": r"^stem", "blocks": [(stages, None), (r"^neck|^head\.(conv1|bn1)", (99999,))]}
+        return {"stem": r"^stem", "blocks": [(stages, None), (r"^neck|^head\.(?:conv1|bn1)", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -325,9 +326,7 @@ class ClassificationNeck(nn.Module):
         self.expansion = nn.ModuleList(
             Bottleneck(in_dim, dim) for in_dim, dim in zip(self.up.out_dims, widths, strict=True)
         )
-        self.downsampling = nn.ModuleList(
-            ConvUnit(in_dim, dim, 3, 2, bias=True) for in_dim, dim in zip(widths, widths[1:], strict=False)
-        )
+        self.downsampling = nn.ModuleList(ConvUnit(in_dim, dim, 3, 2, bias=True) for in_dim, dim in pairwise(widths))
         self.final = ConvUnit(widths[-1], num_features, 1, bias=True)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
@@ -467,7 +466,7 @@ class FFNetSegmentation(_Backbone):
         check_counts(0, num_classes=num_classes)
         self.num_classes = num_classes
         self.neck = SegmentationNeck([int(info["num_chs"]) for info in self.feature_info], up_head, upsample)
-        self.head: nn.Module = SegmentationHead(self.neck.num_features, seg_head, num_classes, drop_rate)
+        self.head = SegmentationHead(self.neck.num_features, seg_head, num_classes, drop_rate)
         self.num_features = self.neck.num_features
         self.head_hidden_size = self.head.hidden
         self.output_stride = int(self.feature_info[0]["reduction"])
@@ -485,7 +484,8 @@ class FFNetSegmentation(_Backbone):
             self.init_module(self.head.conv2)
 
     def drop_head(self, num_features: int) -> None:
-        self.neck, self.head = LastMap(), nn.Identity()
+        self.neck = LastMap()
+        self.head = nn.Identity()  # type: ignore[assignment]
         self.num_features = self.head_hidden_size = num_features
         self.num_classes = 0
 
@@ -708,7 +708,6 @@ for depth in ("18", "34", "50", "56", "86", "101", "134", "150"):
 for depth in ("86S", "150S"):
     _register(depth, "BBX", mobile=False)
 
-# for tests and first tries: no paper's
 for task, build in (("vision", FFNet), ("segmentation", FFNetSegmentation)):
     small: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 48), "up_head": "C"}
     if build is FFNet:
@@ -720,13 +719,13 @@ for task, build in (("vision", FFNet), ("segmentation", FFNetSegmentation)):
             family="ffnet",
             task=task,  # type: ignore[arg-type]
             args=small if build is FFNet else {**small, "seg_head": "C"},
-            compact="A deep, narrow ResNet of basic blocks and a head of plain convolutions.",
+            paper=PAPER,
+            compact="A tiny one for tests and trials, not of the paper.",
             code_license=LICENSE,
             code_url=REPOSITORY,
             convert=convert,
             input_size=(3, 64, 64),
             first_conv=STEMS["slim"][1],
             classifier="head.fc" if build is FFNet else "head.conv2",
-            note="A tiny form for tests, which nobody published.",
         )
     )

@@ -17,7 +17,7 @@ State-dict keys are timm's. Two things that timm computes otherwise than the aut
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,39 @@ class Scale(nn.Module):
         return x * self.scale.view(self.shape)
 
 
+class _StarReLU(torch.autograd.Function):
+    """StarReLU that keeps its input alone for the backward pass, and takes fewer passes over the map in it."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return F.relu(x).square_().mul_(scale).add_(bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        positive = F.relu(x)
+        product = grad * positive  # zero where the ReLU is, so that its derivative is in it already
+        if torch.is_grad_enabled():  # to be differentiated again
+            return product * (2 * scale), (product * positive).sum().reshape(1), grad.sum().reshape(1)
+        of_scale = positive.mul_(product).sum().reshape(1)
+        return product.mul_(2 * scale), of_scale, grad.sum().reshape(1)
+
+
+@torch.fx.wrap
+def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """`scale * relu(x)**2 + bias`."""
+    if torch.jit.is_scripting():
+        return scale * F.relu(x).square() + bias
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or x.dtype != scale.dtype or not (torch.is_grad_enabled() and x.requires_grad):
+        return scale * F.relu(x).square() + bias
+    return _StarReLU.apply(x, scale, bias)
+
+
 class StarReLU(nn.Module):
     """`scale * relu(x)**2 + bias` with learned scalars (arXiv 2210.13452, section 3.3)."""
 
@@ -98,7 +131,7 @@ class StarReLU(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.relu(x).square() + self.bias
+        return star_relu(x, self.scale, self.bias)
 
 
 class PatchConv(nn.Conv2d):
@@ -695,7 +728,7 @@ class FastStage(nn.Module):
         self.downsample = stage.downsample
         if isinstance(stage.downsample, Downsample):
             self.downsample = nn.Sequential(stage.downsample.norm, PackedConv2d(stage.downsample.conv))
-        self.blocks = nn.Sequential(*(FastBlock(block) for block in stage.blocks))
+        self.blocks = nn.Sequential(*(FastBlock(cast(MetaFormerBlock, block)) for block in stage.blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
@@ -738,7 +771,7 @@ def scale_shortcut(x: Tensor, scale: nn.Module) -> Tensor:
     """`scale(x)`, over x where that may be. `scale` is a Scale, or an identity."""
     if isinstance(scale, nn.Identity):
         return x
-    factor = scale.scale[:, None, None]
+    factor = cast(Tensor, scale.scale)[:, None, None]
     return x.mul_(factor) if may_overwrite(x) else x * factor
 
 
@@ -809,7 +842,7 @@ class FastPooling(nn.Module):
         pooled = self.pool(x)
         if isinstance(self.res_scale, nn.Identity):
             return x.lerp_(pooled, share) if may_overwrite(x) else x.lerp(pooled, share)
-        kept = self.res_scale.scale[:, None, None] - share
+        kept = cast(Tensor, self.res_scale.scale)[:, None, None] - share
         return x.mul_(kept).addcmul_(pooled, share) if may_overwrite(x) else (x * kept).addcmul(pooled, share)
 
 
@@ -848,7 +881,8 @@ class FastAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         qkv = tokens_of(self.qkv(self.norm(x))).reshape(B, H * W, 3, self.num_heads, self.head_dim)
-        mixed = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v)
         mixed = mixed.transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         return self.proj.add_to(scale_shortcut(x, self.res_scale), mixed)
 
@@ -858,13 +892,17 @@ class FastRandomMixing(nn.Module):
 
     def __init__(self, block: MetaFormerBlock) -> None:
         super().__init__()
+        assert isinstance(block.token_mixer, RandomMixing)
         self.norm, self.mixer, self.res_scale = MapNorm(block.norm1), block.token_mixer, block.res_scale1
         self.layer_scale = block.layer_scale1
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         check_grid(H, W, self.mixer.grid_size)
-        normed = tokens_of(self.layer_scale(self.norm(x)))  # mixing tokens and scaling channels commute
+        normed = self.norm(x)
+        if isinstance(self.layer_scale, Scale):  # scaling channels and mixing tokens commute
+            normed = normed * self.layer_scale.scale[:, None, None]
+        normed = tokens_of(normed)
         tokens = tokens_of(scale_shortcut(x, self.res_scale))
         matrix = self.mixer.random_matrix.expand(B, -1, -1)
         if may_overwrite(x):

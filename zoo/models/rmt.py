@@ -576,7 +576,7 @@ class RMT(ZooModelHubMixin, nn.Module):
         shortened = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         if shortened:
-            self.num_features = int(self.feature_info[last]["num_chs"])  # type: ignore[call-overload]
+            self.num_features = int(self.feature_info[last]["num_chs"])
         if prune_head or shortened:
             self.reset_classifier(0, "", reset_other=True)
         return take
@@ -759,13 +759,13 @@ register(
             "head_hidden_size": 128,
             "layer_scale_init": (None, None, 1e-6, 1e-6),
         },
-        compact="Attention along rows and columns that decays with distance, by a prior without weights.",
+        paper=PAPER,
+        compact="A tiny one for tests and trials, not of the paper.",
         code_license="unstated",
         code_url="https://github.com/qhfan/RMT",
         convert=convert,
         input_size=(3, 64, 64),
         first_conv="stem.conv1",
         classifier="head.fc",
-        note="A tiny form for tests, which nobody published.",
     )
 )

@@ -332,6 +332,7 @@ for name, dims, weights in (
             weights=weights,
             convert=convert,
             input_size=(3, 32, 32),
+            pool_size=(32 // 2 ** (len(dims) - 1),) * 2,
             first_conv="stem.0.conv",
             classifier="head.fc",
             note="The name is the authors'; it has 386 thousand parameters." if name == "460k" else "",

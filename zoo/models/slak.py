@@ -598,9 +598,8 @@ def _entry(
 def _sparse_note(params: int, macs: float) -> str:
     """Why the authors' costs are lower; `params` and `macs` (in billions) with 60% of every layer's weights."""
     return (
-        "The authors count weights that are not zero, at 40% sparsity, and MACs in proportion, layer by layer; here "
-        f"both are dense. With 40% of the weights of each layer zero these are {params:,} parameters and {macs:.2f} G "
-        "MACs; the authors' MACs depend on how SNIP spread the zeros over the layers."
+        "The authors state costs at 40% sparsity, here they are dense. With 40% of each layer's weights zero they are "
+        f"{params:,} parameters and {macs:.2f} G MACs; the authors' MACs follow the densities that SNIP chose."
     )
 
 

@@ -187,8 +187,8 @@ _FREE_BY_KIND = {
         "selu sigmoid silu softmax softplus threshold"
     ),
     "comparison and logic": (
-        "all __and__ any argmax argmin argsort bitwise_and bitwise_not bitwise_or eq ge gt isinf isnan le logical_and "
-        "logical_not logical_or logical_xor lt ne one_hot __or__ sort topk __xor__"
+        "all __and__ any argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor eq ge gt isinf isnan le "
+        "logical_and logical_not logical_or logical_xor lt ne one_hot __or__ sort topk __xor__"
     ),
     "reductions": (
         "amax amin cummax cumsum linalg_norm linalg_vector_norm logsumexp max mean min norm prod std std_mean sum var "
@@ -210,7 +210,7 @@ _FREE_BY_KIND = {
     ),
     "constants and numbers": (
         "arange Bool empty empty_like eye fill Float full full_like Int IntImplicit item linspace numel ones "
-        "ones_like rand rand_like randn randn_like scalar_tensor ScalarImplicit tensor zeros zeros_like"
+        "ones_like rand rand_like randn randn_like randperm scalar_tensor ScalarImplicit tensor zeros zeros_like"
     ),
 }
 FREE = {f"aten::{name}" for names in _FREE_BY_KIND.values() for name in names.split()}

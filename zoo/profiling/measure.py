@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.devices import DEVICES, device_name, find_device
 from zoo.errors import ConfigError, ZooError, did_you_mean
+from zoo.inference import optimize_for_inference
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.registry import get_entry
 from zoo.units import humanize
@@ -59,6 +60,7 @@ class BenchmarkResult:
     compile: bool
     hardware: str
     torch_version: str
+    optimize: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -78,11 +80,14 @@ class Settings:
     channels_last: bool
     compile: bool
     mode: str
+    optimize: bool = False
 
     def prepare(self, name: str, input_size: tuple[int, int, int] | None) -> Subject:
         """Build the model called `name`, ready to be stepped."""
         model = build(name).to(device=self.device, dtype=self.dtype).train(self.mode == "train")
         size = default_input_size(model) if input_size is None else input_size
+        if self.optimize:
+            model = optimize_for_inference(model, inplace=True)
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         # a graph for each batch size: measured is the model, not a graph that serves all sizes
@@ -126,6 +131,7 @@ def benchmark(
     dtype: str | torch.dtype = "float32",
     channels_last: bool = False,
     compile: bool = False,
+    optimize: bool = False,
     warmup: int = 3,
     repeats: int = 20,
     mode: Literal["inference", "train"] = "inference",
@@ -142,6 +148,7 @@ def benchmark(
         dtype: "float32", "bfloat16", "float16"; model and images are converted.
         channels_last: lay out model and images as NHWC.
         compile: run the models through `torch.compile`.
+        optimize: measure the models' fast forms, `optimize_for_inference`; in mode "inference" only.
         warmup: untimed steps of each model before the timed ones.
         repeats: timed steps of each model.
         mode: "inference" is a forward, "train" a forward and a backward.
@@ -173,7 +180,10 @@ def benchmark(
         channels_last=bool(channels_last),
         compile=bool(compile),
         mode=_choice("mode", mode, MODES),
+        optimize=bool(optimize),
     )
+    if settings.optimize and settings.mode != "inference":
+        raise ConfigError('optimize=True makes models for inference: leave it out with mode="train".')
 
     threads_before = torch.get_num_threads()
     try:
@@ -284,6 +294,7 @@ def _result(
         threads=torch.get_num_threads(),
         channels_last=settings.channels_last,
         compile=settings.compile,
+        optimize=settings.optimize,
         hardware=device_name(settings.device),
         torch_version=torch.__version__,
     )
@@ -327,6 +338,7 @@ def _peak_resident_memory(subject: Subject, batch_size: int) -> int | None:
         "dtype": str(settings.dtype).removeprefix("torch."),
         "channels_last": settings.channels_last,
         "compile": settings.compile,
+        "optimize": settings.optimize,
         "mode": settings.mode,
     }
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -357,6 +369,7 @@ def measure_resident_memory(job: dict[str, Any]) -> int:
         channels_last=job["channels_last"],
         compile=job["compile"],
         mode=job["mode"],
+        optimize=job.get("optimize", False),
     )
     torch.set_num_threads(job["threads"])
 
@@ -446,6 +459,7 @@ def benchmark_table(results: Sequence[BenchmarkResult], width: int = 120) -> str
         )
     one = results[0]
     options = [one.dtype, *(["channels_last"] if one.channels_last else []), *(["compiled"] if one.compile else [])]
+    options += ["optimised"] if one.optimize else []
     setting = f"{one.mode} on {one.device} ({one.hardware}), {', '.join(options)}"
     threads = f"{one.threads} CPU thread{'s' if one.threads > 1 else ''}"
     console = Console(width=width, color_system=None)

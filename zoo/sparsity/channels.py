@@ -89,7 +89,7 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
     except ImportError as error:
         raise MissingDependencyError('Channels need Torch-Pruning: pip install "backbone-zoo[sparsity]".') from error
     twin = _twin(model)
-    size = _input_size(model, input_size)
+    size = _input_size(_unwrapped(model), input_size)
     images = torch.randn(1, *size, dtype=torch.float64, generator=_generator())
     graph = torch_pruning.DependencyGraph()
     try:
@@ -131,10 +131,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy of `model` in double precision, in evaluation, with weights among which no mistake stays hidden."""
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ConfigError(f"{type(model).__name__} is on the meta device: it has no channels to look at.")
-    twin = copy.deepcopy(model)
-    if isinstance(twin, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        twin = twin.module
-    twin = getattr(twin, "_orig_mod", twin).cpu().double().eval().requires_grad_(True)
+    twin = copy.deepcopy(_unwrapped(model)).cpu().double().eval().requires_grad_(True)
     generator = _generator()
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
@@ -145,6 +142,14 @@ def _twin(model: nn.Module) -> nn.Module:
             else:
                 tensor.uniform_(0.5, 1.5, generator=generator)
     return twin
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside data-parallel and compiled wrappers."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
 
 
 def _generator() -> torch.Generator:
@@ -394,6 +399,7 @@ def shrink(
     state to them. `groups` are used up: ask for them again. A shrunk model of the zoo is saved, published and opened
     again like any other. Raises ConfigError for channels that the groups do not have, or where none would be left.
     """
+    model = _unwrapped(model)
     touched = _touched(groups, channels)
     check_masks(model, masks or {})
     if touched:

@@ -24,7 +24,7 @@ from zoo.data import (
     training_loader,
 )
 from zoo.errors import ConfigError
-from zoo.evaluation.image_classification import Counts, check_image_model, count, create_timm_model
+from zoo.evaluation.image_classification import Counts, check_image_model, count, create_timm_model, load_model
 from zoo.factory import create_model
 from zoo.files import whole_file
 from zoo.hub import save_pretrained
@@ -50,14 +50,14 @@ def train(config: TrainingConfig, console: Console | None = None) -> Run:
     task = ImageClassification(config, accelerator)
     run = fit(task, config, accelerator, console)
     if config.sparsity.method is not None and accelerator.is_main_process:
-        _report_sparsity(task.model, run.folder, console or Console(stderr=True))
+        _report_sparsity(run.folder, console or Console(stderr=True))
     return run
 
 
-def _report_sparsity(model: nn.Module, folder: Path, console: Console) -> None:
+def _report_sparsity(folder: Path, console: Console) -> None:
     from zoo.sparsity import report
 
-    found = report(model)
+    found = report(load_model(str(folder / "last")))
     with whole_file(folder / "sparsity.json") as file:
         file.write(found.to_json().encode())
     found.plot(folder / "masks.png")

@@ -306,7 +306,7 @@ class SparseTraining:
     def _bias_correction(self, name: str, age: Tensor) -> Tensor:
         """What Adam's step must be multiplied with so that its averages are corrected for `age` updates of a weight."""
         assert self.optimizer is not None
-        state, betas = self.optimizer.state.get(self._held(name), {}), self.groups[name].get("betas")
+        state, betas = self.optimizer.state.get(self._held(name), {}), self.groups.get(name, {}).get("betas")
         if betas is None or not {"exp_avg", "exp_avg_sq"} <= state.keys():
             return torch.ones_like(age)  # averages that are not corrected begin with short steps of themselves
         step = torch.full_like(age, float(state.get("step", self.steps)))
