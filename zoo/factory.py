@@ -163,6 +163,7 @@ def _segmentation_model(
 
     parts = ("num_classes", "up_head", "seg_head", "upsample", "drop_rate")
     args = {key: value for key, value in given.items() if key not in (*parts, "task")}
+    options["feature_cls"] = options["feature_cls"] or "getter"  # asks the model itself, whatever its parts are called
     backbone = create_model(name, pretrained, features_only=True, **options, **args)
     meta = contextlib.nullcontext() if options["device"] is None else torch.device(options["device"])
     with meta:
