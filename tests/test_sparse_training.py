@@ -612,7 +612,8 @@ def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path, monkeypatch: pyt
     apply_masks(dense, masks)
     assert masks_of(dense).keys() == masks.keys()
     report = json.loads((run.folder / "sparsity.json").read_text())
-    assert report["effective_params"] == report["params"] - sum(int((~mask).sum()) for mask in masks.values())
+    kept = report["params"] - sum(int((~mask).sum()) for mask in masks.values())
+    assert 0.95 * kept < report["effective_params"] <= kept  # weights that grew may be zero still
     assert (run.folder / "masks.png").read_bytes().startswith(b"\x89PNG")
     size = (run.folder / "last" / "masks.safetensors").stat().st_size
     assert size < 400 * len(masks) + sum(mask.numel() for mask in masks.values()) / 8
