@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from typing import Any
 
 import pytest
 import timm
@@ -28,7 +29,7 @@ from zoo.sparsity.channels import (
 )
 
 SIZE = (3, 64, 64)
-SMALL = {"depths": (1, 1, 1, 1), "dims": (16, 16, 24, 32), "num_classes": 10}
+SMALL: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (16, 16, 24, 32), "num_classes": 10}
 MODELS = {
     "poolformer": lambda: zoo.create_model("poolformer_s12", **SMALL),
     "convformer": lambda: zoo.create_model("convformer_s18", **SMALL),

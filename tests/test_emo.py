@@ -35,8 +35,9 @@ def set_to_random(model: nn.Module) -> nn.Module:
                 parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.3)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(generator=generator)
-                module.running_var.uniform_(0.5, 2, generator=generator)
+                for tensor in (module.running_mean, module.running_var):
+                    assert tensor is not None
+                    tensor.uniform_(0.5, 2, generator=generator)
     return model.eval()
 
 

@@ -1,5 +1,7 @@
 """FBNetV3 against its authors' code, timm's, and their figures."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,7 @@ FIGURES = {
 SMALL = ("fbnetv3_a@192x256", "fbnetv3_d")
 
 
-def published(name: str, **arguments: object) -> torch.nn.Module:
+def published(name: str, **arguments: Any) -> torch.nn.Module:
     """The network that the authors' weights belong to."""
     return zoo.create_model(name, pretrained=False, **get_entry(name).find_weights("meta_in1k").args, **arguments)
 

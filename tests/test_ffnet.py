@@ -130,7 +130,7 @@ OTHERS = [name for name in golden.names("ffnet") if name not in QUICK | SHARP]
 
 def assert_computes_as_published(file: str) -> None:
     reference = golden.load("ffnet", file)
-    model = zoo.create_model(file.split("@")[0], pretrained=False)
+    model: Any = zoo.create_model(file.split("@")[0], pretrained=False)
     published = golden.state_dict(reference)
     report = zoo.load_checkpoint(model, published)
     assert not report.dropped

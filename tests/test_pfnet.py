@@ -14,7 +14,7 @@ from zoo.config import load_config
 from zoo.errors import ConfigError
 from zoo.training import TrainingConfig
 
-QUICK = ("resnet50_max", "resnet50_max@200x232", "resnet50_hybrid", "resnet50_pf")
+QUICK: tuple[str, ...] = ("resnet50_max", "resnet50_max@200x232", "resnet50_hybrid", "resnet50_pf")
 QUICK += ("vit_ti_max", "vit_ti_max@192x192", "pit_ti_max", "pit_ti_max@192x192")
 
 

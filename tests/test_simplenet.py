@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ def create(name: str = "simplenetv1_small_m1_05", **arguments):
     return zoo.create_model(name, pretrained=False, **arguments)
 
 
-def entries(model: nn.Module) -> list[nn.Module]:
+def entries(model: Any) -> list[nn.Module]:
     """What the authors' table lists: layers and poolings, in their order."""
     parts = [*model.stem, *(part for stage in model.stages for part in (stage.downsample, *stage.blocks))]
     return [part for part in parts if not isinstance(part, nn.Identity)]
@@ -110,9 +112,10 @@ def test_initialisation_is_the_papers():
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def authors_layout(model: nn.Module, sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
+def authors_layout(model: Any, sizes: tuple[int, int]) -> dict[str, torch.Tensor]:
     """The weights of `model` under the authors' keys, with `sizes` modules to a layer and to a pooling."""
-    tensors, number = {}, 0
+    tensors: dict[str, torch.Tensor] = {}
+    number = 0
     for part in entries(model):
         if isinstance(part, Layer):
             for offset, module in enumerate((part.conv, part.bn)):

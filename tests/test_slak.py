@@ -3,6 +3,7 @@
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,8 +21,13 @@ from zoo.training import TrainingConfig
 CONFIGS = Path(__file__).parents[1] / "configs" / "vision" / "imagenet1k"
 
 # the small configuration of the golden files
-SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48), "kernel_sizes": (11, 9, 7, 5), "small_kernel_size": 3}
-FORMS = {
+SMALL: dict[str, Any] = {
+    "depths": (1, 1, 2, 1),
+    "dims": (16, 24, 32, 48),
+    "kernel_sizes": (11, 9, 7, 5),
+    "small_kernel_size": 3,
+}
+FORMS: dict[str, dict[str, Any]] = {
     "slak_test": {},
     "slak_test_k51": {"kernel_sizes": (51, 49, 47, 13), "small_kernel_size": 5},
     "slak_test_nobn": {"batch_norm": False},
@@ -53,7 +59,7 @@ def randomized(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def outputs(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+def outputs(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """All of one forward; that other ways to these values agree is the contract's to test."""
     with torch.no_grad():
         features, maps = model.forward_intermediates(images)
