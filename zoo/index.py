@@ -45,15 +45,23 @@ def measure(entry: Entry) -> ModelInfo:
     )
 
 
-def generate() -> str:
-    """The text of `index.json`: the models of every file in `zoo/models`, one a line."""
+def model_names() -> list[str]:
+    """The models of every file in `zoo/models`, in order."""
     import zoo.models
 
     for module in pkgutil.iter_modules(zoo.models.__path__):
         importlib.import_module(f"zoo.models.{module.name}")
-    names = sorted(name for name, entry in _entries.items() if entry.module.startswith("zoo.models."))
-    lines = [json.dumps(_without_empty(asdict(measure(get_entry(name))))) for name in names]
-    return '{"models": [\n' + ",\n".join(lines) + "\n]}\n"
+    return sorted(name for name, entry in _entries.items() if entry.module.startswith("zoo.models."))
+
+
+def line(name: str) -> str:
+    """What `index.json` says of one model."""
+    return json.dumps(_without_empty(asdict(measure(get_entry(name)))))
+
+
+def generate() -> str:
+    """The text of `index.json`: one model a line."""
+    return '{"models": [\n' + ",\n".join(map(line, model_names())) + "\n]}\n"
 
 
 def _without_empty(facts: dict[str, Any]) -> dict[str, Any]:

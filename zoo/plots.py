@@ -38,6 +38,8 @@ def check_picture(path: str | Path) -> Path:
 def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str, y: str, path: str | Path) -> Path:
     """Draw `models` in grey and their Pareto `front` in colour, by name, into `path` (PNG, SVG or PDF).
 
+    Models without one of the two figures are left out.
+
     Raises MissingDependencyError without matplotlib, ConfigError for a kind of file it cannot write.
     """
     path = check_picture(path)
@@ -50,7 +52,7 @@ def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str,
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.add_subplot()
     names = {info.name for info in front}
-    others = [info for info in models if info.name not in names]
+    others = [info for info in models if info.name not in names and None not in (getattr(info, x), getattr(info, y))]
     axes.scatter(values(others, x), values(others, y), s=22, color="0.72", label=f"other models ({len(others)})")
     axes.plot(values(front, x), values(front, y), color="C0", linewidth=1, alpha=0.6)
     axes.scatter(values(front, x), values(front, y), s=40, color="C0", zorder=3, label=f"Pareto front ({len(front)})")
