@@ -153,6 +153,25 @@ def test_timms_own_model(recipe: Path, tmp_path: Path):
         train(configure(recipe, tmp_path / "other", model={"name": "timm/resnet10x"}))
 
 
+def test_ours_learns_step_for_step_what_timms_does(recipe: Path, tmp_path: Path):
+    """From the same weights, with the same order of norm and pooling, the losses of the two differ by rounding alone."""
+    theirs = timm.create_model("poolformer_s12", num_classes=10, in_chans=1)
+    safetensors.torch.save_model(theirs, tmp_path / "start.safetensors")
+    found = {}
+    for name, args in (("poolformer_s12", {"head_norm_first": False}), ("timm/poolformer_s12", {})):
+        config = configure(
+            recipe,
+            tmp_path / name,
+            model={"name": name, "checkpoint_path": str(tmp_path / "start.safetensors"), "args": args},
+            scheduler={"epochs": 2},
+            train={"max_updates": 14},
+        )
+        found[name] = train(dataclasses.replace(config, model=dataclasses.replace(config.model, args=args))).history
+    for ours, timms in zip(*found.values(), strict=True):
+        for key in ("train_loss", "val_loss", "val_top1"):
+            assert ours[key] == pytest.approx(timms[key], rel=2e-3), key
+
+
 def test_fine_tuning_takes_weights_and_another_head(recipe: Path, tmp_path: Path):
     first = train(configure(recipe, tmp_path / "first", train={"max_updates": 3}))
     make_folder(tmp_path / "data" / "train", "abc", 2)
