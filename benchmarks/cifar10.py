@@ -1,11 +1,12 @@
 """poolformer_s12 on CIFAR-10, ours and timm's, under one recipe, one engine and the same seeds.
 
-    python benchmarks/cifar10.py [--data PATH] [--epochs 2] [--seeds 0 1 2]
+    python benchmarks/cifar10.py [--data PATH] [--epochs 2] [--seeds 0 1 2] [--same-start]
 
 Both get a 3x3 stem of stride 2 for 32x32 images. What differs is what differs between the two: PoolFormer's head (the
 authors' order of norm and pooling in ours), the initialisation of the stem and downsampling convolutions (PyTorch's in
 ours, as published; truncated normal in timm's), and our own implementation. The curves of both and the figures, with
-the command, device and versions, go to benchmarks/results/cifar10/, written anew after every run.
+the command, device and versions, go to benchmarks/results/cifar10/, written anew after every run. With `--same-start`
+both begin with timm's initial weights and pool before they normalise: what is left between them is the implementation.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from torch import nn
@@ -73,6 +75,13 @@ def configurations(arguments: argparse.Namespace, seed: int, output: Path) -> di
     drop_path_rate = ours.model.args["drop_path_rate"]
     theirs = dataclasses.replace(ours.model, name=TIMM_NAME, args={"drop_path_rate": drop_path_rate})
     models = {"zoo": ours.model, "timm": theirs}
+    if arguments.same_start:
+        torch.manual_seed(seed)
+        start = output / "start.safetensors"
+        safetensors.torch.save_model(zoo.create_model(TIMM_NAME), str(start))
+        args = {**ours.model.args, "head_norm_first": False}
+        models["zoo"] = dataclasses.replace(ours.model, args=args)
+        models = {name: dataclasses.replace(model, checkpoint_path=str(start)) for name, model in models.items()}
     return {
         name: dataclasses.replace(
             ours, model=models[name], output=dataclasses.replace(ours.output, dir=str(output / name))
@@ -143,6 +152,7 @@ def main() -> None:
     parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="bf16", help="mixed precision")
     parser.add_argument("--workers", type=int, default=8 if gpu else 0)
     parser.add_argument("--models", nargs="+", choices=("zoo", "timm"), default=["zoo", "timm"])
+    parser.add_argument("--same-start", action="store_true", help="the same initial weights and head for both")
     parser.add_argument("--max-updates", type=int, default=None, help="stop each run after so many updates")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures and curves")
     arguments = parser.parse_args()
@@ -165,6 +175,7 @@ def main() -> None:
                 found = report["runs"][f"{name}/seed{seed}"] = figures(run, config)
                 recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
                 recipe.pop("output")
+                recipe["model"].pop("checkpoint_path")
                 found["config"] = recipe
                 report["summary"] = summary(report["runs"])
                 write(report, arguments.results)

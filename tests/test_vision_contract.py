@@ -263,23 +263,23 @@ def test_seed_decides_the_initial_weights(name):
 
 
 @every_model
-@pytest.mark.parametrize("coarse", [False, True])
-def test_layer_groups(name, coarse):
+def test_layer_groups(name):
     """Every parameter is in one group, the groups run from the stem to the head, and blocks keep together."""
     model = zoo.create_model(name, pretrained=False, device="meta")
-    groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=False)
-    keys = [key for group in groups.values() for key in group]
-    assert sorted(keys) == sorted(key for key, _ in model.named_parameters())
-    order = sorted(groups)
+    parameters = sorted(key for key, _ in model.named_parameters())
     first_conv = f"{model.default_cfg['first_conv']}.weight"
     classifiers = {f"{classifier}.weight" for classifier in each(model.default_cfg["classifier"])}
-    assert first_conv in groups[order[0]]
-    assert not model.num_classes or classifiers <= set(groups[order[-1]])
-    assert not model.num_classes or len(groups[order[-1]]) <= 8, "the head is a group of its own"
-    assert len(groups) >= len(model.feature_info)
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=False)
+        assert sorted(key for group in groups.values() for key in group) == parameters
+        order = sorted(groups)
+        assert first_conv in groups[order[0]]
+        assert not model.num_classes or classifiers <= set(groups[order[-1]])
+        assert not model.num_classes or len(groups[order[-1]]) <= 8, "the head is a group of its own"
+        assert len(groups) >= len(model.feature_info)
 
 
-@every_model
+@models
 def test_layer_decay_optimizer(name):
     from timm.optim import create_optimizer_v2
 
