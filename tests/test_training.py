@@ -156,7 +156,7 @@ def test_timms_own_model(recipe: Path, tmp_path: Path):
 def test_ours_learns_step_for_step_what_timms_does(recipe: Path, tmp_path: Path):
     """From the same weights, with the same order of norm and pooling, the losses differ by rounding alone."""
     theirs = timm.create_model("poolformer_s12", num_classes=10, in_chans=1)
-    safetensors.torch.save_model(theirs, tmp_path / "start.safetensors")
+    safetensors.torch.save_model(theirs, str(tmp_path / "start.safetensors"))
     found = {}
     for name, args in (("poolformer_s12", {"head_norm_first": False}), ("timm/poolformer_s12", {})):
         config = configure(
