@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import zoo
 from zoo.registry import get_entry
@@ -39,3 +41,18 @@ def create(name: str, **arguments: Any) -> Any:
     if get_entry(name).fixed_input_size:
         arguments.setdefault("img_size", SIZE)
     return zoo.create_model(name, pretrained=False, **arguments)
+
+
+def set_to_random(model: nn.Module) -> nn.Module:
+    """Norms, biases and scales away from where they start, batch norms that have seen something: so folding tells."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.3)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.running_mean, module.running_var):
+                    assert tensor is not None
+                    tensor.uniform_(0.5, 2, generator=generator)
+    return model.eval()

@@ -12,6 +12,7 @@ from torch import nn
 
 import zoo
 from tests import golden
+from tests.models import set_to_random
 from tests.profiles import profiled
 from zoo.config import load_config
 from zoo.errors import ConfigError
@@ -28,21 +29,6 @@ def small(name: str = "sret_test", **arguments):
 
 def images(batch: int = 2, height: int = 64, width: int = 64) -> torch.Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-
-
-def set_to_random(model: nn.Module) -> nn.Module:
-    """Coefficients and biases away from 1 and 0, and batch norms that have seen something, so that folding tells."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.rand(parameter.shape, generator=generator) - 0.3)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                for tensor in (module.running_mean, module.running_var):
-                    assert tensor is not None
-                    tensor.uniform_(0.5, 2, generator=generator)
-    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- fidelity

@@ -279,7 +279,7 @@ def test_layer_groups(name):
         assert len(groups) >= len(model.feature_info)
 
 
-@models
+@every_model
 def test_layer_decay_optimizer(name):
     from timm.optim import create_optimizer_v2
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, DropPath, LayerNorm2d, Mlp
 from timm.models import checkpoint_seq
 from timm.models.resnet import Bottleneck, ResNet
@@ -32,6 +31,7 @@ from zoo.errors import ConfigError
 from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_pool, check_rates, check_widths
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
+from zoo.layers.positions import resize_table
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -225,13 +225,6 @@ class Stage(nn.Module):
 
 
 @torch.fx.wrap
-def add_positions(x: Tensor, table: Tensor) -> Tensor:
-    """x + table, (B, C, H, W) + (1, C, h, w), resized where the map is of another size."""
-    if table.shape[2] != x.shape[2] or table.shape[3] != x.shape[3]:
-        table = F.interpolate(table, size=(x.shape[2], x.shape[3]), mode="bicubic", align_corners=False)
-    return x + table
-
-
 class Stem(nn.Module):
     """Patches by one convolution, and the position table. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)"""
 
@@ -243,7 +236,8 @@ class Stem(nn.Module):
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(add_positions(self.proj(x), self.pos_embed))
+        x = self.proj(x)
+        return self.drop(x + resize_table(self.pos_embed, x.shape[2], x.shape[3]))
 
 
 class PfTransformer(StagedNet):
@@ -466,7 +460,7 @@ def convert_transformer(state_dict: dict[str, Tensor], model: nn.Module) -> dict
         side = math.isqrt(table.shape[1])
         table = table.transpose(1, 2).unflatten(2, (side, -1))
     if table.shape[1] == wanted.shape[1] and table.shape != wanted.shape:
-        resized = F.interpolate(table.float(), size=wanted.shape[2:], mode="bicubic", align_corners=False)
+        resized = resize_table(table.float(), wanted.shape[2], wanted.shape[3])
         table = resized.to(table.dtype)
     return {**state_dict, "stem.pos_embed": table}
 

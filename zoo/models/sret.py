@@ -35,6 +35,7 @@ from zoo.errors import ConfigError
 from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_rates, check_widths
 from zoo.layers.folding import fold_scale
 from zoo.layers.init import init_weights
+from zoo.layers.positions import resize_table
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -232,13 +233,6 @@ class FastProjection(nn.Module):
 
 
 @torch.fx.wrap
-def resize_table(table: Tensor, height: int, width: int) -> Tensor:
-    """A position table, (1, C, H, W), for maps of `height` x `width`."""
-    if table.shape[2] == height and table.shape[3] == width:
-        return table
-    return F.interpolate(table, size=(height, width), mode="bicubic", align_corners=False)
-
-
 class Stem(nn.Module):
     """Three 3x3 convolutions of stride 2, and the position table. (B, in_chans, H, W) -> (B, dim, H/8, W/8)."""
 
