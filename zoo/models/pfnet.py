@@ -224,7 +224,9 @@ class Stage(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
-@torch.fx.wrap
+torch.fx.wrap("resize_table")  # fx looks for the name in the module that calls it
+
+
 class Stem(nn.Module):
     """Patches by one convolution, and the position table. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)"""
 

@@ -232,7 +232,9 @@ class FastProjection(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-@torch.fx.wrap
+torch.fx.wrap("resize_table")  # fx looks for the name in the module that calls it
+
+
 class Stem(nn.Module):
     """Three 3x3 convolutions of stride 2, and the position table. (B, in_chans, H, W) -> (B, dim, H/8, W/8)."""
 
