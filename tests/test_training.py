@@ -154,7 +154,10 @@ def test_timms_own_model(recipe: Path, tmp_path: Path):
 
 
 def test_ours_learns_step_for_step_what_timms_does(recipe: Path, tmp_path: Path):
-    """From the same weights, with the same order of norm and pooling, the losses differ by rounding alone."""
+    """From the same weights, with the same order of norm and pooling, the losses differ by rounding alone.
+
+    The rate is a low one: at a high one, rounding (which is other on other machines) grows with every update.
+    """
     theirs = timm.create_model("poolformer_s12", num_classes=10, in_chans=1)
     safetensors.torch.save_model(theirs, str(tmp_path / "start.safetensors"))
     found = {}
@@ -163,13 +166,14 @@ def test_ours_learns_step_for_step_what_timms_does(recipe: Path, tmp_path: Path)
             recipe,
             tmp_path / name,
             model={"name": name, "checkpoint_path": str(tmp_path / "start.safetensors"), "args": args},
-            scheduler={"epochs": 2},
-            train={"max_updates": 14},
+            optimizer={"lr": 1e-4},
+            scheduler={"epochs": 1},
+            train={"max_updates": 7},
         )
         found[name] = train(dataclasses.replace(config, model=dataclasses.replace(config.model, args=args))).history
     for ours, timms in zip(*found.values(), strict=True):
-        for key in ("train_loss", "val_loss", "val_top1"):
-            assert ours[key] == pytest.approx(timms[key], rel=2e-3), key
+        for key in ("train_loss", "val_loss"):
+            assert ours[key] == pytest.approx(timms[key], rel=1e-3), key
 
 
 def test_fine_tuning_takes_weights_and_another_head(recipe: Path, tmp_path: Path):
