@@ -23,6 +23,8 @@ def measure(entry: Entry) -> ModelInfo:
     from zoo.profiling import profile
 
     model: Any = create_model(entry.name, pretrained=False, device="meta")
+    if entry.task == "language":
+        return _measure_decoder(entry, model)
     costs = profile(model, input_size=tuple(model.pretrained_cfg["input_size"]))
     return ModelInfo(
         name=entry.name,
@@ -35,6 +37,32 @@ def measure(entry: Entry) -> ModelInfo:
         macs=costs.macs,
         fvcore_total=costs.fvcore_total,
         activations=costs.activations,
+        paper=entry.paper,
+        compact=entry.compact,
+        code_license=entry.code_license,
+        code_url=entry.code_url,
+        reported=entry.reported,
+        weights=entry.weights,
+        note=entry.note,
+    )
+
+
+def _measure_decoder(entry: Entry, model: Any) -> ModelInfo:
+    from zoo.profiling.tokens import token_costs
+
+    costs = token_costs(model)
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return ModelInfo(
+        name=entry.name,
+        family=entry.family,
+        task=entry.task,
+        module=entry.module,
+        input_size=(1,),
+        params=params,
+        trainable_params=params,
+        macs=costs.macs,
+        fvcore_total=0,
+        activations=0,
         paper=entry.paper,
         compact=entry.compact,
         code_license=entry.code_license,

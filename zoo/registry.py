@@ -66,7 +66,7 @@ class Reported:
     """The costs that the authors state, in their own rounding, and where they state them."""
 
     params: float
-    macs: float
+    macs: float | None = None
     input_size: tuple[int, int, int] = (3, 224, 224)
     source: str
 
@@ -102,6 +102,7 @@ class Weights:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model arguments it was trained with
+    gated: bool = False  # the Hub asks for consent to terms before it gives the files
     use_ema: bool = True  # of a file that holds averaged weights and the last ones: which were evaluated
     note: str | None = None
 
@@ -206,7 +207,7 @@ class ModelInfo:
     family: str
     task: str
     module: str
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     params: int
     trainable_params: int
     macs: int

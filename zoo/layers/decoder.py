@@ -1,0 +1,569 @@
+"""The decoder of small language models: pre-norm, SwiGLU, rotary positions, and attention in one of two forms.
+
+Grouped-query attention (arXiv 2305.13245) with or without a sliding window, or multi-head latent attention
+(DeepSeek-V2, arXiv 2405.04434, section 2.1). Which stored layer runs when is data (`layer_map`): any sharing of layers.
+
+Modules are named as in the checkpoints of the Llama family: `model.layers.0.self_attn.q_proj.weight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from zoo.errors import CheckpointError, ConfigError
+from zoo.layers.init import init_weights
+from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
+from zoo.layers.token_loss import mean_token_loss
+
+__all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """The architecture of a decoder.
+
+    Raises ConfigError for values that do not go together.
+    """
+
+    vocab_size: int
+    depth: int  # stored layers
+    dim: int  # width of the residual stream
+    num_heads: int
+    hidden_dim: int  # of the SwiGLU
+    num_kv_heads: int | None = None  # None: as many as heads
+    head_dim: int = 64
+    layer_map: tuple[int, ...] | None = None  # the stored layer of each executed one; None: each once, in order
+    context_length: int = 2048  # tokens
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+    rope_interleaved: bool = False  # rotate pairs (2j, 2j + 1), not (j, j + width / 2)
+    qk_norm: bool = False  # root mean square of each rotated query and key is 1, without weights
+    sliding_window: int | None = None  # tokens that a layer sees, itself among them, but for the global ones
+    global_layers: tuple[int, ...] = ()  # executed layers that see everything; those beyond the depth do not count
+    q_rank: int | None = None  # of latent attention, which `kv_rank` turns on: widths of its two bottlenecks
+    kv_rank: int | None = None
+    nope_head_dim: int = 128  # of latent attention: width of a head's query and key without position,
+    rope_head_dim: int = 64  # with position,
+    v_head_dim: int = 128  # and of its value
+    tie_embeddings: bool = True  # the head's matrix is the embedding's
+    mlp_name: str = "mlp"  # of the module, and so in the checkpoint
+    init_std: float = 0.02  # of linear layers
+    embed_init_std: float | None = None  # of the embedding; None: the same
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "depth", "dim", "num_heads", "hidden_dim", "head_dim", "context_length"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
+        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+            raise ConfigError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads}).")
+        if any(not 0 <= stored < self.depth for stored in self.layer_map or ()):
+            raise ConfigError(
+                f"layer_map names stored layers, 0 to {self.depth - 1} with this depth: it is {self.layer_map}."
+            )
+        if self.layer_map is not None and not self.layer_map:
+            raise ConfigError("layer_map names no layer at all.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ConfigError(f"sliding_window must be from 1 up, not {self.sliding_window}.")
+        if self.kv_rank is not None and (self.q_rank is None or self.sliding_window is not None or self.qk_norm):
+            raise ConfigError("Latent attention (kv_rank) needs q_rank, and has neither sliding_window nor qk_norm.")
+        if self.rotary_dim % 2:
+            raise ConfigError(f"Rotary positions take pairs: the width of a head must be even, not {self.rotary_dim}.")
+        if not self.mlp_name.isidentifier():
+            raise ConfigError(f"mlp_name must be a Python name, not {self.mlp_name!r}.")
+
+    @property
+    def executed(self) -> tuple[int, ...]:
+        """The stored layer of each executed one."""
+        return tuple(range(self.depth)) if self.layer_map is None else self.layer_map
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim if self.kv_rank is None else self.rope_head_dim
+
+    def window(self, executed: int) -> int | None:
+        """How many tokens an executed layer sees; None: all."""
+        return None if executed in self.global_layers else self.sliding_window
+
+    @property
+    def cache_shape(self) -> LayerShape:
+        """(heads, width) of what a layer remembers of each token."""
+        if self.kv_rank is not None:
+            return (1, self.kv_rank), (1, self.rope_head_dim)
+        return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that are remembered of a token, over all executed layers, as long as no window has passed it."""
+        return len(self.executed) * sum(heads * width for heads, width in self.cache_shape)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), in float32 or wider, times a learned weight (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * rms_normalize(x, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, x.shape[-1:], eps=eps).to(x.dtype)
+
+
+class RotaryTable(nn.Module):
+    """Cosines and sines of position x theta^(-2j / width) (RoFormer, arXiv 2104.09864, eq. 15), made once."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, length: int, width: int, theta: float) -> None:
+        super().__init__()
+        self.theta = theta
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(length, width // 2), persistent=False)
+
+    def fill(self) -> None:
+        length, half = self.cos.shape
+        device = self.cos.device
+        # in this order, as the references: at place 1000 another rounding of the frequencies is felt
+        frequencies = 1.0 / self.theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequencies)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
+
+    def forward(self, places: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(B or 1, 1, S, width / 2) each, for (B, S) positions or a slice of them."""
+        shape = (1, 1) if isinstance(places, slice) else (len(places), 1)
+        cos, sin = (table[places].to(dtype) for table in (self.cos, self.sin))
+        return cos.view(*shape, *cos.shape[-2:]), sin.view(*shape, *sin.shape[-2:])
+
+
+def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Turn each pair of `x`, (B, heads, S, width), by its position's angle."""
+    cos, sin = rotation
+    if interleaved:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+@dataclasses.dataclass
+class Visible:
+    """Which tokens each token sees: those up to itself (`mask` None), or where `mask`, (B or 1, 1, S, K), is true."""
+
+    mask: Tensor | None
+    is_causal: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: heads share keys and values in groups."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.head_dim, self.eps = config.head_dim, config.norm_eps
+        self.interleaved, self.qk_norm = config.rope_interleaved, config.qk_norm
+        q, kv = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.dim, q, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv, bias=False)
+        self.o_proj = nn.Linear(q, config.dim, bias=False)
+
+    def _rotated(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        x = rotate(x, rotation, self.interleaved)
+        return rms_normalize(x, self.eps) if self.qk_norm else x
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visible,
+        memory: LayerCache | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, S, dim) -> (B, S, dim)."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (linear(x).view(heads).transpose(1, 2) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self._rotated(q, rotation), self._rotated(k, rotation)
+        if memory is not None and cache is not None:
+            k, v = (seen.to(q.dtype) for seen in memory.update((k, v), cache))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible.mask, is_causal=visible.is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: keys and values are made of one narrow vector a token, which alone is remembered.
+
+    One rotary key is shared by all heads. A few new tokens over a longer memory are computed in the latent space
+    (queries are taken there, instead of the memory out of it), which is the same function.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        assert config.q_rank is not None
+        assert config.kv_rank is not None
+        heads, self.rank = config.num_heads, config.kv_rank
+        self.heads, self.interleaved = heads, config.rope_interleaved
+        self.nope, self.rope, self.v_dim = config.nope_head_dim, config.rope_head_dim, config.v_head_dim
+        self.q_a_proj = nn.Linear(config.dim, config.q_rank, bias=False)
+        self.q_a_layernorm = RMSNorm(config.q_rank, config.norm_eps)
+        self.q_b_proj = nn.Linear(config.q_rank, heads * (self.nope + self.rope), bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.dim, self.rank + self.rope, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.rank, config.norm_eps)
+        self.kv_b_proj = nn.Linear(self.rank, heads * (self.nope + self.v_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_dim, config.dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visible,
+        memory: LayerCache | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, S, dim) -> (B, S, dim)."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).transpose(1, 2).split((self.nope, self.rope), -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((self.rank, self.rope), -1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope, k_rope = (rotate(part, rotation, self.interleaved) for part in (q_rope, k_rope))
+        if memory is not None and cache is not None:
+            latent, k_rope = (seen.to(q.dtype) for seen in memory.update((latent, k_rope), cache))
+        scale = (self.nope + self.rope) ** -0.5
+        options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
+        if memory is not None and 4 * x.shape[1] <= latent.shape[2]:
+            up = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
+            q = torch.cat((q_nope @ up[:, : self.nope].to(q.dtype), q_rope), -1)
+            k = torch.cat((latent, k_rope), -1)
+            out = F.scaled_dot_product_attention(q, k, latent, enable_gqa=True, **options)
+            out = out @ up[:, self.nope :].to(q.dtype).mT
+        else:
+            k_nope, v = (
+                self.kv_b_proj(latent[:, 0])
+                .unflatten(-1, (self.heads, -1))
+                .transpose(1, 2)
+                .split((self.nope, self.v_dim), -1)
+            )
+            q = torch.cat((q_nope, q_rope), -1)
+            k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), -1)
+            out = F.scaled_dot_product_attention(q, k, v, **options)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """W_down(silu(W_gate x) * W_up x) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.mlp_name = config.mlp_name
+        self.self_attn = Attention(config) if config.kv_rank is None else LatentAttention(config)
+        self.add_module(config.mlp_name, SwiGLU(config.dim, config.hidden_dim))
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        visible: Visible,
+        memory: LayerCache | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """(B, S, dim) -> (B, S, dim)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, visible, memory, cache)
+        return x + getattr(self, self.mlp_name)(self.post_attention_layernorm(x))
+
+
+class DecoderStack(nn.Module):
+    """Embedding, stored layers and the last norm: what checkpoints call `model`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.rotary = RotaryTable(config.context_length, config.rotary_dim, config.rope_theta)
+
+
+class Decoder(nn.Module):
+    """A language model: tokens -> logits of the tokens that come next, or the loss of those that should have."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = DecoderStack(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.grad_checkpointing = False
+        init_weights(self)
+
+    def init_module(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.embed_init_std or self.config.init_std)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, RotaryTable):
+            module.fill()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(vocab_size, dim): what turns features into logits."""
+        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's description of which parameter belongs to which layer, for layer-wise learning rates."""
+        return {
+            "stem": r"^model\.embed_tokens",
+            "blocks": [(r"^model\.layers\.(\d+)", None), (r"^model\.norm", (99999,))],
+        }
+
+    def make_cache(
+        self,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        static_shapes: bool = False,
+    ) -> KVCache:
+        """Memory for `batch_size` sequences of up to `max_length` tokens (default: the context's length).
+
+        `dtype` is the embedding's by default. Raises ConfigError for more tokens than the context has.
+        """
+        max_length = self.config.context_length if max_length is None else max_length
+        if not 1 <= max_length <= self.config.context_length:
+            raise ConfigError(
+                f"A cache for {max_length} tokens cannot be: the model's context has {self.config.context_length}."
+            )
+        like = self.model.embed_tokens.weight.detach()
+        if dtype is not None:
+            like = like.new_empty(0, dtype=dtype)
+        shapes = [(self.config.cache_shape, self.config.window(i)) for i in range(len(self.config.executed))]
+        return KVCache(shapes, batch_size, max_length, like, static_shapes)
+
+    def forward_features(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """(B, S) token numbers -> (B, S, dim), normalised. The arguments are those of `forward`."""
+        self._check(tokens, positions)
+        stack, config = self.model, self.config
+        batch_size, count = tokens.shape
+        if cache is not None:
+            cache.begin(batch_size, count, positions)
+            if positions is None and cache.positions is not None:
+                places = cache.index if count == 1 and cache.index is not None else None
+                positions = (
+                    cache.positions[:, cache.length : cache.length + count]
+                    if places is None
+                    else cache.positions.index_select(1, places)
+                )
+        start = 0 if cache is None else cache.length
+        if positions is None:
+            if start + count > config.context_length:
+                raise ConfigError(_too_long(start + count, config.context_length))
+            where: Tensor | slice = slice(start, start + count)
+        else:
+            where = positions.clamp(min=0)
+        x = stack.embed_tokens(tokens)
+        rotation = stack.rotary(where, x.dtype)
+        visible: dict[int | None, Visible] = {}
+        for i, stored in enumerate(config.executed):
+            window = config.window(i)
+            memory = None if cache is None else cache.layers[i]
+            if window not in visible:
+                visible[window] = _visible(count, window, positions, memory, cache, x.device)
+            layer = stack.layers[stored]
+            if self.grad_checkpointing and self.training and cache is None:
+                x = checkpoint(layer, x, rotation, visible[window], use_reentrant=False)
+            else:
+                x = layer(x, rotation, visible[window], memory, cache)
+        if cache is not None:
+            cache.advance(count)
+        return stack.norm(x)
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """(..., dim) -> (..., vocab_size)."""
+        return F.linear(features, self.head_weight)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        *,
+        logits_to_keep: int | None = None,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """The logits of what comes next, or, with `targets`, the mean loss of that.
+
+        Args:
+            tokens: (B, S) token numbers.
+            targets: (B, S): the right next token at each place, -100 where none counts. The answer is then the mean
+                of -log p, a scalar, without logits of more than some tokens ever in memory.
+            cache: of `make_cache`: the tokens continue what it holds, and are added to it.
+            positions: (B, S): the place of each token in its own document, where they do not simply follow: a token at
+                0 begins a document, whose tokens see no others; -1 is padding. With a cache each row is one document.
+            logits_to_keep: logits of so many last tokens; default: of all without a cache, of the last with one.
+            z_loss: weight of the squared log-normaliser beside the loss.
+
+        Returns: (B, kept, vocab_size) logits, or the loss.
+
+        Raises ConfigError for tokens that the vocabulary does not have, and for more than the context's length.
+        """
+        features = self.forward_features(tokens, cache, positions)
+        if targets is not None:
+            if targets.shape != tokens.shape:
+                raise ConfigError(f"targets are {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: they differ.")
+            return mean_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten(), z_loss)
+        if logits_to_keep is None and cache is not None:
+            logits_to_keep = 1
+        if logits_to_keep is not None:
+            features = features[:, -logits_to_keep:]
+        return self.forward_head(features)
+
+    def _check(self, tokens: Tensor, positions: Tensor | None) -> None:
+        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] == 0:
+            kind = str(tokens.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"tokens must be whole numbers of shape (batch, length from 1 up), not {kind} {tuple(tokens.shape)}."
+            )
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.device.type != "cpu":
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ConfigError(
+                f"Token {low if low < 0 else high} is outside the vocabulary, 0 to {self.config.vocab_size - 1}: is it "
+                "another model's tokenizer?"
+            )
+        if positions is not None and int(positions.max()) >= self.config.context_length:
+            raise ConfigError(_too_long(int(positions.max()) + 1, self.config.context_length))
+
+
+def _too_long(length: int, context_length: int) -> str:
+    return f"{length} tokens are more than the model's context, {context_length}: give it less text."
+
+
+def _visible(
+    count: int,
+    window: int | None,
+    positions: Tensor | None,
+    memory: LayerCache | None,
+    cache: KVCache | None,
+    device: torch.device,
+) -> Visible:
+    """What `count` new tokens see in a layer that sees `window` tokens."""
+    if cache is None or memory is None:
+        if positions is None and (window is None or count <= window):
+            return Visible(None, is_causal=True)
+        order = torch.arange(count, device=device)
+        distance = order[:, None] - order
+        mask = distance >= 0
+        if window is not None:
+            mask = mask & (distance < window)
+        mask = mask[None]
+        if positions is not None:
+            document = (positions == 0).cumsum(1)
+            mask = mask & (document[:, :, None] == document[:, None]) & (positions >= 0)[:, None]
+            mask = mask | (distance == 0)  # padding sees itself: a row that sees nothing has no softmax
+        return Visible(mask[:, None], is_causal=False)
+    start = cache.length
+    if cache.positions is None:
+        if count == 1:
+            return Visible(None, is_causal=False)  # the memory holds just what it may see
+        if start == 0 and (window is None or count <= window):
+            return Visible(None, is_causal=True)
+        kept = start if window is None else min(start, memory.length)
+        new = torch.arange(start, start + count, device=device)
+        seen = torch.arange(start - kept, start + count, device=device)
+        distance = new[:, None] - seen
+        mask = distance >= 0
+        return Visible((mask if window is None else mask & (distance < window))[None, None], is_causal=False)
+    now = positions
+    assert now is not None
+    if cache.index is not None and count == 1:  # all of the memory
+        seen = cache.positions
+        if memory.is_ring:
+            places = torch.arange(memory.length, device=device)
+            newest = cache.index - (cache.index - places) % memory.length  # the token that lies in each place
+            seen = torch.where(newest >= 0, seen.gather(1, newest.clamp(min=0).expand(len(seen), -1)), -1)
+    elif memory.is_ring and count == 1:
+        kept = min(start + 1, memory.length)
+        places = torch.arange(kept, device=device)
+        seen = cache.positions[:, start - (start - places) % memory.length]
+    else:
+        kept = min(start, memory.length) if memory.is_ring else start
+        seen = cache.positions[:, start - kept : start + count]
+    distance = now[:, :, None] - seen[:, None]
+    mask = (distance >= 0) & (seen >= 0)[:, None]
+    if window is not None:
+        mask = mask & (distance < window)
+    return Visible((mask | (now < 0)[:, :, None])[:, None], is_causal=False)  # padding may see anything
+
+
+def build_decoder(**fields: Any) -> Decoder:
+    """A decoder of these fields of `DecoderConfig`."""
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return Decoder(DecoderConfig(**fields))
+
+
+# what may be overridden when a model is created is what the configuration has
+build_decoder.__signature__ = inspect.signature(DecoderConfig)  # type: ignore[attr-defined]
+
+
+def convert_published(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Published checkpoints: rotary tables left out, a tied head checked and left out, both names of the SwiGLU.
+
+    Raises CheckpointError where the head is another matrix than the embedding, and the model has one for both.
+    """
+    assert isinstance(model, Decoder)
+    names = {".mlp.", ".feed_forward."} - {f".{model.config.mlp_name}."}
+    converted = {}
+    for key, value in state.items():
+        for name in names:
+            key = key.replace(name, f".{model.config.mlp_name}.")
+        if not key.endswith("rotary_emb.inv_freq"):
+            converted[key] = value
+    head, embedding = converted.get("lm_head.weight"), converted.get("model.embed_tokens.weight")
+    if model.config.tie_embeddings and head is not None and embedding is not None:
+        if head.shape != embedding.shape or not torch.equal(head, embedding):
+            raise CheckpointError(
+                "The checkpoint's lm_head.weight is not its embedding, and this model has one matrix for both: create "
+                "it with tie_embeddings=False."
+            )
+        del converted["lm_head.weight"]
+    return converted
