@@ -1,0 +1,210 @@
+"""Every vision model of the zoo: what it reaches by its authors' word, against how fast it is here.
+
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python benchmarks/vision_zoo.py --missing
+
+Measured are the plain model, its fast form (`zoo.optimize_for_inference`) and, where timm has a model of that name,
+timm's, all with random weights: they take turns, the order turning round. Recorded are medians, of wall-clock time and
+of the process's CPU time summed over threads, which depends little on what else runs, and the peak memory of the fast
+form in a process of its own. Figures join those of earlier runs in the results file, so that the long table can be made
+in parts (`--missing` leaves out what is there already); `--plot` draws it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from rich.progress import track
+
+import zoo
+from zoo.config import run_command
+from zoo.errors import ConfigError, MissingDependencyError
+from zoo.files import whole_file
+from zoo.profiling.measure import Settings, Subject
+from zoo.registry import ModelInfo, get_entry
+
+RESULTS = Path(__file__).parent / "results" / "vision_zoo.json"
+LARGEST = 60_000_000  # parameters
+FAST, PLAIN, TIMM = "fast", "plain", "timm"
+
+
+def models(patterns: list[str], families: list[str]) -> list[ModelInfo]:
+    """Image classifiers of the zoo up to `LARGEST`, those that run at one place alone among them, by family."""
+    found = [info for info in zoo.search(task="vision", max_params=LARGEST) if not get_entry(info.name).selective]
+    names = set(zoo.list_models(patterns)) if patterns else {info.name for info in found}
+    kept = [info for info in found if info.name in names and (not families or info.family in families)]
+    if not kept:
+        raise ConfigError("No vision model of the zoo up to 60M parameters matches.")
+    return sorted(kept, key=lambda info: (info.family, info.params, info.name))
+
+
+def contenders(info: ModelInfo) -> dict[str, Subject]:
+    """The same architecture, ready to run."""
+    cpu: dict[str, Any] = {
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+        "channels_last": False,
+        "compile": False,
+    }
+    plain = Settings(**cpu, mode="inference")
+    subjects = {
+        PLAIN: plain.prepare(info.name, None),
+        FAST: Settings(**cpu, mode="inference", optimize=True).prepare(info.name, None),
+    }
+    if info.name in timm.list_models(info.name):
+        theirs = plain.prepare(f"timm/{info.name}", subjects[PLAIN].input_size)
+        subjects[TIMM] = theirs
+    return subjects
+
+
+def measure(info: ModelInfo, batch_size: int, repeats: int, warmup: int) -> dict[str, Any]:
+    """Medians, in milliseconds for the batch, of every contender."""
+    subjects = contenders(info)
+    images = {which: subject.images(batch_size) for which, subject in subjects.items()}
+    times: dict[str, list[tuple[float, float]]] = {which: [] for which in subjects}
+    for turn in range(warmup + repeats):
+        for which in list(subjects) if turn % 2 else reversed(list(subjects)):
+            wall, cpu = time.perf_counter(), time.process_time()
+            subjects[which].step(images[which])
+            times[which].append((time.perf_counter() - wall, time.process_time() - cpu))
+    found = {}
+    for which, pairs in times.items():
+        wall_s, cpu_s = zip(*pairs[warmup:], strict=True)
+        found[which] = {
+            "wall_ms": round(1000 * statistics.median(wall_s), 3),
+            "cpu_ms": round(1000 * statistics.median(cpu_s), 3),
+            "cpu_ms_fastest": round(1000 * min(cpu_s), 3),
+        }
+    return found
+
+
+def row(info: ModelInfo, batch_sizes: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is measured of one model, beside what the index says of it."""
+    peak = {}
+    if arguments.memory:
+        options: dict[str, Any] = {"optimize": True, "warmup": 0, "repeats": 1, "batch_sizes": batch_sizes}
+        peak = {result.batch_size: result.peak_memory for result in zoo.benchmark(info.name, **options)}
+    batches = {}
+    for batch_size in batch_sizes:
+        timed = measure(info, batch_size, arguments.repeats, arguments.warmup)
+        throughput = {which: round(1000 * batch_size / found["wall_ms"], 2) for which, found in timed.items()}
+        batches[str(batch_size)] = {"times": timed, "throughput": throughput, "peak_memory": peak.get(batch_size)}
+        batches[str(batch_size)]["repeats"] = arguments.repeats
+    return {
+        "family": info.family,
+        "params": info.params,
+        "macs": info.macs,
+        "input_size": list(info.input_size),
+        "top1": info.top1,
+        "batches": batches,
+    }
+
+
+@contextlib.contextmanager
+def _figure(path: Path) -> Iterator[Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    yield figure
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Accuracy as claimed against images per CPU second of the fast form, one panel for each batch size."""
+    rated = {name: row for name, row in rows.items() if row["top1"] is not None}
+    families = sorted({row["family"] for row in rated.values()})
+    sizes = sorted({size for row in rated.values() for size in row["batches"]}, key=int)
+    with _figure(path) as figure:
+        panels = figure.subplots(1, len(sizes), squeeze=False)[0]
+        for axes, size in zip(panels, sizes, strict=True):
+            for i, family in enumerate(families):
+                points = [
+                    (1000 * int(size) / row["batches"][size]["times"][FAST]["cpu_ms"], row["top1"])
+                    for row in rated.values()
+                    if row["family"] == family and size in row["batches"]
+                ]
+                if points:
+                    style = {"color": f"C{i % 10}", "marker": "os^Dv"[i // 10 % 5], "s": 22}
+                    axes.scatter(*zip(*points, strict=True), label=family, **style)
+            axes.set_xscale("log")
+            axes.set_xlabel("images per CPU second, fast form")
+            axes.set_ylabel("ImageNet-1k top-1, claimed (%)")
+            axes.set_title(f"batch {size}")
+            axes.grid(alpha=0.3)
+        panels[-1].legend(fontsize=8)
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> str:
+    """Where the fast form is slower than timm's model or than the plain one, in CPU time, and how much it wins."""
+    lines = []
+    for other in (TIMM, PLAIN):
+        ratios = {
+            f"{name} at batch {size}": batch["times"][other]["cpu_ms"] / batch["times"][FAST]["cpu_ms"]
+            for name, row in rows.items()
+            for size, batch in row["batches"].items()
+            if other in batch["times"]
+        }
+        if ratios:
+            middle = statistics.median(ratios.values())
+            lines.append(f"{other} takes {middle:.2f} times as long as the fast form (median of {len(ratios)}).")
+            lines += [f"  {ratio:.2f}: {name}" for name, ratio in sorted(ratios.items(), key=lambda r: r[1])[:10]]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="of names, such as 'emo*'; default: all")
+    parser.add_argument("--families", nargs="+", default=[])
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1, help="turns before the clock counts")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
+    parser.add_argument("--missing", action="store_true", help="only what the results file does not have")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--plot", action="store_true", help="only draw the results file, into a PNG beside it")
+    arguments = parser.parse_args()
+    report = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {"models": {}}
+    picture = arguments.results.with_suffix(".png")
+    if not arguments.plot:
+        if arguments.repeats < 1 or arguments.warmup < 0 or min(arguments.batch_sizes) < 1:
+            raise ConfigError("--repeats and --batch-sizes are whole numbers from 1 up, --warmup from 0.")
+        names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+        environment = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+        report |= {
+            "device": f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+            "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+            "command": " ".join([*environment, "python benchmarks/vision_zoo.py", *sys.argv[1:]]),
+        }
+        wanted = models(arguments.patterns, arguments.families)
+        for info in track(wanted, description="Measuring", transient=True):
+            known = report["models"].get(info.name, {}).get("batches", {})
+            sizes = [n for n in arguments.batch_sizes if not (arguments.missing and str(n) in known)]
+            if not sizes:
+                continue
+            found = row(info, sizes, arguments)
+            report["models"][info.name] = found | {"batches": known | found["batches"]}
+            with whole_file(arguments.results) as file:
+                file.write((json.dumps(report, indent=1) + "\n").encode())
+    if not report["models"]:
+        raise ConfigError(f"There is nothing in {arguments.results}: measure first.")
+    plot(report["models"], picture)
+    print(summary(report["models"]))
+    print(f"Written to {arguments.results} and {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
