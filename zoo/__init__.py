@@ -23,6 +23,7 @@ _PUBLIC = {
     "search": "zoo.registry",
     "ZooError": "zoo.errors",
     "create_model": "zoo.factory",
+    "create_tokenizer": "zoo.data.tokenizers",
     "load_checkpoint": "zoo.weights",
     "convert_checkpoint": "zoo.weights",
     "save_pretrained": "zoo.hub",
@@ -42,6 +43,7 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from zoo import sparsity
     from zoo.compat.timm import register_with_timm
+    from zoo.data.tokenizers import create_tokenizer
     from zoo.errors import ZooError
     from zoo.evaluation import evaluate, predict
     from zoo.factory import create_model
