@@ -58,7 +58,7 @@ class TextDataConfig:
         shuffle_buffer: packed sequences of a stream that are shuffled together.
         batch_size: sequences per process and step.
         strict: end with an error at a damaged document, instead of skipping, counting and listing it.
-        cache_dir: where tokenised texts are kept; by default ~/.cache/backbone-zoo/tokens.
+        cache_dir: where tokenised texts are kept; by default beside the Hub's cache.
     """
 
     name: TextSourceName = "files"

@@ -28,6 +28,9 @@ __all__ = [
     "SparsityConfig",
     "TrainConfig",
     "TrainingConfig",
+    "check_above_zero",
+    "check_not_negative",
+    "check_schedule",
 ]
 
 
@@ -106,7 +109,7 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"distill.alpha must be from 0 to 1; it is {self.alpha}.")
-        _check_above_zero("distill", self, "tau")
+        check_above_zero("distill", self, "tau")
         if self.stages and self.kind != "feature":
             raise ConfigError(f"distill.stages belongs to distill.kind feature, not {self.kind}.")
         if self.checkpoint_path is not None and self.teacher is None:
@@ -142,8 +145,8 @@ class OptimizerConfig:
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_above_zero("optimizer", self, "lr", "eps", "clip_grad", "layer_decay")
-        _check_not_negative("optimizer", self, "weight_decay", "momentum")
+        check_above_zero("optimizer", self, "lr", "eps", "clip_grad", "layer_decay")
+        check_not_negative("optimizer", self, "weight_decay", "momentum")
         twice = sorted(self.args.keys() & {field.name for field in dataclasses.fields(self)})
         if twice:
             raise ConfigError(f"optimizer.args.{twice[0]}: this is optimizer.{twice[0]}; set it there.")
@@ -177,8 +180,8 @@ class SchedulerConfig:
     decay_rate: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_above_zero("scheduler", self, "epochs", "decay_epochs", "decay_rate")
-        _check_not_negative("scheduler", self, "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs")
+        check_above_zero("scheduler", self, "epochs", "decay_epochs", "decay_rate")
+        check_not_negative("scheduler", self, "warmup_epochs", "warmup_lr", "min_lr", "cooldown_epochs")
         if self.warmup_epochs > self.epochs:
             raise ConfigError(
                 f"scheduler.warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs})."
@@ -234,7 +237,7 @@ class TrainConfig:
     save_interval_updates: int | None = None
 
     def __post_init__(self) -> None:
-        _check_above_zero(
+        check_above_zero(
             "train",
             self,
             "grad_accum_steps",
@@ -346,7 +349,7 @@ class SparsityConfig:
             _check_share("sparsity", rule, name)
         if not 0 <= rule.dead_channels < 1:
             raise ConfigError(f"sparsity.dead_channels must be from 0 up to, but not, 1; it is {rule.dead_channels}.")
-        _check_not_negative("sparsity", rule, "regrow_warmup", "lr_density_power")
+        check_not_negative("sparsity", rule, "regrow_warmup", "lr_density_power")
         if rule.update_interval != "epoch" and rule.update_interval < 1:
             raise ConfigError(f"sparsity.update_interval must be above zero, not {rule.update_interval}.")
         if rule.start >= rule.stop:
@@ -439,22 +442,27 @@ class TrainingConfig:
             raise ConfigError(
                 f"Mixup pairs the images of a batch: data.batch_size ({self.data.batch_size}) must be even."
             )
-        ends_at_min_lr = self.scheduler.sched in ("cosine", "wsd", "poly", "tanh")
-        if ends_at_min_lr and self.scheduler.min_lr > self.optimizer.lr:
-            raise ConfigError(
-                f"scheduler.min_lr ({self.scheduler.min_lr:g}) is above optimizer.lr ({self.optimizer.lr:g}): the rate "
-                "would rise. Lower it."
-            )
+        check_schedule(self.scheduler, self.optimizer)
 
 
-def _check_above_zero(section: str, config: Any, *names: str) -> None:
+def check_schedule(scheduler: SchedulerConfig, optimizer: OptimizerConfig) -> None:
+    """Raises ConfigError for a rate that would rise."""
+    ends_at_min_lr = scheduler.sched in ("cosine", "wsd", "poly", "tanh")
+    if ends_at_min_lr and scheduler.min_lr > optimizer.lr:
+        raise ConfigError(
+            f"scheduler.min_lr ({scheduler.min_lr:g}) is above optimizer.lr ({optimizer.lr:g}): the rate would rise. "
+            "Lower it."
+        )
+
+
+def check_above_zero(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{section}.{name} must be above zero, not {value}.")
 
 
-def _check_not_negative(section: str, config: Any, *names: str) -> None:
+def check_not_negative(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not value >= 0:
