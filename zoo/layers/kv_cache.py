@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -50,6 +52,11 @@ class LayerCache:
         for tensor, value in zip(self.tensors, new, strict=True):
             tensor[:, :, places] = value[:, :, tokens - kept :].to(tensor.dtype)
         return seen
+
+    def select(self, rows: Tensor) -> LayerCache:
+        chosen = copy.copy(self)
+        chosen.tensors = tuple(tensor[rows] for tensor in self.tensors)
+        return chosen
 
 
 class KVCache:
@@ -116,6 +123,15 @@ class KVCache:
         """Where the last `window` tokens, or all, lie in a ring of that length, the oldest first."""
         kept = min(self.length, window)
         return torch.arange(self.length - kept, self.length, device=self.device) % window
+
+    def select(self, rows: Tensor) -> KVCache:
+        """Another cache, with the sequences of these numbers, (R,): one beginning can go on in several ways."""
+        chosen = copy.copy(self)
+        chosen.batch_size = len(rows)
+        chosen.layers = [layer.select(rows) for layer in self.layers]
+        chosen.positions = None if self.positions is None else self.positions[rows]
+        chosen.index = None if self.index is None else self.index.clone()
+        return chosen
 
     def reset(self) -> None:
         """Forget everything, and keep the memory."""
