@@ -180,14 +180,23 @@ def test_every_model_has_its_facts():
     for name in zoo.list_models():
         info = zoo.model_info(name)
         assert info.name == name
-        assert info.paper is not None
-        assert info.paper.url.startswith("https://arxiv.org/abs/")
+        if info.family != "smollm":  # of which there is no paper
+            assert info.paper is not None
+            assert info.paper.url.startswith("https://arxiv.org/abs/")
         assert info.compact
         assert info.code_license
         assert info.code_url.startswith("https://")
         assert 0 < info.trainable_params <= info.params
-        assert 0 < info.macs <= info.fvcore_total
-        assert info.activations > 0
+        assert (info.language is not None) == (info.task == "language")
+        if info.language is None:
+            assert len(info.input_size) == 3
+            assert info.fvcore_total is not None
+            assert 0 < info.macs <= info.fvcore_total
+            assert info.activations is not None
+            assert info.activations > 0
+        else:
+            assert (info.input_size, info.fvcore_total, info.activations, info.top1) == ((), None, None, None)
+            assert min(dataclasses.astuple(info.language)[:-2]) > 0
         for weights in info.weights:
             assert weights.license
             assert [weights.hub_id, weights.url, weights.page].count(None) == 2
@@ -202,6 +211,7 @@ def test_the_authors_own_figures_are_near_ours():
         assert info.reported is not None
         assert math.isclose(info.params, info.reported.params, rel_tol=0.03) or info.note, info.name
         if info.input_size == info.reported.input_size:
+            assert info.reported.macs is not None, info.name
             assert math.isclose(info.macs, info.reported.macs, rel_tol=0.03) or info.note, info.name
 
 
@@ -226,9 +236,26 @@ def test_top1_is_the_best_claim_at_the_size_that_the_costs_are_for():
 
 
 def test_facts_survive_json():
-    for name in ("poolformer_s12", "caformer_s18", "randformer_s12"):
+    for name in ("poolformer_s12", "caformer_s18", "randformer_s12", "mobilellm_ls_125m", "smollm_135m"):
         info = zoo.model_info(name)
         assert ModelInfo.from_dict(json.loads(json.dumps(info.to_dict()))) == info
+
+
+def test_facts_of_a_language_model_say_nothing_of_images():
+    facts = zoo.model_info("smollm_135m.instruct").to_dict()
+    assert not {"input_size", "fvcore_total", "activations"} & facts.keys()
+    (weights,) = facts["weights"]
+    assert not {"input_size", "num_classes", "crop_pct", "interpolation", "mean", "std", "top1"} & weights.keys()
+    assert weights["dataset"] == ""
+    assert "language" not in zoo.model_info("poolformer_s12").to_dict()
+    assert zoo.model_info("poolformer_s12").kv_bytes is None
+    cfg = get_entry("smollm_135m").pretrained_cfg()
+    assert cfg == {
+        "architecture": "smollm_135m",
+        "tag": "smollm_corpus",
+        "license": "apache-2.0",
+        "hf_hub_id": "HuggingFaceTB/SmolLM-135M",
+    }
 
 
 def test_facts_cannot_be_changed_by_accident():
@@ -245,10 +272,11 @@ def top1(info: ModelInfo) -> float:
     return info.top1
 
 
-@pytest.mark.parametrize("sort", ["params", "macs", "activations"])
+@pytest.mark.parametrize("sort", ["params", "macs", "activations", "kv_bytes"])
 def test_search_sorts_smallest_first(sort):
     values = [getattr(info, sort) for info in zoo.search(sort=sort)]
-    assert values == sorted(values)
+    known = [value for value in values if value is not None]
+    assert values == sorted(known) + [None] * (len(values) - len(known))  # what has no such figure comes last
     assert len(values) == len(zoo.list_models())
 
 
@@ -266,6 +294,16 @@ def test_limits_are_inclusive_and_hold_together():
     assert exact not in zoo.search(max_params=exact.params - 1)
     assert exact not in zoo.search(max_macs=exact.macs - 1)
     assert exact not in zoo.search(min_top1=top1(exact) + 0.01)
+
+
+def test_search_of_language_models():
+    found = zoo.search(task="language", max_params=400e6, max_macs=300e6)
+    assert [info.name for info in found][:2] == ["mobilellm_125m", "mobilellm_ls_125m"]
+    assert all(info.language and info.macs <= 300e6 for info in found)
+    assert zoo.model_info("mobilellm_350m") not in found
+    front = zoo.pareto(x="params", y="kv_bytes")
+    assert {info.task for info in front} == {"language"}
+    assert [info.kv_bytes for info in front] == sorted((info.kv_bytes or 0 for info in front), reverse=True)
 
 
 def test_license_holds_for_code_and_weights(own_models):

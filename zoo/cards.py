@@ -57,7 +57,7 @@ def render_families() -> str:
                 ", ".join(dict.fromkeys(info.task for info in infos)),
                 f"{len(infos)}: {code(groups(info.name for info in infos))}",
                 span([info.params for info in infos]),
-                span([info.macs for info in infos]),
+                span([info.macs for info in infos]) + (" a token" if infos[0].language else ""),
                 ", ".join(f"[{paper.arxiv}]({paper.url})" for paper in papers(infos)),
             )
         )
@@ -68,9 +68,19 @@ def render_families() -> str:
 
 
 def models_section(infos: Sequence[ModelInfo]) -> str:
-    rows = []
     notes = footnotes(info.note for info in infos)
+    text = language_models(infos, notes) if infos[0].language else image_models(infos, notes)
+    if notes:
+        text.append("\n".join(f"{number}. {note}" for note, number in notes.items()))
+    compact = dict.fromkeys(info.compact for info in infos if info.compact)
+    text.append("\n".join(f"- {code(groups(i.name for i in infos if i.compact == what))}: {what}" for what in compact))
+    return "\n\n".join(filter(None, text))
+
+
+def image_models(infos: Sequence[ModelInfo], notes: dict[str, int]) -> list[str]:
+    rows = []
     for info in infos:
+        assert info.activations is not None
         r = info.reported
         frozen = info.params - info.trainable_params
         rows.append(
@@ -80,27 +90,60 @@ def models_section(infos: Sequence[ModelInfo]) -> str:
                 humanize(info.macs),
                 humanize(info.activations),
                 shape(info.input_size),
-                f"{humanize(r.params)} / {humanize(r.macs)}" if r else "",
+                " / ".join(humanize(value) for value in (r.params, r.macs) if value is not None) if r else "",
             )
         )
     columns = ("model", ">params", ">MACs", ">activations", "input", "params / MACs, as the authors state them")
-    text = [
+    return [
         markdown_table(columns, rows),
         "MACs are multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts "
         "one) for one input of the size given; activations are the output elements of the same operators. "
         "`zoo profile NAME` counts them.",
     ]
-    if notes:
-        text.append("\n".join(f"{number}. {note}" for note, number in notes.items()))
-    compact = dict.fromkeys(info.compact for info in infos if info.compact)
-    text.append("\n".join(f"- {code(groups(i.name for i in infos if i.compact == what))}: {what}" for what in compact))
-    return "\n\n".join(filter(None, text))
+
+
+def language_models(infos: Sequence[ModelInfo], notes: dict[str, int]) -> list[str]:
+    rows = []
+    for info in infos:
+        facts = info.language
+        assert facts is not None
+        memory, layers = f"{facts.kv_elements:,}", str(facts.stored_layers)
+        if facts.sliding_window is not None:
+            memory += f" ({facts.windowed_kv_elements:,} for {facts.sliding_window} tokens)"
+        if facts.executed_layers != facts.stored_layers:
+            layers += f", {facts.executed_layers} executed"
+        rows.append(
+            (
+                f"`{info.name}`" + mark(notes, info.note),
+                f"{info.params:,}",
+                layers,
+                humanize(info.macs),
+                humanize(facts.prefill_macs),
+                humanize(facts.attention_macs),
+                memory,
+                f"{facts.context_length:,}",
+                humanize(info.reported.params) if info.reported else "",
+            )
+        )
+    columns = (
+        *("model", ">params", "layers", ">MACs/token", ">in a prompt", ">attention", ">KV/token", ">context"),
+        "params, as the authors state them",
+    )
+    return [
+        markdown_table(columns, rows),
+        "MACs/token are multiply-accumulates of linear layers and head for a generated token, and those in a prompt "
+        "lack the head, which its last token alone needs; attention adds the number given for each remembered token. "
+        "KV/token are the numbers remembered of a token, over all executed layers. `zoo profile NAME --tokens N` "
+        "counts all of it at a length of N.",
+    ]
 
 
 def weights_section(infos: Sequence[ModelInfo]) -> str:
     if not any(info.weights for info in infos):
         return "None are published."
     notes = footnotes(w.note for info in infos for w in info.weights)
+    if infos[0].language:
+        return language_weights(infos, notes)
     segments = any(w.miou is not None for info in infos for w in info.weights)
     rows = [
         (
@@ -126,6 +169,28 @@ def weights_section(infos: Sequence[ModelInfo]) -> str:
         "\n".join(f"{number}. {note}" for note, number in notes.items()),
         preprocessing([w for info in infos for w in info.weights]),
     ]
+    return "\n\n".join(filter(None, text))
+
+
+def language_weights(infos: Sequence[ModelInfo], notes: dict[str, int]) -> str:
+    rows = [
+        (
+            f"`{info.name}.{w.tag}`" + mark(notes, w.note),
+            w.dataset,
+            w.license,
+            "yes" if w.gated else "",
+            weights_link(w),
+        )
+        for info in infos
+        for w in info.weights
+    ]
+    text = [
+        "The first tag of a model is its default.",
+        markdown_table(("weights", "trained on", "licence", "gated", "source"), rows),
+        "\n".join(f"{number}. {note}" for note, number in notes.items()),
+    ]
+    if any(w.gated for info in infos for w in info.weights):
+        text.append("Gated: accept the terms on the source's page, and log in with `hf auth login`.")
     return "\n\n".join(filter(None, text))
 
 
@@ -199,7 +264,12 @@ def limits_section(infos: Sequence[ModelInfo]) -> str:
     weights = [w for info in infos for w in info.weights]
     data = sorted({w.dataset for w in weights} | {w.pretrained_on for w in weights if w.pretrained_on})
     lines = ["- The published weights' accuracy was not measured again here."] if weights else []
-    if data:
+    if weights and infos[0].language:
+        lines = [
+            "- What the published weights can do was not measured again here. They write what is likely, not what is "
+            "true, and carry the biases of their text."
+        ]
+    if data and not infos[0].language:
         lines.append(
             f"- Published checkpoints were trained on {' and '.join(data)}, as the table says for each: they know the "
             "classes, and carry the biases, of that data."
@@ -211,7 +281,8 @@ def limits_section(infos: Sequence[ModelInfo]) -> str:
             f"- Outputs are held by tests to those of the authors' code for {code(groups(names))}"
             + (", and for no other variant." if len(names) < len(infos) else ", which is all of them.")
         )
-    lines.append("- Another input size than the one given costs other MACs, and no accuracy is claimed for it.")
+    if not infos[0].language:
+        lines.append("- Another input size than the one given costs other MACs, and no accuracy is claimed for it.")
     return "\n".join(lines)
 
 

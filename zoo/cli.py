@@ -40,6 +40,10 @@ CONVENTION = (
     "MACs: multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts one), "
     "for one input of the size given."
 )
+PER_TOKEN = (
+    "MACs/token: multiply-accumulates of linear layers and head for one generated token; attention adds to them with "
+    "every remembered one. KV/token: bytes remembered of a token, over all layers, at 2 bytes a number."
+)
 TOP1 = "top-1: best ImageNet-1k accuracy claimed for any of a model's weights at that size, percent."
 
 
@@ -100,7 +104,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
     def budget(sub: Parser) -> None:
         filters(sub)
         sub.add_argument("--max-params", type=quantity, metavar="N", help="parameters at most: 6e6 or 6M")
-        sub.add_argument("--max-macs", type=quantity, metavar="N", help="MACs at most, at a model's own size: 1.2G")
+        sub.add_argument("--max-macs", type=quantity, metavar="N", help="MACs at most, of an image or a token: 1.2G")
         sub.add_argument("--min-top1", type=float, metavar="PERCENT", help="claimed ImageNet-1k top-1 at least")
         sub.add_argument("--license", metavar="PATTERN", help="licence of code and weights: apache-2.0, or 'apache*'")
 
@@ -132,6 +136,7 @@ zoo list --task vision --json""",
         """
 zoo search --max-params 30M --max-macs 4.5G --min-top1 80
 zoo search --license 'apache*' --sort top1
+zoo search --task language --max-params 400M
 zoo search --max-macs 2e9 --json""",
     )
     budget(sub)
@@ -562,19 +567,44 @@ def print_files(files: Mapping[str, int]) -> None:
 
 
 def print_models(infos: Sequence[ModelInfo]) -> None:
+    if infos and all(info.language for info in infos):
+        print_language_models(infos)
+        return
     table = new_table("name", ">params", ">MACs", "input", ">top-1", "weights", "licence")
     for info in infos:
         table.add_row(
             info.name,
             humanize(info.params),
             humanize(info.macs),
-            shape(info.input_size),
+            "token" if info.language else shape(info.input_size),
             percent(info.top1),
-            ", ".join(w.tag for w in info.weights) if len(info.weights) < 2 else f"{len(info.weights)} tags",
+            tags(info),
             licences(info),
         )
     print_table(table)
-    print_text(f"{count('model', infos)}. {CONVENTION} {TOP1}")
+    tokens = " A language model's are those of one generated token." if any(info.language for info in infos) else ""
+    print_text(f"{count('model', infos)}. {CONVENTION}{tokens} {TOP1}")
+
+
+def print_language_models(infos: Sequence[ModelInfo]) -> None:
+    table = new_table("name", ">params", ">MACs/token", ">KV/token", ">context", "weights", "licence")
+    for info in infos:
+        assert info.language is not None
+        cells = (humanize(info.params), humanize(info.macs), kib(info.language.kv_bytes))
+        table.add_row(info.name, *cells, f"{info.language.context_length:,}", tags(info), licences(info))
+    print_table(table)
+    print_text(f"{count('model', infos)}. {PER_TOKEN} Context: tokens at most.")
+
+
+def tags(info: ModelInfo) -> str:
+    """Those of its weights, or how many there are."""
+    if len(info.weights) > 1:
+        return f"{len(info.weights)} tags"
+    return ", ".join(w.tag + (" (gated)" if w.gated else "") for w in info.weights)
+
+
+def kib(size: float) -> str:
+    return f"{size / 1024:.1f} KiB"
 
 
 def licences(info: ModelInfo) -> str:
@@ -587,8 +617,9 @@ def print_weights(infos: Sequence[ModelInfo]) -> None:
     table = new_table("name", "input", "trained on", ">top-1", "licence")
     for info in infos:
         (weights,) = info.weights
+        size = "tokens" if info.language else shape(weights.input_size)
         name = f"{info.name}.{weights.tag}"
-        table.add_row(name, shape(weights.input_size), weights.dataset, percent(weights.top1), weights.license)
+        table.add_row(name, size, weights.dataset, percent(weights.top1), weights.license)
     print_table(table)
     print_text(f"{count('checkpoint', infos)}. top-1: as their authors claim for the data named, percent.")
 
@@ -602,22 +633,56 @@ def print_info(info: ModelInfo) -> None:
         ("paper", f"{paper.title}. {paper.authors}. {paper.venue}. {paper.url}" if paper else ""),
         ("code", ", ".join(filter(None, (info.code_license, info.code_url)))),
         ("params", f"{info.params:,}" + (f", of which {frozen:,} are frozen" if frozen else "")),
-        ("MACs", f"{info.macs:,} at {shape(info.input_size)}"),
-        ("fvcore total", f"{info.fvcore_total:,}"),
-        ("activations", f"{info.activations:,}"),
+        *(token_costs(info) if info.language else image_costs(info)),
         ("reported", reported(info)),
         ("note", info.note),
     )
     print(f"\n{count('checkpoint', info.weights)}" if info.weights else "\nno published weights")
     if info.weights:
-        print_facts(*((f"  {weights.tag}", checkpoint(weights)) for weights in info.weights))
+        show = language_checkpoint if info.language else checkpoint
+        print_facts(*((f"  {weights.tag}", show(weights)) for weights in info.weights))
     for text in dict.fromkeys(weights.note for weights in info.weights):
         if text:
             print_text(text)
+    if any(weights.gated for weights in info.weights):
+        print_text(
+            "Gated: the Hub gives the files to those who have accepted the terms on the page named, with the token of "
+            "`hf auth login`."
+        )
+    if info.language:
+        print_text(f"{PER_TOKEN} `zoo profile {info.name} --tokens N` counts all of it at a length of N.")
+        return
     print_text(
         f"{CONVENTION} fvcore total: what fvcore counts, norms included. Activations: output elements of the same "
         "operators as MACs. Crop: the share of the resized image's side that is kept."
     )
+
+
+def image_costs(info: ModelInfo) -> list[tuple[str, str]]:
+    return [
+        ("MACs", f"{info.macs:,} at {shape(info.input_size)}"),
+        ("fvcore total", f"{info.fvcore_total:,}"),
+        ("activations", f"{info.activations:,}"),
+    ]
+
+
+def token_costs(info: ModelInfo) -> list[tuple[str, str]]:
+    facts = info.language
+    assert facts is not None
+    attention = f"{facts.attention_macs:,} for each remembered token"
+    if facts.prefill_attention_macs != facts.attention_macs:
+        attention += f"; within a prompt {facts.prefill_attention_macs:,}"
+    memory = f"{kib(facts.kv_bytes)} ({facts.kv_elements:,} numbers)"
+    if facts.sliding_window is not None:
+        memory += f", of which {facts.windowed_kv_elements:,} are forgotten {facts.sliding_window} tokens later"
+    return [
+        ("layers", f"{facts.stored_layers} stored, {facts.executed_layers} executed"),
+        ("vocabulary", f"{facts.vocab_size:,}"),
+        ("context", f"{facts.context_length:,} tokens"),
+        ("MACs/token", f"{info.macs:,}; of a prompt's {facts.prefill_macs:,}, as its last alone needs the head"),
+        ("  attention", attention),
+        ("KV/token", memory),
+    ]
 
 
 def checkpoint(weights: Weights) -> str:
@@ -634,11 +699,18 @@ def checkpoint(weights: Weights) -> str:
     return "\n".join(lines)
 
 
+def language_checkpoint(weights: Weights) -> str:
+    gated = f"gated: terms at https://huggingface.co/{weights.hub_id}" if weights.gated else ""
+    place = " ".join(filter(None, (weights.source, weights.filename)))
+    return "\n".join(filter(None, (weights.dataset, f"licence {weights.license}", place, gated)))
+
+
 def reported(info: ModelInfo) -> str:
     if info.reported is None:
         return ""
     r = info.reported
-    return f"{humanize(r.params)} params, {humanize(r.macs)} MACs at {shape(r.input_size)} ({r.source})"
+    macs = "" if r.macs is None else f", {humanize(r.macs)} MACs at {shape(r.input_size)}"
+    return f"{humanize(r.params)} params{macs} ({r.source})"
 
 
 def new_table(*columns: str) -> Table:

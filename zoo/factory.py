@@ -126,9 +126,10 @@ def create_model(
     given = dict(args)
     if weights is not None:
         args = {**weights.args, **args}
-    for key, default in (("num_classes", cfg["num_classes"]), ("in_chans", cfg["input_size"][0])):
-        if key in _parameters(entry.build):
-            args.setdefault(key, default)
+    if entry.task != "language":
+        for key, default in (("num_classes", cfg["num_classes"]), ("in_chans", cfg["input_size"][0])):
+            if key in _parameters(entry.build):
+                args.setdefault(key, default)
     if entry.fixed_input_size:
         args.setdefault("img_size", tuple(cfg["input_size"][1:]))
     if features_only and "global_pool" in _parameters(entry.build):

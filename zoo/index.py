@@ -14,29 +14,21 @@ from dataclasses import asdict
 from typing import Any
 
 from zoo.files import whole_file
-from zoo.registry import INDEX_PATH, Entry, ModelInfo, _entries, get_entry
+from zoo.registry import INDEX_PATH, Entry, LanguageFacts, ModelInfo, _entries, get_entry
 
 
 def measure(entry: Entry) -> ModelInfo:
     """The facts of `entry`, its costs counted on the meta device, where nothing is allocated."""
     from zoo.factory import create_model
-    from zoo.profiling import profile
 
     model: Any = create_model(entry.name, pretrained=False, device="meta")
-    if entry.task == "language":
-        return _measure_decoder(entry, model)
-    costs = profile(model, input_size=tuple(model.pretrained_cfg["input_size"]))
+    costs = _costs_of_decoder(model) if entry.task == "language" else _costs_of_image(model)
     return ModelInfo(
         name=entry.name,
         family=entry.family,
         task=entry.task,
         module=entry.module,
-        input_size=costs.input_size,
-        params=costs.params,
-        trainable_params=costs.trainable_params,
-        macs=costs.macs,
-        fvcore_total=costs.fvcore_total,
-        activations=costs.activations,
+        **costs,
         paper=entry.paper,
         compact=entry.compact,
         code_license=entry.code_license,
@@ -47,30 +39,32 @@ def measure(entry: Entry) -> ModelInfo:
     )
 
 
-def _measure_decoder(entry: Entry, model: Any) -> ModelInfo:
+def _costs_of_image(model: Any) -> dict[str, Any]:
+    from zoo.profiling import profile
+
+    costs = profile(model, input_size=tuple(model.pretrained_cfg["input_size"]))
+    fields = ("input_size", "params", "trainable_params", "macs", "fvcore_total", "activations")
+    return {field: getattr(costs, field) for field in fields}
+
+
+def _costs_of_decoder(model: Any) -> dict[str, Any]:
     from zoo.profiling.tokens import token_costs
 
-    costs = token_costs(model)
+    costs, config = asdict(token_costs(model)), model.config
     params = sum(parameter.numel() for parameter in model.parameters())
-    return ModelInfo(
-        name=entry.name,
-        family=entry.family,
-        task=entry.task,
-        module=entry.module,
-        input_size=(1,),
-        params=params,
-        trainable_params=params,
-        macs=costs.macs,
-        fvcore_total=0,
-        activations=0,
-        paper=entry.paper,
-        compact=entry.compact,
-        code_license=entry.code_license,
-        code_url=entry.code_url,
-        reported=entry.reported,
-        weights=entry.weights,
-        note=entry.note,
-    )
+    return {
+        "params": params,
+        "trainable_params": params,
+        "macs": costs.pop("macs"),
+        "language": LanguageFacts(
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+            stored_layers=config.depth,
+            executed_layers=len(config.executed),
+            sliding_window=config.sliding_window,
+            **costs,
+        ),
+    }
 
 
 def model_names() -> list[str]:
@@ -84,7 +78,7 @@ def model_names() -> list[str]:
 
 def line(name: str) -> str:
     """What `index.json` says of one model."""
-    return json.dumps(_without_empty(asdict(measure(get_entry(name)))))
+    return json.dumps(_without_empty(measure(get_entry(name)).to_dict()))
 
 
 def generate() -> str:
@@ -95,8 +89,11 @@ def generate() -> str:
 def _without_empty(facts: dict[str, Any]) -> dict[str, Any]:
     """Facts without those that are not known: the reader has the defaults."""
     kept = {key: value for key, value in facts.items() if value not in (None, "", (), {})}
-    kept["weights"] = [_without_empty(weights) for weights in facts.get("weights", ())]
-    return kept if "weights" in facts else {k: v for k, v in kept.items() if k != "weights"}
+    if "weights" in facts:
+        kept["weights"] = [_without_empty(weights) for weights in facts["weights"]]
+    if facts.get("language"):
+        kept["language"] = _without_empty(facts["language"])
+    return kept
 
 
 def main(arguments: list[str]) -> int:

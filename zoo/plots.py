@@ -14,9 +14,10 @@ _AXES = {
     "macs": "MACs at each model's own input size (G, one fused multiply-add counts one)",
     "activations": "activations (M output elements of convolution, linear, matmul and attention)",
     "fvcore_total": "fvcore total (G, multiply-adds and norms)",
+    "kv_bytes": "remembered of a token (KiB at 2 bytes a number)",
     "top1": "claimed ImageNet-1k top-1 (%)",
 }
-_SCALES = {"params": 1e6, "macs": 1e9, "activations": 1e6, "fvcore_total": 1e9, "top1": 1.0}
+_SCALES = {"params": 1e6, "macs": 1e9, "activations": 1e6, "fvcore_total": 1e9, "kv_bytes": 1024.0, "top1": 1.0}
 
 
 def check_picture(path: str | Path) -> Path:

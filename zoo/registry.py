@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Entry",
+    "LanguageFacts",
     "ModelInfo",
     "Paper",
     "Reported",
@@ -67,7 +68,7 @@ class Reported:
 
     params: float
     macs: float | None = None
-    input_size: tuple[int, int, int] = (3, 224, 224)
+    input_size: tuple[int, int, int] = (3, 224, 224)  # that the MACs are for
     source: str
 
 
@@ -111,6 +112,13 @@ class Weights:
         if self.url or self.page:
             return self.url or str(self.page)
         return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")
+
+
+# fields of Weights that say nothing of a language model
+OF_IMAGES = (
+    *("top1", "top5", "miou", "num_classes", "input_size", "pool_size", "crop_pct", "interpolation", "mean", "std"),
+    "use_ema",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,29 +168,32 @@ class Entry:
         return {key: args.get(key, self.default(key, value)) for key, value in self.timm_args.items()}
 
     def pretrained_cfg(self, tag: str | None = None) -> dict[str, Any]:
-        """timm's description of weights and preprocessing: a plain dict that `timm.models.PretrainedCfg` takes."""
+        """timm's description of weights and preprocessing: a plain dict that `timm.models.PretrainedCfg` takes.
+
+        That of a language model says whose weights they are, and nothing of images.
+        """
         if tag is not None or self.weights:
             weights = self.find_weights(tag)
         else:
             classes = self.default("num_classes", 1000)
             weights = Weights(tag="", license="", input_size=self.input_size, num_classes=classes)
-        size = weights.input_size
-        own_pool = self.pool_size if size == self.input_size else None
-        cfg: dict[str, Any] = {
-            "architecture": self.name,
-            "tag": weights.tag,
-            "num_classes": weights.num_classes,
-            "input_size": size,
-            "pool_size": weights.pool_size or own_pool or tuple(-(-side // 32) for side in size[1:]),
-            "crop_pct": weights.crop_pct,
-            "crop_mode": "center",
-            "interpolation": weights.interpolation,
-            "mean": weights.mean,
-            "std": weights.std,
-            "fixed_input_size": self.fixed_input_size,
-            "first_conv": self.first_conv,
-            "classifier": self.classifier,
-        }
+        cfg: dict[str, Any] = {"architecture": self.name, "tag": weights.tag}
+        if self.task != "language":
+            size = weights.input_size
+            own_pool = self.pool_size if size == self.input_size else None
+            cfg |= {
+                "num_classes": weights.num_classes,
+                "input_size": size,
+                "pool_size": weights.pool_size or own_pool or tuple(-(-side // 32) for side in size[1:]),
+                "crop_pct": weights.crop_pct,
+                "crop_mode": "center",
+                "interpolation": weights.interpolation,
+                "mean": weights.mean,
+                "std": weights.std,
+                "fixed_input_size": self.fixed_input_size,
+                "first_conv": self.first_conv,
+                "classifier": self.classifier,
+            }
         if weights.license:
             cfg["license"] = weights.license
         if weights.hub_id:
@@ -195,24 +206,54 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageFacts:
+    """Sizes of a language model, and what a token costs beside `ModelInfo.macs`. A layer that runs twice counts twice.
+
+    `prefill_macs`: linear layers for a token of a prompt, without the head, which its last token alone needs.
+    `attention_macs`: what each remembered token adds to one at decode; `prefill_attention_macs`: to one of a prompt,
+    which is another number where attention at decode is computed in the memory's own, latent space.
+    """
+
+    context_length: int  # tokens
+    vocab_size: int
+    stored_layers: int
+    executed_layers: int
+    prefill_macs: int
+    attention_macs: int
+    prefill_attention_macs: int
+    kv_elements: int  # numbers remembered of a token
+    windowed_kv_elements: int = 0  # of them, those that are forgotten `sliding_window` tokens later
+    sliding_window: int | None = None
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes remembered of a token, at 2 a number."""
+        return 2 * self.kv_elements
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What is known of a model without building it. Costs are for one input of `input_size`, batch 1.
 
     `macs`: multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts one).
     `fvcore_total`: what fvcore counts, which adds norms. `activations`: output elements of those same operators, not
     of norms. `params` holds frozen weights too; `trainable_params` does not.
+
+    A language model has `language`, and `macs` are those of its linear layers and head for one generated token; it has
+    no input size, fvcore total and activations, which depend on the length of the text: `zoo.profile` counts those.
     """
 
     name: str
     family: str
     task: str
     module: str
-    input_size: tuple[int, ...]
+    input_size: tuple[int, ...] = ()
     params: int
     trainable_params: int
     macs: int
-    fvcore_total: int
-    activations: int
+    fvcore_total: int | None = None
+    activations: int | None = None
+    language: LanguageFacts | None = None
     paper: Paper | None = None
     compact: str = ""
     code_license: str = ""
@@ -230,19 +271,36 @@ class ModelInfo:
         rated = [w for w in self.weights if w.dataset == "imagenet-1k" and w.input_size == self.input_size]
         return max((w.top1 for w in rated if w.top1 is not None), default=None)
 
+    @property
+    def kv_bytes(self) -> int | None:
+        """Bytes that a language model remembers of a token, at 2 a number; None of other models."""
+        return None if self.language is None else self.language.kv_bytes
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain data, ready for JSON: without what means nothing for a model of its task."""
+        facts = dataclasses.asdict(self)
+        if self.task != "language":
+            del facts["language"]
+            return facts
+        for key in ("input_size", "fvcore_total", "activations"):
+            del facts[key]
+        if facts["reported"]:
+            del facts["reported"]["input_size"]
+        facts["weights"] = tuple({k: v for k, v in w.items() if k not in OF_IMAGES} for w in facts["weights"])
+        return facts
 
     @classmethod
     def from_dict(cls, facts: Mapping[str, Any]) -> ModelInfo:
         fields = dict(facts)
-        fields["input_size"] = tuple(fields["input_size"])
+        fields["input_size"] = tuple(fields.get("input_size", ()))
+        if fields.get("language"):
+            fields["language"] = LanguageFacts(**fields["language"])
         if fields.get("paper"):
             fields["paper"] = Paper(**fields["paper"])
         if fields.get("reported"):
             fields["reported"] = Reported(**_tuples(fields["reported"]))
-        fields["weights"] = tuple(Weights(**_tuples(w)) for w in fields.get("weights", ()))
+        unsaid = {"dataset": ""} if fields["task"] == "language" else {}
+        fields["weights"] = tuple(Weights(**{**unsaid, **_tuples(w)}) for w in fields.get("weights", ()))
         return cls(**fields)
 
 
@@ -447,7 +505,7 @@ def _check_choice(what: str, value: str | None, choices: Any) -> None:
         )
 
 
-SORT_KEYS = ("name", "params", "macs", "activations", "top1")
+SORT_KEYS = ("name", "params", "macs", "activations", "kv_bytes", "top1")
 
 
 def search(
@@ -460,11 +518,11 @@ def search(
     license: str | None = None,
     sort: str = "params",
 ) -> list[ModelInfo]:
-    """Models within a budget, as `ModelInfo`, smallest first (`sort="top1"`: best first).
+    """Models within a budget, as `ModelInfo`, smallest first (`sort="top1"`: best first), those without a figure last.
 
-    `max_macs` holds at each model's own input size. `min_top1` (percent) asks for claimed ImageNet-1k accuracy, so
-    models without such a claim drop out. `license` must be that of the code and of at least one checkpoint, if there
-    are any; wildcards work (`"apache*"`), case does not matter.
+    `max_macs` holds at each model's own input size, and for one token of a language model. `min_top1` (percent) asks
+    for claimed ImageNet-1k accuracy, so models without such a claim drop out. `license` must be that of the code and
+    of at least one checkpoint, if there are any; wildcards work (`"apache*"`), case does not matter.
     """
     _check_choice("sort key", sort, SORT_KEYS)
     if license is not None and not isinstance(license, str):
@@ -487,7 +545,7 @@ def search(
         return found
     if sort == "top1":
         return sorted(found, key=lambda info: -(info.top1 or 0))
-    return sorted(found, key=lambda info: getattr(info, sort))
+    return sorted(found, key=lambda info: (getattr(info, sort) is None, getattr(info, sort) or 0))
 
 
 def _info_or_warning(name: str) -> ModelInfo | None:
@@ -506,14 +564,17 @@ def _licensed(info: ModelInfo, pattern: str) -> bool:
     return matches(info.code_license) and (not info.weights or any(matches(w.license) for w in info.weights))
 
 
-PARETO_AXES = {"params": False, "macs": False, "activations": False, "fvcore_total": False, "top1": True}
+PARETO_AXES = {
+    **dict.fromkeys(("params", "macs", "activations", "fvcore_total", "kv_bytes"), False),
+    "top1": True,
+}
 
 
 def pareto(x: str = "macs", y: str = "top1", **filters: Any) -> list[ModelInfo]:
     """The models that no other beats on both axes, sorted by `x`; `filters` are those of `search`.
 
-    Costs (`params`, `macs`, `activations`, `fvcore_total`) count as better when smaller, `top1` when larger. A model
-    without a claimed accuracy is left out where an axis is `top1`.
+    Costs (`params`, `macs`, `activations`, `fvcore_total`, `kv_bytes`) count as better when smaller, `top1` when
+    larger. A model without the figure of an axis is left out.
     """
     for axis in (x, y):
         _check_choice("axis", axis, PARETO_AXES)
