@@ -83,8 +83,10 @@ def write_gguf(
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
     else:
+        from zoo.data.tokenizers import check_fits
         from zoo.exporting.gguf_tokenizer import add_tokenizer
 
+        check_fits(tokenizer, decoder)
         add_tokenizer(writer, tokenizer, decoder.config.vocab_size)
 
     parts = list(_parts(decoder, architecture))

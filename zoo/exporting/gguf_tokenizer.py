@@ -39,13 +39,8 @@ PATTERNS = {
 def add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
     """Write the tokenizer into the file's metadata, filled up to the model's vocabulary.
 
-    Raises ConfigError for one that llama.cpp does not compute, or that has more tokens than the model.
+    Raises ConfigError for one that llama.cpp does not compute.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"The tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens and the model {vocab_size}: it is "
-            "another model's."
-        )
     with tempfile.TemporaryDirectory(prefix="zoo-gguf-") as scratch:
         tokenizer.save(scratch)
         names = {path.name: path for path in Path(scratch).iterdir()}

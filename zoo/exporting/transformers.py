@@ -28,6 +28,7 @@ from zoo.exporting.layout import decoder_of, reorder_rotary, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig
 from zoo.registry import get_entry, list_models
+from zoo.weights import read_json, write_safetensors
 
 __all__ = [
     "decoder_args",
@@ -163,7 +164,7 @@ def token_ids(tokenizer: Any) -> dict[str, Any]:
 
 
 def generation_config(tokenizer: Any) -> dict[str, Any]:
-    """What `generation_config.json` says: what begins, ends and fills up a text."""
+    """What `generation_config.json` says of a tokenizer: what begins, ends and fills up a text."""
     ids = {key: value for key, value in token_ids(tokenizer).items() if value is not None}
     if "pad_token_id" not in ids and getattr(tokenizer, "eos_id", None) is not None:
         ids["pad_token_id"] = tokenizer.eos_id
@@ -199,8 +200,6 @@ def write_transformers(
     model: nn.Module, folder: Path, *, tokenizer: Any = None, dtype: torch.dtype | None = None
 ) -> None:
     """Write configuration, tensors and tokenizer into `folder`, which exists. Raises ConfigError, CheckpointError."""
-    from zoo.weights import write_safetensors
-
     decoder = decoder_of(model, "An export to transformers")
     dtype = dtype or decoder.model.embed_tokens.weight.dtype
     config = transformers_config(decoder.config, dtype=dtype, tokenizer=tokenizer)
@@ -208,9 +207,16 @@ def write_transformers(
         {name: t.to(dtype) for name, t in transformers_state(decoder).items()}, folder / "model.safetensors"
     )
     write_json(folder / "config.json", config)
+    write_tokenizer(tokenizer, folder)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, and `generation_config.json`, which keeps what was published with the tokenizer."""
+    path = folder / "generation_config.json"
     if tokenizer is not None:
         tokenizer.save(folder)
-    write_json(folder / "generation_config.json", generation_config(tokenizer))
+    published = read_json(path) if path.is_file() else {}
+    write_json(path, published | generation_config(tokenizer))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
