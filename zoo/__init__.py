@@ -35,6 +35,7 @@ _PUBLIC = {
     "train": "zoo.training",
     "evaluate": "zoo.evaluation",
     "predict": "zoo.evaluation",
+    "generate": "zoo.generation",
     "register_with_timm": "zoo.compat.timm",
     "sparsity": "zoo.sparsity",
 }
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from zoo.errors import ZooError
     from zoo.evaluation import evaluate, predict
     from zoo.factory import create_model
+    from zoo.generation import generate
     from zoo.hub import save_pretrained
     from zoo.inference import optimize_for_inference
     from zoo.layers.hub_mixin import ZooModelHubMixin
