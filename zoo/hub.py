@@ -1,4 +1,8 @@
-"""Models as folders in the Hub's layout: `config.json` and `model.safetensors`, as timm writes and reads them."""
+"""Models as folders in the Hub's layout: `config.json` and `model.safetensors`, as timm writes and reads them.
+
+A language model's folder is what transformers writes and reads, where a class there computes it from the same tensors:
+`config.json` then holds that class's configuration and, beside it, what `create_model` needs.
+"""
 
 from __future__ import annotations
 
@@ -36,27 +40,38 @@ def save_pretrained(
     folder: str | Path,
     *,
     labels: Sequence[str] | None = None,
+    tokenizer: Any = None,
     note: str | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model that `create_model` made to a folder that `create_model("local-dir:...")`, ours and timm's, opens.
 
+    The folder of a language model opens in transformers, too, where a stock class computes it from the same tensors
+    (MobileLLM, SmolLM, MobileLLM-R1, Youtu-LLM; shared layers and windows take `zoo.export`).
+
     The folder is written whole or not at all, and read back and compared before this returns.
 
     Args:
-        model: any vision model of the zoo, trained or not.
+        model: any model of the zoo, trained or not.
         folder: new or empty; its parent must exist.
         labels: the names of the classes, in order.
+        tokenizer: of a language model, from `create_tokenizer`: its files are written beside the weights, with a
+            `generation_config.json`.
         note: what there is to say about the weights, kept in `config.json`.
         dtype: what floating-point tensors are saved as, such as torch.float16; by default what they are.
         overwrite: replace the model in a folder that is not empty; other files in it stay.
 
     Returns the folder. Raises ConfigError for a model, labels or folder that will not do, CheckpointError.
     """
-    config = _config_of(model, labels, note)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
+    if is_language_model(model):
+        config = _language_config(model, labels, tokenizer, note, dtype)
+    elif tokenizer is not None:
+        raise ConfigError("A tokenizer goes with a language model, and this is none.")
+    else:
+        config = _config_of(model, labels, note)
     folder = Path(folder).expanduser().absolute()
     _check_folder(folder, overwrite)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -67,6 +82,10 @@ def save_pretrained(
         write_safetensors(tensors, fresh / WEIGHTS)
         with whole_file(fresh / CONFIG) as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
+        if tokenizer is not None:
+            from zoo.exporting.transformers import write_tokenizer
+
+            write_tokenizer(tokenizer, fresh)
         _compare(tensors, fresh / WEIGHTS)
         _put_in_place(fresh, folder)
     except OSError as error:
@@ -129,6 +148,42 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
     return config
 
 
+def is_language_model(model: nn.Module) -> bool:
+    from zoo.layers.decoder import Decoder
+
+    return isinstance(model, Decoder)
+
+
+def _language_config(
+    model: Any, labels: Sequence[str] | None, tokenizer: Any, note: str | None, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """What `config.json` says of a decoder: transformers' own keys where it computes this model, and ours."""
+    from zoo.data.tokenizers import check_fits
+    from zoo.exporting.layout import decoder_of
+    from zoo.exporting.transformers import is_stock, transformers_config
+
+    decoder_of(model, "save_pretrained")
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg or "architecture" not in cfg:
+        raise ConfigError("save_pretrained takes a whole model that create_model made, whose architecture has a name.")
+    if labels is not None:
+        raise ConfigError("A language model has no classes: leave out labels.")
+    if tokenizer is not None:
+        check_fits(tokenizer, model)
+    dtype = dtype or model.head_weight.dtype
+    config: dict[str, Any] = {}
+    if is_stock(model.config):
+        config = transformers_config(model.config, dtype=dtype, tokenizer=tokenizer)
+    described = {key: cfg[key] for key in ("tag", "license", "origin_url") if cfg.get(key)}
+    if cfg.get("tag") and not hasattr(model, "load_report"):  # of published weights, which this model never had
+        described = {key: value for key, value in described.items() if key == "origin_url"}
+    args = _known_args(cfg["architecture"], model._model_args)
+    config |= {"architecture": cfg["architecture"], "model_args": args, "pretrained_cfg": described}
+    if note is not None:
+        config["note"] = str(note)
+    return config | {"zoo": {"version": zoo.__version__, "model_args": args}}
+
+
 def _is_entry(architecture: str) -> bool:
     try:
         get_entry(architecture)
@@ -186,7 +241,7 @@ def _put_in_place(fresh: Path, folder: Path) -> None:
         os.replace(fresh, folder)
         return
     for path in folder.iterdir():
-        if path.name in (CONFIG, WEIGHTS):
+        if path.name in (CONFIG, WEIGHTS) or (fresh / path.name).exists():
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, fresh / path.name, symlinks=True)
@@ -244,6 +299,8 @@ def _parse_config(
     saved = config.get("pretrained_cfg", {k: v for k, v in config.items() if k not in ("architecture", "num_features")})
     args = config.get("model_args") or {}
     architecture = config.get("architecture")
+    if architecture is None and "model_type" in config:
+        return _parse_transformers(config, source, origin)
     if not isinstance(architecture, str) or not isinstance(saved, dict) or not isinstance(args, dict):
         raise CheckpointError(f"The {CONFIG} of {source} names no architecture: it was not written by timm or the zoo.")
     ours = config.get("zoo")
@@ -260,6 +317,30 @@ def _parse_config(
     if args.get("in_chans") is not None:
         cfg["input_size"] = (args["in_chans"], *cfg.get("input_size", (3, 224, 224))[1:])
     return architecture, {key: _tuple(value) for key, value in args.items()}, cfg
+
+
+def _parse_transformers(
+    config: dict[str, Any], source: str, origin: Mapping[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """What `_parse_config` gives, of a language model that transformers saved."""
+    from zoo.exporting.transformers import MODEL_TYPES, decoder_args
+
+    try:
+        found = decoder_args(config, source)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"The {CONFIG} of {source} is no whole configuration: it lacks {error}.") from error
+    if found is None:
+        raise CheckpointError(
+            f"The {CONFIG} of {source} is of a {config['model_type']!r} model, which the zoo does not have: of "
+            f"transformers' it opens {', '.join(MODEL_TYPES)}."
+        )
+    architecture, args = found
+    cfg = dict(origin)
+    repo = str(origin["hf_hub_id"]).partition("@")[0]
+    for weights in get_entry(architecture).weights:
+        if weights.hub_id == repo:
+            cfg |= {"tag": weights.tag, "license": weights.license}
+    return architecture, args, cfg
 
 
 def _is_published(architecture: str, repo: str | None) -> bool:

@@ -31,6 +31,7 @@ from zoo.registry import get_entry, list_models
 from zoo.weights import read_json, write_safetensors
 
 __all__ = [
+    "MODEL_TYPES",
     "decoder_args",
     "generation_config",
     "is_stock",
@@ -54,6 +55,7 @@ NEAREST = {  # an entry of the architecture, where no entry is the very model
     "qwen3": "mobilellm_pro",
     "youtu": "youtu_llm_2b",
 }
+MODEL_TYPES = tuple(NEAREST)
 
 
 def model_type(config: DecoderConfig) -> str:

@@ -548,7 +548,11 @@ build_decoder.__signature__ = inspect.signature(DecoderConfig)  # type: ignore[a
 def convert_published(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Published checkpoints: rotary tables left out, a tied head checked and left out, both names of the SwiGLU.
 
-    Raises CheckpointError where the head is another matrix than the embedding, and the model has one for both.
+    Of those that were exported: shared layers that were written for each run are one again, and weights of one of the
+    norms of queries and keys, which have none here, are left out.
+
+    Raises CheckpointError where the head is another matrix than the embedding, and the model has one for both, and
+    where the runs of a shared layer differ.
     """
     assert isinstance(model, Decoder)
     names = {".mlp.", ".feed_forward."} - {f".{model.config.mlp_name}."}
@@ -566,4 +570,26 @@ def convert_published(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
                 "it with tie_embeddings=False."
             )
         del converted["lm_head.weight"]
-    return converted
+    for key in [key for key in converted if key.endswith((".q_norm.weight", ".k_norm.weight"))]:
+        if model.config.qk_norm and bool((converted[key] == 1).all()):
+            del converted[key]
+    return _share_layers(converted, model.config)
+
+
+def _share_layers(state: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
+    """Layers that were written once for each time they run, as the stored ones."""
+    layers = {int(key.split(".")[2]) for key in state if key.startswith("model.layers.")}
+    if len(config.executed) == config.depth or layers != set(range(len(config.executed))):
+        return state
+    shared: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key.startswith("model.layers."):
+            executed, name = key.removeprefix("model.layers.").split(".", 1)
+            key = f"model.layers.{config.executed[int(executed)]}.{name}"
+            if key in shared and not torch.equal(shared[key], value):
+                raise CheckpointError(
+                    f"The checkpoint has other weights for each time that a layer runs ({name} of run {executed}), and "
+                    "this model one for all: create it without layer_map."
+                )
+        shared[key] = value
+    return shared
