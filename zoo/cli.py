@@ -254,6 +254,98 @@ zoo predict cat.jpg --model caformer_s18 --cam cam.png --class 'tabby cat'""",
     sub.add_argument("--class", dest="class_name", metavar="CLASS", help="the map's class, by name or number")
     as_json(sub)
 
+    def language_model(sub: Parser, temperature: float, top_p: float | None, max_new_tokens: str) -> None:
+        sub.add_argument("--model", required=True, metavar="NAME", help="a name, hf-hub:owner/name, a run or a folder")
+        sub.add_argument("--checkpoint", metavar="PATH", help="weights for a model that is given by its name")
+        sub.add_argument("--random", action="store_true", help="random weights, to see how fast it is")
+        sub.add_argument(
+            "--tokenizer", metavar="NAME", help="bytes, a folder, hf-hub:owner/name (default: the model's)"
+        )
+        sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"at most (default: {max_new_tokens})")
+        sub.add_argument(
+            "--temperature",
+            type=float,
+            default=temperature,
+            metavar="T",
+            help="0 takes the most likely token (default: %(default)s)",
+        )
+        sub.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+        sub.add_argument(
+            "--top-p",
+            type=float,
+            default=top_p,
+            metavar="P",
+            help="draw among those that reach the probability P together"
+            + (" (default: %(default)s)" if top_p else ""),
+        )
+        sub.add_argument("--min-p", type=float, metavar="P", help="draw among those P times as likely as the first")
+        sub.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
+        sub.add_argument("--seed", type=int, metavar="N", help="of the draws")
+        sub.add_argument(
+            "--engine",
+            choices=("native", "torch", "llama.cpp"),
+            default="torch",
+            help="native: the fast form (zoo.optimize_for_inference); llama.cpp: exported to it (default: torch)",
+        )
+        sub.add_argument("--quantize", choices=("int8", "int4"), help="keep the weights in 8 or 4 bits")
+        sub.add_argument(
+            "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights"
+        )
+        sub.add_argument("--compile", action="store_true", help="run steps through torch.compile")
+        sub.add_argument(
+            "--device", default="auto", metavar="D", help="cpu, cuda, mps (default: the accelerator there is)"
+        )
+        sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+
+    sub = command(
+        "generate",
+        run_generate,
+        "let a language model continue a text",
+        """
+zoo generate --model runs/demo "Once upon a time"
+zoo generate --model smollm_135m "The capital of France is" --max-new-tokens 20
+zoo generate --model smollm_135m --engine native --quantize int8 --temperature 0.8 --top-p 0.95 - < prompt.txt
+zoo generate --model mobilellm_125m --random --tokenizer bytes "Hello" --json""",
+    )
+    sub.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from the standard input")
+    language_model(sub, temperature=0.0, top_p=None, max_new_tokens="256, or what the context has room for")
+    sub.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    as_json(sub)
+
+    sub = command(
+        "chat",
+        run_chat,
+        "talk with an instruction model, in the terminal or from a pipe, a line a turn",
+        """
+zoo chat --model hf-hub:me/assistant
+zoo chat --model mobilellm_r1_140m --temperature 0.6 --system 'Answer in one sentence.'""",
+    )
+    language_model(sub, temperature=0.7, top_p=0.95, max_new_tokens="256, or what the context has room for")
+    sub.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+
+    sub = command(
+        "tokenizer",
+        run_tokenizer,
+        "train a tokenizer, or show what one makes of a text",
+        """
+zoo tokenizer train books/*.txt --vocab-size 8192 --output books-8k
+zoo tokenizer train corpus.parquet --column text --output corpus-8k
+zoo tokenizer encode books-8k "It was a dark and stormy night"
+zoo tokenizer encode smollm_135m "Hello, world" --json""",
+    )
+    actions = sub.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    train = actions.add_parser("train", help="a byte-level BPE of texts")
+    train.add_argument("files", nargs="+", metavar="FILE", help="text, JSONL, parquet, a folder or a pattern")
+    train.add_argument("--vocab-size", type=int, default=8192, metavar="N", help="tokens (default: 8192)")
+    train.add_argument("--output", required=True, metavar="DIR", help="the folder to write")
+    train.add_argument("--column", metavar="NAME", help="of a table, what holds the texts")
+    train.add_argument("--overwrite", action="store_true", help="replace the tokenizer in DIR")
+    encode = actions.add_parser("encode", help="the token numbers of a text")
+    encode.add_argument("tokenizer", metavar="NAME", help="bytes, a folder, hf-hub:owner/name, or a model's name")
+    encode.add_argument("text", metavar="TEXT", help="- reads it from the standard input")
+    as_json(encode)
+    sub.option_names += [*train.option_names, *encode.option_names]
+
     sub = command(
         "convert",
         run_convert,
@@ -473,6 +565,24 @@ def run_predict(args: argparse.Namespace) -> None:
         print_json(answers)
     if len(answers) < len(args.images):
         raise ZooError(f"{len(args.images) - len(answers)} of {len(args.images)} images cannot be read.")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    from zoo.generation.command import run_generate
+
+    run_generate(args)
+
+
+def run_chat(args: argparse.Namespace) -> None:
+    from zoo.generation.command import run_chat
+
+    run_chat(args)
+
+
+def run_tokenizer(args: argparse.Namespace) -> None:
+    from zoo.generation.command import run_tokenizer
+
+    run_tokenizer(args)
 
 
 def run_convert(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Data: images now, thin over `datasets`, torchvision and `timm.data`."""
+"""Data: images, thin over `datasets`, torchvision and `timm.data`; texts, and the tokenizers that read them."""
 
 from zoo.data.config import AugmentConfig, DataConfig
 from zoo.data.loading import (
@@ -13,6 +13,7 @@ from zoo.data.loading import (
     training_loader,
 )
 from zoo.data.sources import ImageSplit, align_classes, load_split
+from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
 from zoo.data.transforms import Batch, eval_transform, preprocessing, random_transform
 
 __all__ = [
@@ -25,13 +26,16 @@ __all__ = [
     "EvaluationLoader",
     "ImageDataset",
     "ImageSplit",
+    "Tokenizer",
     "TrainingLoader",
     "align_classes",
+    "create_tokenizer",
     "eval_transform",
     "evaluation_loader",
     "load_split",
     "make_loader",
     "preprocessing",
     "random_transform",
+    "train_tokenizer",
     "training_loader",
 ]

@@ -33,6 +33,7 @@ __all__ = [
     "JsonTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "as_text",
     "check_fits",
     "create_tokenizer",
     "train_tokenizer",
@@ -90,7 +91,7 @@ class Tokenizer(abc.ABC):
         `special=False` it is text as any other. Raises DataError for what is not text, ConfigError for a token that
         the tokenizer does not have.
         """
-        ids = self._encode(_text(text), special)
+        ids = self._encode(as_text(text), special)
         if bos:
             ids = [self._need("bos"), *ids]
         return [*ids, self._need("eos")] if eos else ids
@@ -123,18 +124,23 @@ class Tokenizer(abc.ABC):
 
     def chat_text(self, messages: Messages, *, add_generation_prompt: bool = True, **template_options: Any) -> str:
         """The text that `apply_chat` gives the tokens of."""
-        if self.chat_template is None:
-            raise ConfigError(
-                f"The tokenizer {self.name} has no chat template: its models continue text and were not trained on "
-                "conversations. Give the text itself, or take an instruction model's tokenizer."
-            )
+        template = self.check_chat()
         names = {
             f"{kind}_token": self.token(number)
             for kind, number in (("bos", self.bos_id), ("eos", self.eos_id), ("pad", self.pad_id))
             if number is not None
         }
         options = {"tools": None, "documents": None, **names, **template_options}
-        return render(self.chat_template, messages, add_generation_prompt=add_generation_prompt, **options)
+        return render(template, messages, add_generation_prompt=add_generation_prompt, **options)
+
+    def check_chat(self) -> str:
+        """The chat template. Raises ConfigError where there is none."""
+        if self.chat_template is None:
+            raise ConfigError(
+                f"The tokenizer {self.name} has no chat template: its models continue text and were not trained on "
+                "conversations. Give the text itself, or take an instruction model's tokenizer."
+            )
+        return self.chat_template
 
     @abc.abstractmethod
     def token(self, number: int) -> str:
@@ -168,7 +174,8 @@ class Tokenizer(abc.ABC):
         return f"{type(self).__name__}({self.name!r}, vocab_size={self.vocab_size})"
 
 
-def _text(text: str | bytes) -> str:
+def as_text(text: str | bytes) -> str:
+    """A text, `bytes` being UTF-8. Raises DataError for what is not."""
     if isinstance(text, bytes | bytearray):
         try:
             return text.decode()
@@ -372,7 +379,7 @@ class _FromFiles(Tokenizer):
 
     def _template(self) -> str | None:
         if TEMPLATE in self._kept:
-            return _text(self._kept[TEMPLATE])
+            return as_text(self._kept[TEMPLATE])
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several, by name
             by_name = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
@@ -432,7 +439,7 @@ class JsonTokenizer(_FromFiles):
     ) -> list[list[int]]:
         before, behind = ([self._need("bos")] if bos else []), ([self._need("eos")] if eos else [])
         self._library.encode_special_tokens = not special
-        found = self._library.encode_batch_fast([_text(text) for text in texts], add_special_tokens=False)
+        found = self._library.encode_batch_fast([as_text(text) for text in texts], add_special_tokens=False)
         return [[*before, *one.ids, *behind] for one in found]
 
     def _decode(self, ids: list[int], skip_special: bool) -> str:
@@ -716,7 +723,7 @@ def train_tokenizer(
         nonlocal seen
         for text in texts:
             seen += len(text)
-            yield _text(text)
+            yield as_text(text)
 
     library.train_from_iterator(checked(), trainer)
     if not seen:
