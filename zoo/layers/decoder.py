@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,9 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.init import init_weights
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
-from zoo.layers.token_loss import mean_token_loss
+from zoo.layers.token_loss import IGNORED, mean_token_loss
 
 __all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published"]
+
+
+COUNTS = (  # fields of DecoderConfig that are whole numbers from 1 up
+    *("vocab_size", "depth", "dim", "num_heads", "hidden_dim", "num_kv_heads", "head_dim", "context_length"),
+    *("sliding_window", "q_rank", "kv_rank", "nope_head_dim", "rope_head_dim", "v_head_dim"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,20 +65,24 @@ class DecoderConfig:
     embed_init_std: float | None = None  # of the embedding; None: the same
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "depth", "dim", "num_heads", "hidden_dim", "head_dim", "context_length"):
+        for name in COUNTS:
             value = getattr(self, name)
+            if value is None and name in ("num_kv_heads", "sliding_window", "q_rank", "kv_rank"):
+                continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
-        if self.num_kv_heads is not None and (self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads):
+        for name in ("norm_eps", "rope_theta", "init_std", "embed_init_std"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
+                raise ConfigError(f"{name} must be a number above zero, not {value!r}.")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_kv_heads ({self.num_kv_heads}) must divide num_heads ({self.num_heads}).")
-        if any(not 0 <= stored < self.depth for stored in self.layer_map or ()):
+        if any(type(stored) is not int or not 0 <= stored < self.depth for stored in self.layer_map or ()):
             raise ConfigError(
                 f"layer_map names stored layers, 0 to {self.depth - 1} with this depth: it is {self.layer_map}."
             )
         if self.layer_map is not None and not self.layer_map:
             raise ConfigError("layer_map names no layer at all.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ConfigError(f"sliding_window must be from 1 up, not {self.sliding_window}.")
         if self.kv_rank is not None and (self.q_rank is None or self.sliding_window is not None or self.qk_norm):
             raise ConfigError("Latent attention (kv_rank) needs q_rank, and has neither sliding_window nor qk_norm.")
         if self.rotary_dim % 2:
@@ -108,6 +119,11 @@ class DecoderConfig:
         """Numbers that are remembered of a token, over all executed layers, as long as no window has passed it."""
         return len(self.executed) * sum(heads * width for heads, width in self.cache_shape)
 
+    def kv_elements(self, tokens: int) -> int:
+        """Numbers that are remembered of so many tokens: of a layer with a window, those of its last ones alone."""
+        kept = sum(min(tokens, self.window(i) or tokens) for i in range(len(self.executed)))
+        return kept * sum(heads * width for heads, width in self.cache_shape)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), in float32 or wider, times a learned weight (arXiv 1910.07467)."""
@@ -130,7 +146,10 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
 
 
 class RotaryTable(nn.Module):
-    """Cosines and sines of position x theta^(-2j / width) (RoFormer, arXiv 2104.09864, eq. 15), made once."""
+    """Cosines and sines of position x theta^(-2j / width) (RoFormer, arXiv 2104.09864, eq. 15), made once.
+
+    They stay in float32 whatever the model is converted to: what is rounded once does not come back.
+    """
 
     cos: Tensor
     sin: Tensor
@@ -139,7 +158,16 @@ class RotaryTable(nn.Module):
         super().__init__()
         self.theta = theta
         for name in ("cos", "sin"):
-            self.register_buffer(name, torch.empty(length, width // 2), persistent=False)
+            self.register_buffer(name, torch.empty(length, width // 2, dtype=torch.float32), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryTable:
+        was_meta = self.cos.is_meta
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32 or (was_meta and not self.cos.is_meta):
+            self.cos, self.sin = (torch.empty_like(table, dtype=torch.float32) for table in (self.cos, self.sin))
+            if not self.cos.is_meta:
+                self.fill()
+        return self
 
     def fill(self) -> None:
         length, half = self.cos.shape
@@ -152,7 +180,7 @@ class RotaryTable(nn.Module):
 
     def forward(self, places: Tensor | slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(B or 1, 1, S, width / 2) each, for (B, S) positions or a slice of them."""
-        shape = (1, 1) if isinstance(places, slice) else (len(places), 1)
+        shape = (1, 1) if isinstance(places, slice) else (places.shape[0], 1)
         cos, sin = (table[places].to(dtype) for table in (self.cos, self.sin))
         return cos.view(*shape, *cos.shape[-2:]), sin.view(*shape, *sin.shape[-2:])
 
@@ -161,8 +189,8 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor], interleaved: bool) -> Ten
     """Turn each pair of `x`, (B, heads, S, width), by its position's angle."""
     cos, sin = rotation
     if interleaved:
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        a, b = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2).to(x.dtype)
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -252,7 +280,8 @@ class LatentAttention(nn.Module):
             latent, k_rope = (seen.to(q.dtype) for seen in memory.update((latent, k_rope), cache))
         scale = (self.nope + self.rope) ** -0.5
         options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
-        if memory is not None and 4 * x.shape[1] <= latent.shape[2]:
+        few = torch.compiler.is_exporting() or 4 * x.shape[1] <= latent.shape[2]  # a graph has one of the two ways
+        if memory is not None and few:
             up = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
             q = torch.cat((q_nope @ up[:, : self.nope].to(q.dtype), q_rope), -1)
             k = torch.cat((latent, k_rope), -1)
@@ -344,6 +373,11 @@ class Decoder(nn.Module):
         """(vocab_size, dim): what turns features into logits."""
         return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
+    def fast_form(self) -> Decoder:
+        from zoo.layers.fast_decoder import FastDecoder
+
+        return FastDecoder(self)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
@@ -364,14 +398,16 @@ class Decoder(nn.Module):
     ) -> KVCache:
         """Memory for `batch_size` sequences of up to `max_length` tokens (default: the context's length).
 
-        `dtype` is the embedding's by default. Raises ConfigError for more tokens than the context has.
+        `dtype` is the weights' by default. Raises ConfigError for more tokens than the context has.
         """
+        if type(batch_size) is not int or batch_size < 1:
+            raise ConfigError(f"A cache is for a batch of 1 up, not {batch_size!r}.")
         max_length = self.config.context_length if max_length is None else max_length
         if not 1 <= max_length <= self.config.context_length:
             raise ConfigError(
                 f"A cache for {max_length} tokens cannot be: the model's context has {self.config.context_length}."
             )
-        like = self.model.embed_tokens.weight.detach()
+        like = self.model.norm.weight.detach()
         if dtype is not None:
             like = like.new_empty(0, dtype=dtype)
         shapes = [(self.config.cache_shape, self.config.window(i)) for i in range(len(self.config.executed))]
@@ -383,6 +419,11 @@ class Decoder(nn.Module):
         stack, config = self.model, self.config
         batch_size, count = tokens.shape
         if cache is not None:
+            if len(cache.layers) != len(config.executed):
+                raise ConfigError(
+                    f"The cache is another model's: it has {len(cache.layers)} layers, and this one runs "
+                    f"{len(config.executed)}. Take model.make_cache()."
+                )
             cache.begin(batch_size, count, positions)
             if positions is None and cache.positions is not None:
                 places = cache.index if count == 1 and cache.index is not None else None
@@ -399,7 +440,9 @@ class Decoder(nn.Module):
         else:
             where = positions.clamp(min=0)
         x = stack.embed_tokens(tokens)
-        rotation = stack.rotary(where, x.dtype)
+        # Llama 4 rotates interleaved pairs as complex numbers, in float32 at least; Llama in the activations' precision
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rotation = stack.rotary(where, wide if config.rope_interleaved else x.dtype)
         visible: dict[int | None, Visible] = {}
         for i, stored in enumerate(config.executed):
             window = config.window(i)
@@ -443,13 +486,16 @@ class Decoder(nn.Module):
 
         Returns: (B, kept, vocab_size) logits, or the loss.
 
-        Raises ConfigError for tokens that the vocabulary does not have, and for more than the context's length.
+        Raises ConfigError for tokens that the vocabulary does not have, for more than the context's length, and for
+        shapes that do not go together.
         """
+        if logits_to_keep is not None and logits_to_keep < 1:
+            raise ConfigError(f"logits_to_keep must be from 1 up, not {logits_to_keep}.")
+        if targets is not None:
+            self._check_targets(targets, tokens)
         features = self.forward_features(tokens, cache, positions)
         if targets is not None:
-            if targets.shape != tokens.shape:
-                raise ConfigError(f"targets are {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: they differ.")
-            return mean_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten(), z_loss)
+            return mean_token_loss(features.flatten(0, 1), self.head_weight, targets.flatten().long(), z_loss)
         if logits_to_keep is None and cache is not None:
             logits_to_keep = 1
         if logits_to_keep is not None:
@@ -457,10 +503,16 @@ class Decoder(nn.Module):
         return self.forward_head(features)
 
     def _check(self, tokens: Tensor, positions: Tensor | None) -> None:
-        if tokens.ndim != 2 or tokens.is_floating_point() or tokens.shape[1] == 0:
+        if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or 0 in tokens.shape:
             kind = str(tokens.dtype).removeprefix("torch.")
             raise ConfigError(
-                f"tokens must be whole numbers of shape (batch, length from 1 up), not {kind} {tuple(tokens.shape)}."
+                "tokens must be whole numbers (int64 or int32) of shape (batch, length), both from 1 up, not "
+                f"{kind} {tuple(tokens.shape)}."
+            )
+        if positions is not None and (positions.shape != tokens.shape or positions.is_floating_point()):
+            raise ConfigError(
+                f"positions must be whole numbers of the tokens' shape, {tuple(tokens.shape)}, not "
+                f"{tuple(positions.shape)}."
             )
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.device.type != "cpu":
             return
@@ -472,6 +524,18 @@ class Decoder(nn.Module):
             )
         if positions is not None and int(positions.max()) >= self.config.context_length:
             raise ConfigError(_too_long(int(positions.max()) + 1, self.config.context_length))
+
+    def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
+        if targets.shape != tokens.shape:
+            raise ConfigError(f"targets are {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: they differ.")
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or targets.device.type != "cpu":
+            return
+        wrong = targets[((targets < 0) & (targets != IGNORED)) | (targets >= self.config.vocab_size)]
+        if len(wrong):
+            raise ConfigError(
+                f"Target {int(wrong[0])} is outside the vocabulary, 0 to {self.config.vocab_size - 1}; {IGNORED} is "
+                "for places that do not count."
+            )
 
 
 def _too_long(length: int, context_length: int) -> str:

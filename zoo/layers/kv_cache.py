@@ -26,7 +26,11 @@ class LayerCache:
         self.tensors = tuple(like.new_zeros(batch_size, heads, length, width) for heads, width in shape)
 
     def update(self, new: tuple[Tensor, ...], cache: KVCache) -> tuple[Tensor, ...]:
-        """Remember `new`, (B, heads, S, width) each; all that the new tokens may see, themselves among it."""
+        """Remember `new`, (B, heads, S, width) each; all that the new tokens may see, themselves among it.
+
+        No gradients flow through it: else every token would keep the graphs of all before it.
+        """
+        new = tuple(value.detach() for value in new)
         tokens, start = new[0].shape[2], cache.length
         if tokens == 1 and cache.index is not None:
             place = cache.index % self.length if self.is_ring else cache.index

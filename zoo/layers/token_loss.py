@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["IGNORED", "mean_token_loss", "token_losses"]
 
@@ -66,13 +67,14 @@ def _pass(
             h, t, c = hidden[part].to(dtype), targets[part], counted[part]
             logits = F.linear(h, cast).to(wide)
             log_sum = logits.logsumexp(-1)
-            right = logits.gather(1, t.clamp(min=0)[:, None])[:, 0]
+            t = t.where(c, 0)
+            right = logits.gather(1, t[:, None])[:, 0]
             loss += ((log_sum - right + z_loss * log_sum.square()) * c).sum() / count
             if to_hidden is None or to_weight is None:
                 continue
             scale = c / count
             slope = logits.sub_(log_sum[:, None]).exp_().mul_(((1 + 2 * z_loss * log_sum) * scale)[:, None])
-            slope.scatter_add_(1, t.clamp(min=0)[:, None], -scale[:, None].to(wide))
+            slope.scatter_add_(1, t[:, None], -scale[:, None].to(wide))
             slope = slope.to(dtype)
             to_hidden[part] = slope @ cast
             to_weight += slope.T @ h
@@ -90,6 +92,7 @@ class _MeanTokenLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         to_hidden, to_weight = ctx.saved_tensors
         return to_hidden * slopes[0], (to_weight * slopes[0]).to(ctx.weight_dtype), None, None, None
