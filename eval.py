@@ -1,4 +1,4 @@
-"""Evaluate image classifiers: `python eval.py --model runs/digits`, or any names, checkpoints, folders and Hub ids."""
+"""Evaluate models of images and language: `python eval.py --model runs/digits`, or any names, folders and Hub ids."""
 
 import os
 import sys

@@ -25,7 +25,7 @@ from PIL import Image
 import zoo
 from tests.test_data import make_parquet
 from zoo.evaluation import load_model, predict
-from zoo.evaluation.config import parse_evaluation
+from zoo.evaluation.config import EvaluationConfig, parse_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMM_COLUMNS = ["model", "top1", "top1_err", "top5", "top5_err", "param_count", "img_size", "crop_pct", "interpolation"]
@@ -234,6 +234,7 @@ def test_runs_bring_their_data_unless_they_differ(tmp_path: Path):
     a, b, c = (str(tmp_path / name) for name in "abc")
     for models in ([a], [a, b]):
         config = parse_evaluation(["--model", *models])
+        assert isinstance(config, EvaluationConfig)
         assert (config.models, config.data.path, config.data.batch_size) == (models, "pets", 7)
         assert config.data.input_size is None  # the model says it itself
     with pytest.raises(zoo.ZooError, match=r"a and .*c were trained on different data: name the data"):

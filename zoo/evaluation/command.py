@@ -7,7 +7,7 @@ import dataclasses
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from torch import nn
 
 from zoo.data import preprocessing
 from zoo.errors import ConfigError, ZooError
-from zoo.evaluation.config import EvaluationConfig
+from zoo.evaluation.config import EvaluationConfig, LanguageEvaluationConfig
 from zoo.evaluation.features import evaluate_features
 from zoo.evaluation.image_classification import check_image_model, evaluate, load_model
+from zoo.evaluation.language import check_language_model, evaluate_language
+from zoo.evaluation.language_results import LanguageResults
 from zoo.evaluation.plots import plot_models, plot_sizes
 from zoo.evaluation.results import Results, write_csv
 from zoo.evaluation.targets import check_label_map
@@ -26,27 +28,94 @@ from zoo.files import check_writable, make_folder
 __all__ = ["run"]
 
 
-def run(config: EvaluationConfig, command: str | None = None) -> int:
+def run(config: EvaluationConfig | LanguageEvaluationConfig, command: str | None = None) -> int:
     """Evaluate as `config` says, print and save; the exit status: 1 where one of several models could not be.
 
     `command` is what was typed, for the record. A model that fails alone raises its error.
     """
     output = make_folder(config.output) if config.output else None  # before the work, not after it
+    if isinstance(config, LanguageEvaluationConfig):
+        return _run_language(config, command, output)
     if config.predictions:
         check_writable(config.predictions)
     if config.label_map:
         check_label_map(config.label_map)
     with _processes(config) as (config, speaks):
-        return _run(config, command, output, speaks)
+        return _run_images(config, command, output, speaks)
 
 
-def _run(config: EvaluationConfig, command: str | None, output: Path | None, speaks: bool) -> int:
-    models = config.models
+def _run_images(config: EvaluationConfig, command: str | None, output: Path | None, speaks: bool) -> int:
     rows: list[Results] = []
+
+    def evaluate_one(name: str) -> None:
+        of_model = _evaluate_model(config, name, command, output, rows, speaks)
+        if output and speaks and config.sizes and len(of_model) > 1:
+            plot_sizes(of_model, _folder(config, output, name) / "sizes.png")
+
+    failed = _each(config.models, evaluate_one)
+    if speaks:
+        if len(rows) > 1:
+            print("\n" + _table(rows))
+        if output and len({row.model for row in rows}) > 1:
+            plot_models(rows, output / "models.png")
+        _finish(config.models, failed, output if rows else None)
+    return 1 if failed else 0
+
+
+def _run_language(config: LanguageEvaluationConfig, command: str | None, output: Path | None) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Language models are evaluated by one process: start eval.py with python.")
+    rows: list[LanguageResults] = []
+
+    def evaluate_one(name: str) -> None:
+        model = load_model(name, config.checkpoint_path)
+        check_language_model(model)
+        found = evaluate_language(
+            model,
+            config.data if config.reads_text else None,
+            tokenizer=config.tokenizer or name,
+            name=name,
+            context=config.context,
+            stride=config.stride,
+            joined=config.joined,
+            per_document=config.per_document,
+            tasks=config.task_names,
+            suite=config.suite,
+            include_path=config.include_path,
+            limit=config.limit,
+            num_fewshot=config.num_fewshot,
+            chat=config.chat,
+            bootstrap_iters=config.bootstrap_iters,
+            batch_size=config.data.batch_size,
+            device=config.device,
+            amp=config.amp,
+            progress=True,
+        )
+        results = dataclasses.replace(found, command=command)
+        rows.append(results)
+        print(results, flush=True)
+        if results.skipped:
+            print(f"Skipped {len(results.skipped)} damaged documents:", *results.skipped[:20], sep="\n  ")
+        if output:
+            results.save(_folder(config, output, name))
+            if results.text is not None:
+                write_csv(output / "results.csv", [row.to_row() for row in rows])
+            if results.tasks:
+                write_csv(output / "tasks.csv", [task for row in rows for task in row.task_rows()])
+
+    failed = _each(config.models, evaluate_one)
+    if len(rows) > 1:
+        print("\n" + _language_table(rows))
+    _finish(config.models, failed, output if rows else None)
+    return 1 if failed else 0
+
+
+def _each(models: Sequence[str], evaluate_one: Callable[[str], None]) -> dict[str, str]:
+    """Evaluate one after the other; what is wrong with those that failed. One alone raises its error."""
     failed: dict[str, str] = {}
     for name in models:
         try:
-            of_model = _evaluate_model(config, name, command, output, rows, speaks)
+            evaluate_one(name)
         except ZooError as error:
             if len(models) == 1:
                 raise
@@ -55,22 +124,16 @@ def _run(config: EvaluationConfig, command: str | None, output: Path | None, spe
             if len(models) == 1:
                 raise
             failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        else:
-            if output and speaks and config.sizes and len(of_model) > 1:
-                plot_sizes(of_model, _folder(config, output, name) / "sizes.png")
         if name in failed:
             print(f"error: {name}: {failed[name]}", file=sys.stderr, flush=True)
-    if not speaks:
-        return 1 if failed else 0
-    if len(rows) > 1:
-        print("\n" + _table(rows))
-    if output and rows:
-        if len({row.model for row in rows}) > 1:
-            plot_models(rows, output / "models.png")
+    return failed
+
+
+def _finish(models: Sequence[str], failed: dict[str, str], output: Path | None) -> None:
+    if output:
         print(f"Written to {output}")
     if failed:
         print(f"error: {len(failed)} of {len(models)} models failed: {', '.join(failed)}.", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def _evaluate_model(
@@ -130,7 +193,7 @@ def _check_sizes(model: nn.Module, name: str, sizes: Sequence[int]) -> None:
         raise ConfigError(f"{name} runs at its own input size alone, {shape}: it has no results at {others[0]}.")
 
 
-def _folder(config: EvaluationConfig, output: Path, name: str) -> Path:
+def _folder(config: EvaluationConfig | LanguageEvaluationConfig, output: Path, name: str) -> Path:
     """Where the files of a model lie: `output` itself, or of several models a folder called like the model."""
     if len(config.models) == 1:
         return output
@@ -167,10 +230,31 @@ def _table(rows: Sequence[Results]) -> str:
         speed = number(row.model_images_per_second or row.images_per_second, 1)
         loss, ece = number(row.loss, 4), number(row.ece)
         lines.append((row.model, row.method, str(size), *map(number, figures), loss, ece, speed))
+    return _aligned(lines, 2)
+
+
+def _language_table(rows: Sequence[LanguageResults]) -> str:
+    """One line for each model: figures of the text, the lowest bits per byte first, and of the tasks."""
+    tasks = list(dict.fromkeys((score.task, score.metric) for row in rows for score in row.tasks))
+    of_text = ("perplexity", "bits/byte", "bits/token", "tokens/s") if any(row.text for row in rows) else ()
+    lines: list[tuple[str, ...]] = [("model", *of_text, *(f"{task} {metric}" for task, metric in tasks))]
+    for row in sorted(rows, key=lambda row: row.bits_per_byte or 0):
+        figures: list[str] = []
+        if of_text:
+            values = (row.perplexity, row.bits_per_byte, row.bits_per_token, row.tokens_per_second)
+            forms = (".4g", ".4f", ".4f", ".0f")
+            figures = ["" if v is None else format(v, form) for v, form in zip(values, forms, strict=True)]
+        found = {(score.task, score.metric): f"{score.value:.4f}" for score in row.tasks}
+        lines.append((row.model, *figures, *(found.get(task, "") for task in tasks)))
+    return _aligned(lines, 1)
+
+
+def _aligned(lines: Sequence[tuple[str, ...]], names: int) -> str:
+    """Columns, of which the first `names` hold words and the others numbers."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
+            cell.ljust(width) if place < names else cell.rjust(width)
             for place, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

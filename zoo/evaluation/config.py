@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from zoo.config import flag_values, parse_config, plain_flags, read_yaml
+from zoo.config import UsageError, flag_values, parse_config, plain_flags, read_yaml
 from zoo.data import DataConfig
-from zoo.errors import ConfigError
+from zoo.data.text import TextDataConfig
+from zoo.errors import ConfigError, ZooError
 from zoo.evaluation.features import FeatureConfig, Method
-from zoo.evaluation.image_classification import looks_like_path
+from zoo.evaluation.image_classification import looks_like_path, model_task
 from zoo.evaluation.predictions import check_topk
 
-__all__ = ["EvaluationConfig", "parse_evaluation"]
+__all__ = ["EvaluationConfig", "LanguageEvaluationConfig", "parse_evaluation"]
 
-LISTS = ("--model", "--features", "--sizes")  # flags that take several values
+LISTS = ("--model", "--features", "--sizes", "--tasks")  # flags that take several values
 EXAMPLES = """
 python eval.py --model runs/digits --output runs/digits/evaluation
 python eval.py --model caformer_s18.sail_in1k timm/resnet18.a1_in1k --data.path imagenet --output results
@@ -25,6 +27,13 @@ python eval.py --model caformer_s18.sail_in1k --data.path imagenet-r --label_map
 python eval.py --model poolformer_s12.sail_in1k --data.path imagenet --sizes 160 192 224 256
 python eval.py --model runs/digits --features knn linear
 python eval.py --model runs/digits --predictions answers.parquet --topk 3"""
+LANGUAGE_EXAMPLES = """
+python eval.py --model runs/books --output runs/books/evaluation
+python eval.py --model smollm_135m mobilellm_125m --data.path texts.jsonl --data.column text --output results
+python eval.py --model smollm_135m --data.name hub --data.path Salesforce/wikitext --data.subset wikitext-2-raw-v1
+    --data.val_split test --joined true
+python eval.py --model smollm_135m --suite zero_shot --output results
+python eval.py --model runs/books --tasks my_task --include_path my_tasks --num_fewshot 2 --limit 100"""
 OF_THE_MODEL = ("input_size", "crop_pct", "interpolation", "mean", "std")  # what a run's model says itself
 
 
@@ -89,22 +98,135 @@ class EvaluationConfig:
         return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
 
 
-def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageEvaluationConfig:
+    """Evaluate language models.
+
+    Args:
+        model: one or several: a name in the zoo with the tag of its weights or without, "hf-hub:owner/name", the folder
+            of a run (its best checkpoint, and its data unless other data or tasks are named), a folder in the Hub's
+            layout, or a text file that lists such, one on a line.
+        data: which texts, for perplexity and bits per byte: their evaluation split, or all where they have none.
+            `batch_size` counts windows, or sequences of a task, at once; `val_tokens` ends the reading.
+        checkpoint_path: weights for a model that is given by its name.
+        tokenizer: "bytes", a folder, a file, "hf-hub:owner/name", or the name of a model; by default the model's own.
+        context: tokens that the model is given at once; by default those that its run was trained with, or all that it
+            takes up to 2048.
+        stride: tokens from one window to the next, half the context by default; as many as the context: windows do not
+            overlap.
+        joined: make one document of all texts, two line ends between them, as WikiText is judged.
+        per_document: write what each document's tokens cost to documents.csv.
+        suite: a named suite of tasks of lm-evaluation-harness: "zero_shot", the eight of MobileLLM's table.
+        tasks: tasks, groups and tags of lm-evaluation-harness, by name or pattern.
+        include_path: folder with tasks of one's own, as YAML files.
+        limit: samples of each task, from the first on; below 1 what share of them.
+        num_fewshot: worked examples before each question, for tasks that do not say zero themselves.
+        chat: put each question as a conversation, by the tokenizer's template.
+        bootstrap_iters: resamplings for the standard error of metrics that have no formula; 0 leaves all out.
+        device: where to run; "auto" takes the accelerator there is.
+        amp: mixed precision.
+        output: folder for results.json and tables; null to print only.
+    """
+
+    model: list[str] | str
+    data: TextDataConfig = dataclasses.field(default_factory=TextDataConfig)
+    checkpoint_path: str | None = None
+    tokenizer: str | None = None
+    context: int | None = None
+    stride: int | None = None
+    joined: bool = False
+    per_document: bool = False
+    suite: str | None = None
+    tasks: list[str] | str | None = None
+    include_path: str | None = None
+    limit: float | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+    bootstrap_iters: int = 100_000
+    device: str = "auto"
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_path is not None and len(self.models) > 1:
+            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+        if not self.reads_text and not self.task_names and self.suite is None:
+            raise ConfigError("There is nothing to evaluate on: name texts (--data.path), --tasks or a --suite.")
+
+    @property
+    def models(self) -> list[str]:
+        """As of EvaluationConfig."""
+        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
+
+    @property
+    def reads_text(self) -> bool:
+        return self.data.path is not None or self.data.name != "files"
+
+    @property
+    def task_names(self) -> list[str]:
+        """`a,b` and a list of names are both taken."""
+        given = [self.tasks] if isinstance(self.tasks, str) else self.tasks or []
+        return [name.strip() for names in given for name in names.split(",") if name.strip()]
+
+
+def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig | LanguageEvaluationConfig:
     """The configuration in `argv`; a run's own data fills in where that names a run. Raises as `parse_config` does.
 
-    The flags of lists take their values one after the other, as in `--model A B C`.
+    What the models are made for decides which of the two it is. The flags of lists take their values one after the
+    other, as in `--model A B C`.
     """
     argv = _gather_lists(argv)
+    is_language = _task(argv) == "language"
     flags: list[str] = []
-    if not any(token.startswith(("--data.name", "--data.path", "--config")) for token in argv):
+    named = ("--data.name", "--data.path", "--config", *(("--tasks", "--suite") if is_language else ()))
+    if not any(token.startswith(named) for token in argv):
         flags = _data_of_runs(argv)
+    if is_language:
+        few = ["--data.batch_size=8"]  # windows of 2048 tokens are larger than images
+        return parse_config(
+            LanguageEvaluationConfig,
+            [*few, *flags, *argv],
+            prog="eval.py",
+            description="Evaluate language models: perplexity and bits per byte of text, tasks of "
+            "lm-evaluation-harness. For image classifiers: eval.py --help.",
+            examples=LANGUAGE_EXAMPLES,
+        )
     return parse_config(
         EvaluationConfig,
         [*flags, *argv],
         prog="eval.py",
-        description="Evaluate image classifiers: accuracy, loss, calibration, per class, confusion, throughput.",
+        description="Evaluate image classifiers: accuracy, loss, calibration, per class, confusion, throughput. For "
+        "language models: eval.py --model NAME --help.",
         examples=EXAMPLES,
     )
+
+
+def _task(argv: Sequence[str]) -> str:
+    """What the models in `argv` are made for. Raises ConfigError where that is not one thing."""
+    found: dict[str, str] = {}
+    for model in _models(argv):
+        with contextlib.suppress(ZooError):  # a name that does not exist fails when its turn comes
+            found.setdefault("language" if model_task(model) == "language" else "vision", model)
+    if len(found) > 1:
+        raise ConfigError(
+            f"{found['language']} is a language model and {found['vision']} is not: evaluate them by two commands."
+        )
+    task = next(iter(found), "vision")
+    if task == "vision":
+        for flag in ("--tasks", "--suite", "--tokenizer"):
+            if found and any(token.partition("=")[0] == flag for token in argv):
+                raise UsageError(f"{flag} is for language models, and {found['vision']} is none.")
+    return task
+
+
+def _models(argv: Sequence[str]) -> Iterator[str]:
+    """The models that flags and files in `argv` name."""
+    for path in flag_values(argv, "--config"):
+        values = read_yaml(path)
+        given = values.get("model") if isinstance(values, dict) else None
+        yield from _listed([given] if isinstance(given, str) else given or [])
+    for value in flag_values(argv, "--model"):
+        yield from _listed(json.loads(value) if value.startswith('["') else [value])
 
 
 def _listed(models: Sequence[str]) -> Iterator[str]:
@@ -150,21 +272,19 @@ def _gather_lists(argv: Sequence[str]) -> list[str]:
 def _data_of_runs(argv: Sequence[str]) -> list[str]:
     """The data of the runs that `--model` names, as flags. Raises ConfigError where they differ."""
     found: dict[str, dict[str, Any]] = {}
-    for value in flag_values(argv, "--model"):
-        models = json.loads(value) if value.startswith('["') else [value]
-        for model in _listed(models):
-            recorded = Path(model).expanduser() / "config.yaml"
-            if looks_like_path(model) and not recorded.parent.exists():
-                raise ConfigError(f"There is no run or checkpoint {model!r}.")
-            if recorded.is_file():
-                run = read_yaml(str(recorded))
-                if not isinstance(run, dict) or not isinstance(run.get("data"), dict):
-                    raise ConfigError(f"{recorded} is not the configuration of a run: name the data with --data.name.")
-                found[model] = {key: value for key, value in run["data"].items() if key not in OF_THE_MODEL}
+    for model in _models(argv):
+        recorded = Path(model).expanduser() / "config.yaml"
+        if looks_like_path(model) and not recorded.parent.exists():
+            raise ConfigError(f"There is no run or checkpoint {model!r}.")
+        if recorded.is_file():
+            run = read_yaml(str(recorded))
+            if not isinstance(run, dict) or not isinstance(run.get("data"), dict):
+                raise ConfigError(f"{recorded} is not the configuration of a run: name the data with --data.name.")
+            found[model] = {key: value for key, value in run["data"].items() if key not in OF_THE_MODEL}
     if not found:
         return []
     first, *others = found
     for other in others:
-        if any(found[other].get(key) != found[first].get(key) for key in ("name", "path", "val_split")):
+        if any(found[other].get(key) != found[first].get(key) for key in ("name", "path", "val_path", "val_split")):
             raise ConfigError(f"{first} and {other} were trained on different data: name the data with --data.name.")
     return plain_flags({"data": found[first]})

@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     raise MissingDependencyError('Tasks need lm-evaluation-harness: pip install "backbone-zoo[lm-eval]".') from error
 
-__all__ = ["SUITES", "HarnessModel", "evaluate_tasks"]
+__all__ = ["SUITES", "HarnessModel", "evaluate_tasks", "suite_tasks"]
 
 SUITES: Mapping[str, tuple[str, ...]] = {  # names of several tasks
     # MobileLLM, arXiv 2402.14905, table 3; the authors' own prompts are not published, these are the harness's
@@ -40,6 +40,18 @@ LOGITS_AT_ONCE = 2**27  # elements; 512 MiB in float32
 MAX_NEW_TOKENS = 256  # where a task does not say
 
 Request = tuple[Any, list[int], list[int]]  # (what it is called, context, continuation)
+
+
+version: str = lm_eval.__version__
+
+
+def suite_tasks(suite: str | None) -> tuple[str, ...]:
+    """The tasks of a suite; none of None. Raises ConfigError for one that there is not."""
+    if suite is None:
+        return ()
+    if suite not in SUITES:
+        raise ConfigError(f"There is no suite {suite!r}.{did_you_mean(suite, SUITES)} There are: {', '.join(SUITES)}.")
+    return SUITES[suite]
 
 
 def evaluate_tasks(
@@ -60,7 +72,7 @@ def evaluate_tasks(
 
     Args:
         model: a language model of the zoo, in any form.
-        tasks: names of tasks, groups and tags, patterns such as "arc_*", or suites of SUITES.
+        tasks: names of tasks, groups and tags, or patterns such as "arc_*".
         tokenizer: the model's.
         include_path: a folder with tasks of one's own, as YAML files. Where all names are found there, the tasks that
             come with the harness are not looked through.
@@ -284,7 +296,7 @@ class HarnessModel(TemplateLM):
                         [prompts[number][-room:] for number in part],
                         tokenizer=self.text_tokenizer,
                         max_new_tokens=count,
-                        stop=stop or None,
+                        stop=stop,
                         seed=DEFAULT_OTHER_SEED,
                         **{"temperature": 0.0, **sampling},
                     )
@@ -329,16 +341,15 @@ def _load(tasks: Sequence[str], include_path: str | Path | None) -> Any:
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise ConfigError(f"There is no folder {str(include_path)!r} to include tasks from.")
     own = None if include_path is None else str(Path(include_path).expanduser())
-    wanted = [name for task in tasks for name in SUITES.get(task, (task,))]
-    if not wanted:
+    if not tasks:
         raise ConfigError("No tasks are named.")
     manager = TaskManager(include_path=own, include_defaults=False) if own else TaskManager()
-    names, missing = _match(wanted, manager.all_tasks)
+    names, missing = _match(tasks, manager.all_tasks)
     if missing and own:
         manager = TaskManager(include_path=own)
-        names, missing = _match(wanted, manager.all_tasks)
+        names, missing = _match(tasks, manager.all_tasks)
     if missing:
-        near = did_you_mean(missing[0], [*manager.all_tasks, *SUITES])
+        near = did_you_mean(missing[0], manager.all_tasks)
         raise ConfigError(f"There is no task {missing[0]!r} in lm-evaluation-harness {lm_eval.__version__}.{near}")
     try:
         loaded = manager.load(names)

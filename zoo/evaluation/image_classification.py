@@ -33,6 +33,8 @@ from zoo.evaluation.predictions import predictions_file
 from zoo.evaluation.results import Results
 from zoo.evaluation.targets import class_names, find_targets, fit_classes
 from zoo.factory import create_model
+from zoo.hub import load_config
+from zoo.registry import get_entry, split_name
 
 __all__ = [
     "Counts",
@@ -334,11 +336,14 @@ def num_classes(model: nn.Module) -> int:
 
 def check_image_model(model: nn.Module) -> None:
     """Raises ConfigError for what does not say how its images are prepared."""
-    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "pretrained_cfg", None), Mapping):
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(model, nn.Module) or not isinstance(cfg, Mapping):
         raise ConfigError(
             f"{type(model).__name__} has no pretrained_cfg, which says how its images are prepared: "
             "take a model of zoo.create_model or zoo.evaluation.load_model."
         )
+    if "input_size" not in cfg:
+        raise ConfigError(f"{type(model).__name__} takes tokens, not images: it is a language model.")
     if getattr(model, "task", None) == "segmentation":
         raise ConfigError(
             f"{type(model).__name__} classifies pixels, not images: call the model of zoo.create_model itself."
@@ -358,10 +363,9 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
         )
     path = Path(source).expanduser()
     if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
-        folder = path if path.is_dir() else path.parent
-        for candidate in (folder / "best", folder / "last", folder):
-            if (candidate / "config.json").is_file() and (path.is_dir() or candidate == folder):
-                return create_model(f"local-dir:{candidate}", checkpoint_path=checkpoint_path, **model_args)
+        folder = _checkpoint_folder(path)
+        if folder is not None:
+            return create_model(f"local-dir:{folder}", checkpoint_path=checkpoint_path, **model_args)
         if path.is_file():
             raise ConfigError(
                 f"{source} has no config.json beside it that says what model it is: name the model, and give this file "
@@ -378,6 +382,31 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
         checkpoint_path=checkpoint_path,
         **model_args,
     )
+
+
+def _checkpoint_folder(path: Path) -> Path | None:
+    """The folder in the Hub's layout that a run, such a folder or a file in one means."""
+    folder = path if path.is_dir() else path.parent
+    for candidate in (folder / "best", folder / "last", folder):
+        if (candidate / "config.json").is_file() and (path.is_dir() or candidate == folder):
+            return candidate
+    return None
+
+
+def model_task(source: str) -> str:
+    """What `load_model(source)` is made for, "vision" or "language", without building it.
+
+    Raises what `load_model` raises for a name that does not exist.
+    """
+    if source.startswith("timm/"):
+        return "vision"
+    path = Path(source).expanduser()
+    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
+        folder = _checkpoint_folder(path)
+        source = source if folder is None else f"local-dir:{folder}"
+    if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return get_entry(load_config(source)[0]).task
+    return get_entry(split_name(source)[0]).task
 
 
 def looks_like_path(source: str) -> bool:

@@ -7,77 +7,30 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
-from zoo.data.tokenizers import Tokenizer, check_fits
+from zoo.data.text import Damaged, FileTexts, TextDataConfig, find_texts, load_texts
+from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.image_classification import choose_device
+from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
 from zoo.layers.token_loss import token_losses
 
-__all__ = ["DocumentScore", "TextScores", "check_language_model", "perplexity", "windows"]
+__all__ = ["check_language_model", "evaluate_language", "is_language_model", "perplexity", "windows"]
 
 Amp = Literal["no", "bf16", "fp16"]
 SEPARATOR = "\n\n"  # between texts that are judged as one: how WikiText is joined in published perplexities
 CONTEXT = 2048  # unless another is asked for: that of most published perplexities
 SORTED_TOGETHER = 64  # batches: windows of like length share one, so that little is padding
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DocumentScore:
-    """What one document's tokens cost: `nats` is the sum of -log p over its `tokens`, which are `bytes` of UTF-8."""
-
-    tokens: int
-    bytes: int
-    nats: float
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextScores:
-    """What the tokens of a text cost a model, each predicted once.
-
-    `nats` is the sum of -log p over `tokens`, and `bytes` is the length of what they spell in UTF-8. Windows of up to
-    `context` tokens begin every `stride` tokens; `joined` says whether all texts were one. `per_document` is None
-    unless it was asked for. `seconds` are of tokenizer and model.
-    """
-
-    nats: float
-    tokens: int
-    bytes: int
-    documents: int
-    context: int
-    stride: int
-    joined: bool
-    seconds: float
-    per_document: Sequence[DocumentScore] | None = dataclasses.field(default=None, repr=False)
-
-    @property
-    def loss(self) -> float:
-        """Mean of -log p of a token, in nats."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss): of so many equally likely tokens the model would choose as uncertainly."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def bits_per_token(self) -> float:
-        return self.loss / math.log(2)
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The one figure that models with different tokenizers have in common."""
-        return self.nats / math.log(2) / self.bytes
 
 
 @dataclasses.dataclass(slots=True)
@@ -101,6 +54,7 @@ def perplexity(
     batch_size: int = 8,
     device: str | torch.device | None = None,
     amp: Amp = "no",
+    max_tokens: int | None = None,
     per_document: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> TextScores:
@@ -122,6 +76,7 @@ def perplexity(
         batch_size: windows at once.
         device: where to run; "auto" takes the accelerator there is; by default the model stays where it is.
         amp: mixed precision.
+        max_tokens: read no more documents after so many tokens.
         per_document: keep what each document's tokens cost.
         progress: called after each batch with the tokens so far and their mean loss.
 
@@ -139,7 +94,7 @@ def perplexity(
     if type(batch_size) is not int or batch_size < 1:
         raise ConfigError(f"batch_size must be a whole number from 1 up, not {batch_size!r}.")
     texts = [texts] if isinstance(texts, str) else texts
-    counts = _Counts([] if per_document else None)
+    counts = _Counts([] if per_document else None, max_tokens)
     with evaluating(model, device, amp):
         started = time.perf_counter()
         given = counts.windows(_joined(texts, separator) if joined else texts, tokenizer, context, stride)
@@ -173,6 +128,137 @@ def perplexity(
     )
 
 
+def evaluate_language(
+    model: nn.Module,
+    data: TextDataConfig | str | Iterable[str | Sequence[int]] | None = None,
+    *,
+    tokenizer: Tokenizer | str | Path,
+    name: str | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    joined: bool = False,
+    per_document: bool = False,
+    tasks: Sequence[str] = (),
+    suite: str | None = None,
+    include_path: str | Path | None = None,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    chat: bool = False,
+    bootstrap_iters: int = 100_000,
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    amp: Amp = "no",
+    progress: bool = False,
+) -> LanguageResults:
+    """How well `model` predicts the texts of `data`, and what it reaches on tasks.
+
+    `data` is a `zoo.data.TextDataConfig`, of which the evaluation split is read (all of a file or folder that has
+    none), or the texts themselves; None reads none. `tokenizer` is one, or what names one. `tasks`, and those of a
+    `suite`, are of lm-evaluation-harness. The other arguments are those of `zoo.evaluation.perplexity` and
+    `zoo.evaluation.harness.evaluate_tasks`; `batch_size` is by default that of `data`, or 8. With `progress` a bar
+    shows how far it is, where there is a terminal.
+
+    Raises what those raise, and ConfigError where there is neither text nor task.
+    """
+    check_language_model(model)
+    if data is None and not tasks and suite is None:
+        raise ConfigError("There is nothing to evaluate on: give texts, tasks or a suite of tasks.")
+    if data is not None and not isinstance(data, TextDataConfig | Iterable):
+        raise ConfigError(f"A language model is evaluated on texts or a TextDataConfig, not on {type(data).__name__}.")
+    if isinstance(tokenizer, str | Path):
+        tokenizer = create_tokenizer(tokenizer)
+    source = data if isinstance(data, TextDataConfig) else None
+    batch_size = batch_size or (8 if source is None else source.batch_size)
+    how: dict[str, Any] = {"batch_size": batch_size, "device": device, "amp": amp}
+    scores: Sequence[TaskScore] = ()
+    versions = {}
+    if tasks or suite is not None:  # first: a name that does not exist is found at once
+        from zoo.evaluation.harness import evaluate_tasks, suite_tasks, version
+
+        scores = evaluate_tasks(
+            model,
+            [*tasks, *suite_tasks(suite)],
+            tokenizer,
+            include_path=include_path,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            chat=chat,
+            bootstrap_iters=bootstrap_iters,
+            **how,
+        )
+        versions = {"lm-eval": version}
+    skipped: list[str] = []
+    text = None
+    if data is not None:
+        with _bar(progress) as advance:
+            text = perplexity(
+                model,
+                _texts(data, skipped) if isinstance(data, TextDataConfig) else data,
+                tokenizer,
+                context=context or (source.sequence_length if source else None),
+                stride=stride,
+                joined=joined,
+                max_tokens=source.val_tokens if source else None,
+                per_document=per_document,
+                progress=advance,
+                **how,
+            )
+    results = LanguageResults(
+        model=name or _name(model),
+        tokenizer=tokenizer.name,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        text=text,
+        data="" if source is None else str(source.val_path or source.path or source.name),
+        split=None if source is None else source.val_split,
+        tasks=scores,
+        suite=suite,
+        limit=limit,
+        skipped=tuple(skipped),
+        chat=chat,
+        batch_size=batch_size,
+        amp=amp,
+        device=str(device_of(model)),
+    )
+    return dataclasses.replace(results, versions={**results.versions, **versions})
+
+
+def _name(model: nn.Module) -> str:
+    cfg = getattr(model, "pretrained_cfg", None)
+    return cfg.get("architecture", type(model).__name__) if isinstance(cfg, Mapping) else type(model).__name__
+
+
+def _texts(data: TextDataConfig, skipped: list[str]) -> Iterator[str | list[int]]:
+    """The documents of the evaluation split; what is damaged is listed in `skipped`, or an error if `data.strict`."""
+    try:
+        source = load_texts(data, training=False)
+    except ConfigError:
+        if data.name != "files" or not data.path or data.val_path or data.val_split:
+            raise
+        source = FileTexts(find_texts(data.path), data.column)  # a file or folder without splits is read whole
+    for document in source.documents():
+        if isinstance(document, Damaged):
+            if data.strict:
+                raise DataError(document.problem)
+            skipped.append(document.problem)
+        elif isinstance(document, str) or not document or isinstance(document[0], int):
+            yield document  # type: ignore[misc]
+        else:
+            raise DataError(f"{source.name} holds chats: perplexity is of text. Name its column with data.column.")
+
+
+@contextlib.contextmanager
+def _bar(shown: bool) -> Iterator[Callable[[int, float], None]]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.completed:,} tokens"), TimeElapsedColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+        row = bar.add_task("", total=None, loss="")
+
+        def advance(tokens: int, loss: float) -> None:
+            bar.update(row, completed=tokens, loss=f"{loss:.4f} nats per token")
+
+        yield advance
+
+
 def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(begin, end, how many of the last are predicted for the first time), over `count` places."""
     done = 0
@@ -187,8 +273,9 @@ def windows(count: int, context: int, stride: int) -> Iterator[tuple[int, int, i
 class _Counts:
     """What has been read and predicted so far; `each` holds [tokens, bytes, nats] of every document, or is None."""
 
-    def __init__(self, each: list[list[float]] | None) -> None:
-        self.documents = self.bytes = self.tokens = 0
+    def __init__(self, each: list[list[float]] | None, max_tokens: int | None) -> None:
+        self.documents = self.bytes = self.tokens = self.read = 0
+        self.max_tokens = max_tokens
         self.nats = 0.0
         self.each = each
 
@@ -198,9 +285,11 @@ class _Counts:
         for text in texts:
             if isinstance(text, str):
                 ids, size = tokenizer.encode(text, special=False), len(text.encode())
-            else:
+            elif isinstance(text, list | tuple):
                 ids = [int(number) for number in text]
                 size = len(tokenizer.decode(ids).encode())
+            else:
+                raise DataError(f"A text is a string, or a list of token numbers, not {type(text).__name__}.")
             if not ids:
                 continue
             if tokenizer.bos_id is None:
@@ -210,11 +299,14 @@ class _Counts:
             tokens = np.array(ids, dtype=np.int64)
             number = self.documents
             self.documents += 1
+            self.read += len(tokens) - 1
             self.bytes += size
             if self.each is not None:
                 self.each.append([max(0, len(tokens) - 1), size, 0.0])
             for begin, end, scored in windows(len(tokens) - 1, context, stride):
                 yield Window(number, tokens[begin : end + 1], scored)
+            if self.max_tokens is not None and self.read >= self.max_tokens:
+                return
 
     def add(self, batch: Sequence[Window], losses: Sequence[Tensor]) -> None:
         for window, of_window in zip(batch, losses, strict=True):
@@ -288,11 +380,15 @@ class Predictor:
         return losses.cpu().double()
 
 
+def is_language_model(model: Any) -> bool:
+    """Whether it says how large its vocabulary is, as the zoo's and transformers' do."""
+    config = getattr(model, "config", None)
+    return isinstance(model, nn.Module) and isinstance(getattr(config, "vocab_size", None), int)
+
+
 def check_language_model(model: Any) -> None:
     """Raises ConfigError for what does not predict tokens."""
-    if not isinstance(model, nn.Module) or not isinstance(
-        getattr(getattr(model, "config", None), "vocab_size", None), int
-    ):
+    if not is_language_model(model):
         raise ConfigError(
             f"{type(model).__name__} is no language model: take one of zoo.list_models(task='language'), created by "
             "zoo.create_model, or one of transformers' for causal language modelling."

@@ -12,17 +12,68 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.evaluation.language import TextScores
 from zoo.evaluation.results import write_csv
 from zoo.files import make_folder, whole_file
 
-__all__ = ["LANGUAGE_COLUMNS", "LanguageResults", "TaskScore"]
+__all__ = ["LANGUAGE_COLUMNS", "DocumentScore", "LanguageResults", "TaskScore", "TextScores"]
 
 LANGUAGE_COLUMNS = (
     *("model", "data", "perplexity", "bits_per_byte", "bits_per_token", "loss", "tokens", "bytes", "documents"),
     *("context", "stride", "joined", "tokenizer", "tokens_per_second", "param_count", "batch_size", "amp", "device"),
     *("split", "zoo", "torch", "command"),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DocumentScore:
+    """What one document's tokens cost: `nats` is the sum of -log p over its `tokens`, which are `bytes` of UTF-8."""
+
+    tokens: int
+    bytes: int
+    nats: float
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextScores:
+    """What the tokens of a text cost a model, each predicted once.
+
+    `nats` is the sum of -log p over `tokens`, and `bytes` is the length of what they spell in UTF-8. Windows of up to
+    `context` tokens begin every `stride` tokens; `joined` says whether all texts were one. `per_document` is None
+    unless it was asked for. `seconds` are of tokenizer and model.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+    documents: int
+    context: int
+    stride: int
+    joined: bool
+    seconds: float
+    per_document: Sequence[DocumentScore] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def loss(self) -> float:
+        """Mean of -log p of a token, in nats."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): of so many equally likely tokens the model would choose as uncertainly."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_token(self) -> float:
+        return self.loss / math.log(2)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The one figure that models with different tokenizers have in common."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +99,8 @@ class LanguageResults:
 
     `text` is None where no text was read, and `tasks` empty where none was asked for. `suite` is the name under which
     they were. `data` and `tokenizer` name what was read and with which, `split` the one that was asked for, None for
-    the data's own choice. `limit` is how many samples of each task were taken (below 1: what share), None for all.
+    the data's own choice; `skipped` says which documents could not be read. `limit` is how many samples of each task
+    were taken (below 1: what share), None for all; `chat` whether they were asked as conversations.
     `command` is what made the results, with local paths cut to their last part, where that was `eval.py`; `versions`
     are of the zoo and of what it computes with.
     """
@@ -62,6 +114,7 @@ class LanguageResults:
     tasks: Sequence[TaskScore] = ()
     suite: str | None = None
     limit: float | None = None
+    skipped: Sequence[str] = ()
     chat: bool = False
     batch_size: int
     amp: str = "no"
@@ -76,11 +129,11 @@ class LanguageResults:
 
     @property
     def perplexity(self) -> float | None:
-        return None if self.text is None or math.isinf(self.text.perplexity) else self.text.perplexity
+        return None if self.text is None else _finite(self.text.perplexity)
 
     @property
     def bits_per_byte(self) -> float | None:
-        return None if self.text is None else self.text.bits_per_byte
+        return None if self.text is None else _finite(self.text.bits_per_byte)
 
     @property
     def bits_per_token(self) -> float | None:
@@ -117,6 +170,7 @@ class LanguageResults:
             "tasks": [dataclasses.asdict(score) for score in self.tasks],
             "mean_accuracy": self.mean_accuracy,
             "limit": self.limit,
+            "skipped": list(self.skipped),
             "chat": self.chat,
             "params": self.params,
             "batch_size": self.batch_size,
@@ -168,9 +222,8 @@ class LanguageResults:
     def summary(self) -> str:
         """The figures of the text, in one line, or of the tasks."""
         if self.text is not None:
-            perplexity = "infinite" if self.perplexity is None else f"{self.perplexity:.4g}"
             return (
-                f"{self.model}: perplexity {perplexity}, {self.text.bits_per_byte:.4f} bits per byte, "
+                f"{self.model}: perplexity {self.text.perplexity:.4g}, {self.text.bits_per_byte:.4f} bits per byte, "
                 f"{self.text.bits_per_token:.4f} per token on {self.text.tokens:,} tokens of {self.tokenizer}, "
                 f"{self.text.bytes:,} bytes ({self.tokens_per_second:.0f} tokens/s on {self.device})"
             )
@@ -193,6 +246,10 @@ class LanguageResults:
                 f"({shots}, {score.samples} samples)"
             )
         return "\n".join(lines)
+
+
+def _finite(value: float) -> float | None:
+    return None if math.isinf(value) else value
 
 
 def _versions() -> dict[str, str]:

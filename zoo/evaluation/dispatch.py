@@ -1,0 +1,38 @@
+"""`zoo.evaluate`: one verb for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
+
+from torch import nn
+
+from zoo.data import DataConfig
+from zoo.data.text import TextDataConfig
+from zoo.evaluation import image_classification
+from zoo.evaluation.language import evaluate_language, is_language_model
+from zoo.evaluation.language_results import LanguageResults
+from zoo.evaluation.results import Results
+
+__all__ = ["evaluate"]
+
+Texts = TextDataConfig | str | Iterable[str | Sequence[int]]
+
+
+@overload
+def evaluate(model: nn.Module, data: DataConfig, **options: Any) -> Results: ...
+@overload
+def evaluate(model: nn.Module, data: Texts | None = None, **options: Any) -> LanguageResults: ...
+def evaluate(model: nn.Module, data: Any = None, **options: Any) -> Results | LanguageResults:
+    """How good `model` is on `data`.
+
+    An image classifier is evaluated on a `zoo.data.DataConfig`, with the options of
+    `zoo.evaluation.image_classification.evaluate`: accuracy, loss, calibration, confusion. A language model is
+    evaluated on texts (strings, or a `zoo.data.TextDataConfig`) and on tasks of lm-evaluation-harness, with the options
+    of `zoo.evaluation.evaluate_language`, of which `tokenizer` is needed: perplexity, bits per byte, accuracies.
+
+    Raises ConfigError and DataError as those do.
+    """
+    if is_language_model(model):
+        return evaluate_language(model, data, **options)
+    return image_classification.evaluate(model, data, **options)
