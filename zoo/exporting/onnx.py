@@ -1,0 +1,148 @@
+"""ONNX graphs, for ONNX Runtime and what else runs them.
+
+A language model's graph is one step of generation over a memory that goes in and comes out, with the names that
+transformers' exporters have given it: `input_ids`, `attention_mask`, `position_ids` and `past_key_values.0.key` ... in,
+`logits` and `present.0.key` ... out. A layer that sees a window alone is handed all of the past, and masks it.
+
+A vision model's takes `pixel_values` and gives `logits`. Sizes of batch, text and past are free; that of images is not.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ConfigError, MissingDependencyError
+from zoo.exporting.layout import decoder_of
+from zoo.layers.decoder import Decoder, Visible
+
+__all__ = ["MODEL", "decoder_feeds", "write_onnx"]
+
+MODEL = "model.onnx"
+
+
+class Past:
+    """What one layer remembers, in place of a cache that is written in place: handed in, and handed out longer."""
+
+    def __init__(self, past: tuple[Tensor, ...]) -> None:
+        self.tensors = past
+
+    def update(self, new: tuple[Tensor, ...], cache: Any) -> tuple[Tensor, ...]:
+        self.tensors = tuple(torch.cat(pair, 2) for pair in zip(self.tensors, new, strict=True))
+        return self.tensors
+
+
+class DecoderStep(nn.Module):
+    """`forward(input_ids, attention_mask, position_ids, past)` -> (logits, present), all memory as one flat list."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__()
+        self.decoder = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """(B, S), (B, P + S), (B, S) and (B, heads, P, width) each -> (B, S, vocab_size), (B, heads, P + S, width)."""
+        model, config = self.decoder, self.decoder.config
+        x = model.model.embed_tokens(input_ids)
+        wide = torch.promote_types(x.dtype, torch.float32)  # as in forward_features
+        rotation = model.model.rotary(position_ids, wide if config.rope_interleaved else x.dtype)
+        length = attention_mask.shape[1]
+        order = torch.arange(length, device=x.device)
+        distance = order[length - input_ids.shape[1] :, None] - order
+        causal = (distance >= 0) & attention_mask.bool()[:, None]
+        present: list[Tensor] = []
+        visible: dict[int | None, Visible] = {}
+        for i, stored in enumerate(config.executed):
+            window = config.window(i)
+            if window not in visible:
+                mask = causal if window is None else causal & (distance < window)
+                mask = mask | (distance == 0)  # padding sees itself: a row that sees nothing has no softmax
+                visible[window] = Visible(mask[:, None], is_causal=False)
+            memory: Any = Past((past[2 * i], past[2 * i + 1]))
+            x = model.model.layers[stored](x, rotation, visible[window], memory, memory)
+            present += memory.tensors
+        return model.forward_head(model.model.norm(x)), present
+
+
+def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
+    """Write `model.onnx`, and what does not fit in it beside it, into `folder`, which exists.
+
+    Args:
+        model: a language model, or a vision model with its `pretrained_cfg`, whose input size is fixed in the graph.
+        dtype: of weights and computation; by default what they are.
+
+    Raises ConfigError for a model that torch cannot export, MissingDependencyError without onnx and onnxscript.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('ONNX needs onnx and onnxscript: pip install "backbone-zoo[onnx]".') from error
+    model = copy.deepcopy(model).to("cpu", dtype).eval().requires_grad_(False)
+    if isinstance(model, Decoder):
+        decoder_of(model, "ONNX")
+        step, options = DecoderStep(model), _decoder_options(model)
+    else:
+        step, options = model, _vision_options(model)
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)  # it warns of what it then does itself
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(step, **options, dynamo=True, verbose=False, optimize=True)
+    except Exception as error:  # the exporter raises whatever its many parts do
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"torch cannot export this model to ONNX: {first.strip()}") from error
+    finally:
+        logger.setLevel(level)
+    assert program is not None
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    program.save(folder / MODEL, external_data=size > 1 << 30)  # a file holds 2 GiB at most
+    return folder / MODEL
+
+
+def _decoder_options(model: Decoder) -> dict[str, Any]:
+    layers = len(model.config.executed)
+    tokens, positions, past = torch.zeros(2, 3, dtype=torch.long), torch.arange(5, 8).expand(2, 3), 5
+    dtype = model.head_weight.dtype
+    memory = [
+        torch.zeros(2, heads, past, width, dtype=dtype)
+        for _ in range(layers)
+        for heads, width in model.config.cache_shape
+    ]
+    batch, length, remembered = (torch.export.Dim(name) for name in ("batch", "sequence", "past_sequence"))
+    names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
+    free: Any = torch.export.Dim.DYNAMIC
+    return {
+        "args": (tokens, torch.ones(2, past + 3, dtype=torch.long), positions, memory),
+        "input_names": [
+            *("input_ids", "attention_mask", "position_ids"),
+            *(f"past_key_values.{name}" for name in names),
+        ],
+        "output_names": ["logits", *(f"present.{name}" for name in names)],
+        "dynamic_shapes": (
+            {0: batch, 1: length},
+            {0: batch, 1: free},
+            {0: batch, 1: length},
+            [{0: batch, 2: remembered}] * len(memory),
+        ),
+    }
+
+
+def _vision_options(model: nn.Module) -> dict[str, Any]:
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    if not cfg or not cfg.get("input_size"):
+        raise ConfigError(f"{type(model).__name__} has no input size: ONNX takes a model as create_model makes it.")
+    return {
+        "args": (torch.zeros(2, *cfg["input_size"], dtype=next(model.parameters()).dtype),),
+        "input_names": ["pixel_values"],
+        "output_names": ["logits"],
+        "dynamic_shapes": ({0: torch.export.Dim("batch")},),
+    }
