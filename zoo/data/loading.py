@@ -468,18 +468,19 @@ def _filled(batch: list[Sample]) -> list[Sample]:
 
 
 class DamageReport:
-    """Collects damaged images, each once; the first ends everything when `strict`."""
+    """Collects damaged samples, each once; the first ends everything when `strict`. `what` a sample is: its name."""
 
-    def __init__(self, strict: bool) -> None:
-        self.strict = strict
+    def __init__(self, strict: bool, what: str = "image") -> None:
+        self.strict, self.what = strict, what
         self.names: dict[str, None] = {}
 
     def add(self, names: Sequence[str]) -> None:
         if names and self.strict:
-            raise DataError(f"A damaged image: {names[0]}. Leave data.strict at false to skip such images.")
+            raise DataError(f"A damaged {self.what}: {names[0]}. Leave data.strict at false to skip such {self.what}s.")
         self.names.update(dict.fromkeys(names))
 
     def __str__(self) -> str:
         shown = [f"  {name}" for name in list(self.names)[:20]]
         more = [f"  ... and {len(self.names) - 20} more"] if len(self.names) > 20 else []
-        return "\n".join([f"Skipped {len(self.names)} damaged image{'s' * (len(self.names) != 1)}:", *shown, *more])
+        many = f"{self.what}{'s' * (len(self.names) != 1)}"
+        return "\n".join([f"Skipped {len(self.names)} damaged {many}:", *shown, *more])

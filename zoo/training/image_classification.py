@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,10 +35,10 @@ from zoo.training.distillation import Distillation
 from zoo.training.freezing import freeze
 from zoo.training.loop import Run, fit, make_accelerator, prepare_folder
 
-__all__ = ["ImageClassification", "train"]
+__all__ = ["ImageClassification", "train_image_classifier"]
 
 
-def train(config: TrainingConfig, console: Console | None = None) -> Run:
+def train_image_classifier(config: TrainingConfig, console: Console | None = None) -> Run:
     """Train an image classifier as `config` says, into the folder `config.output.dir`.
 
     A sparse run also leaves what `zoo.sparsity.report` says of its model: `sparsity.json`, and a picture of the masks.
@@ -68,6 +69,7 @@ class ImageClassification:
     """A classifier, its training and evaluation images, and its loss. A `zoo.training.loop.Task`."""
 
     metric = "top1"
+    lower_is_better = False
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -165,6 +167,15 @@ class ImageClassification:
     def save(self, folder: Path) -> Path:
         return save_pretrained(self.model, folder, labels=list(self.classes))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # a batch of images follows from its number
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+    def describe_speed(self, batches_per_second: float) -> str:
+        return f"{batches_per_second * self.config.data.batch_size * self.accelerator.num_processes:,.0f} images/s"
+
     def describe_data_problems(self) -> str:
         self.damage.names.update(dict.fromkeys(gather_object(list(self.damage.names))))
         problems = [str(self.damage)] if self.damage.names else []
@@ -192,8 +203,8 @@ def build_model(config: ModelConfig, num_classes: int, input_size: tuple[int, in
     given = args.pop("num_classes", num_classes)
     if given != num_classes:
         raise ConfigError(f"model.args.num_classes is {given}, but the data has {num_classes} classes: leave it out.")
-    name = _of_run(config.name, "local-dir:")
-    checkpoint_path = config.checkpoint_path and _of_run(config.checkpoint_path)
+    name = of_run(config.name, "local-dir:")
+    checkpoint_path = config.checkpoint_path and of_run(config.checkpoint_path)
     if input_size is not None:
         args.setdefault("in_chans", input_size[0])
         if _has_fixed_size(name):
@@ -213,12 +224,12 @@ def build_model(config: ModelConfig, num_classes: int, input_size: tuple[int, in
 
 def _takes_weights(config: ModelConfig) -> bool:
     """Whether training starts from weights: by default where the name, with a tag or a place, says which."""
-    name = _of_run(config.name, "local-dir:")
+    name = of_run(config.name, "local-dir:")
     wanted = (":" in name or "." in name) if config.pretrained is None else config.pretrained
     return wanted or config.checkpoint_path is not None
 
 
-def _of_run(path: str, prefix: str = "") -> str:
+def of_run(path: str, prefix: str = "") -> str:
     """`path`, or, where that is the folder of a run or a model, where its weights lie."""
     folder = Path(path.removeprefix("local-dir:")).expanduser()
     for candidate in (folder / "best", folder / "last", folder):

@@ -78,6 +78,7 @@ __all__ = ["Interrupted", "Run", "RunConfig", "Task", "TrainingError", "fit", "m
 
 READ_LOSS_EVERY = 20  # updates; reading it waits for the accelerator
 SHRUNK = "shrunk"  # in a run's folder: the last model without the channels that died out
+FUSED = ("adam", "adamw")  # torch's own, which can update all weights in one pass over memory
 DRAW_EVERY = 10.0  # seconds; drawing takes longer than a small epoch
 TRACKERS = {"tensorboard": '"backbone-zoo[train]"', "wandb": "wandb", "trackio": "trackio"}  # what pip installs
 
@@ -125,12 +126,13 @@ class Task(Protocol):
     `model` is averaged, evaluated and saved. `learner` is what is optimised, and prepared for several processes:
     `model` itself, or a module that holds it beside what training alone needs, such as projections onto a teacher's
     features.
-    `metric` names the entry of `evaluate`'s answer, the higher the better, that decides which checkpoint is best.
+    `metric` names the entry of `evaluate`'s answer that decides which checkpoint is best: the highest, or the lowest.
     """
 
     model: nn.Module
     learner: nn.Module
     metric: str
+    lower_is_better: bool
     batches_per_epoch: int
 
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
@@ -153,6 +155,15 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> object:
         """Make `folder` with the task's model in the Hub's layout."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the task beside the model: numbers, text, lists, dicts."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back, before the first batch; empty when the checkpoint has none."""
+
+    def describe_speed(self, batches_per_second: float) -> str:
+        """What the device does with so many of each process's batches a second, for the progress bar."""
 
     def describe_data_problems(self) -> str:
         """What was wrong with the data, for the end of a run; empty when nothing was. All processes ask together."""
@@ -273,6 +284,7 @@ class _Loop:
         self.signal: signal.Signals | None = None
         self.evaluating = False
         self.drawn = time.monotonic()
+        self.batches_timed, self.timed_from = 0, time.perf_counter()  # of this epoch's speed
         self.begun_in = self.folder
         self.accumulation = accumulation_steps(config, processes)
         self.updates_per_epoch = task.batches_per_epoch // self.accumulation
@@ -311,7 +323,8 @@ class _Loop:
             self.whole_model = copy.deepcopy(model).cpu()
             for module in (learner, *([self.ema.module] if self.ema else [])):
                 shard(module, device)
-        optimizer = make_optimizer(learner, config.optimizer)
+        # a loss scaler must see whether a step was left out, which a fused one keeps to itself
+        optimizer = make_optimizer(learner, config.optimizer, fused=accelerator.scaler is None)
         self.scheduler, self.epochs = make_scheduler(optimizer, config.scheduler, self.updates_per_epoch)
         self.sparse = self._make_sparse(saved)
         if self.sparse is not None:
@@ -345,7 +358,7 @@ class _Loop:
         progress = self.progress
         if progress.best_epoch:
             best, last = self.folder / "best", self.folder / "last"
-            found = f"Best {self.task.metric} {progress.best:.2f}% in epoch {progress.best_epoch}: {best}."
+            found = f"Best {_metric_text(self.task.metric, progress.best)} in epoch {progress.best_epoch}: {best}."
             self._say(found + (f" Last: {last}." if last.exists() else ""))
         return Run(
             folder=self.folder,
@@ -372,6 +385,8 @@ class _Loop:
         interval = self.config.train.save_interval_updates
         self.task.learner.train()
         started = time.perf_counter() - progress.seconds
+        self.batches_timed = progress.batch
+        self.timed_from = time.perf_counter()
         loss_sum = self._zero()
         batches = self.task.batches(progress.epoch, progress.batch)
         with self._bar() as advance:
@@ -387,7 +402,7 @@ class _Loop:
                 save = interval is not None and left > 0 and progress.updates % interval == 0
                 if progress.updates % READ_LOSS_EVERY == 0 or stop or save:
                     loss_sum = self._read_loss(loss_sum)
-                    advance(f"loss {self._mean_loss():.3f}")
+                    advance(f"loss {self._mean_loss():.3f}  {self.task.describe_speed(self._speed())}")
                 else:
                     advance(None)
                 progress.seconds = time.perf_counter() - started
@@ -396,6 +411,10 @@ class _Loop:
                 if save:
                     self._save("last")
         self._read_loss(loss_sum)
+
+    def _speed(self) -> float:
+        """Batches a second of this process in this epoch, since it was begun or gone on with."""
+        return (self.progress.batch - self.batches_timed) / (time.perf_counter() - self.timed_from)
 
     def _update(self, group: list[Any]) -> Tensor:
         """One optimizer step over the batches of `group`; the sum of their losses."""
@@ -472,6 +491,7 @@ class _Loop:
 
     def _finish_epoch(self) -> None:
         progress = self.progress
+        speed = self.task.describe_speed(progress.batch / progress.seconds) if progress.seconds else ""
         row: dict[str, Any] = {
             "epoch": progress.epoch + 1,
             "updates": progress.updates,
@@ -486,7 +506,7 @@ class _Loop:
         if is_last or (progress.epoch + 1) % self.config.train.eval_interval == 0:
             metrics = self._evaluate()
             row |= {f"val_{name}": value for name, value in metrics.items()}
-            is_best = metrics[self.task.metric] > progress.best
+            is_best = self._is_better(metrics[self.task.metric])
             if is_best:
                 progress.best, progress.best_epoch = metrics[self.task.metric], progress.epoch + 1
         progress.history.append(row)
@@ -496,7 +516,13 @@ class _Loop:
         self._write_history(draw=False)
         if self.config.output.tracker:
             self.accelerator.log({k: v for k, v in row.items() if k != "updates"}, step=progress.updates)
-        self._say(_row_text(row, self.epochs, is_best))
+        self._say(_row_text(row, self.epochs, is_best, speed))
+
+    def _is_better(self, value: float) -> bool:
+        """Than the best so far; one that is no number never is."""
+        if self.progress.best_epoch == 0:
+            return not math.isnan(value)
+        return value < self.progress.best if self.task.lower_is_better else value > self.progress.best
 
     def _evaluate(self) -> dict[str, float]:
         """What the epoch learned is saved first: evaluation may take long, fail, or be ended by a signal at once."""
@@ -534,6 +560,7 @@ class _Loop:
             "rng": self.peers.gather(rng_state()),
             "config": to_plain(self.config),
             "sparsity": self.sparse.state_dict() if self.sparse is not None else None,
+            "task": task.state_dict(),
         }
         if self.sharded:
             gather(model, self.whole_model)
@@ -660,6 +687,7 @@ class _Loop:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = RunState(**state["progress"])
+        self.task.load_state_dict(state.get("task", {}))
         before, processes = state["processes"], self.accelerator.num_processes
         if before == processes:
             set_rng_state(state["rng"][self.accelerator.process_index])
@@ -767,7 +795,13 @@ class _Loop:
         with whole_file(self.folder / "history.csv") as file:
             file.write(text.getvalue().encode())
         if draw or time.monotonic() - self.drawn > DRAW_EVERY:
-            plot_curves({self.folder.name: rows}, self.task.metric, self.folder.name, self.folder / "curves.png")
+            plot_curves(
+                {self.folder.name: rows},
+                self.task.metric,
+                self.folder.name,
+                self.folder / "curves.png",
+                lower_is_better=self.task.lower_is_better,
+            )
             self.drawn = time.monotonic()
 
     def _say(self, text: str) -> None:
@@ -792,8 +826,11 @@ class _Loop:
             yield advance
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over the model's parameters. Raises ConfigError for one that there is not."""
+def make_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool = False) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over the model's parameters. Raises ConfigError for one that there is not.
+
+    `fused` asks for the form that reads and writes each weight once, where the optimizer has one.
+    """
     names = timm.optim.list_optimizers()
     if config.opt.lower().removeprefix("lookahead_") not in names:
         raise ConfigError(
@@ -803,7 +840,9 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
         raise ConfigError(
             f"optimizer.layer_decay needs to know the layers of {type(model).__name__}, which has no group_matcher."
         )
-    given = {name: value for name in ("betas", "eps") if (value := getattr(config, name)) is not None}
+    given: dict[str, Any] = {name: value for name in ("betas", "eps") if (value := getattr(config, name)) is not None}
+    if fused and config.opt.lower() in FUSED:
+        given["fused"] = True
     try:
         return create_optimizer_v2(
             model,
@@ -812,8 +851,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             layer_decay=config.layer_decay,
-            **given,
-            **config.args,
+            **{**given, **config.args},
         )
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(f"The optimizer {config.opt!r} cannot be made: {error}") from None
@@ -843,7 +881,7 @@ def make_scheduler(
     if scheduler is None:  # a schedule scales the rates of layers; without one they are scaled here
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
-    return scheduler, epochs
+    return scheduler, round(epochs)  # "wsd" gives a float
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -918,16 +956,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _row_text(row: dict[str, Any], epochs: int, is_best: bool) -> str:
+def _row_text(row: dict[str, Any], epochs: int, is_best: bool, speed: str) -> str:
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"train loss {row['train_loss']:.4f}"]
     for key, value in row.items():
         if key.startswith("val_"):
-            percent = key.startswith("val_top")
-            parts.append(
-                f"{key.removeprefix('val_')} {value:.2f}%" if percent else f"{key.replace('_', ' ')} {value:.4f}"
-            )
+            parts.append(("val " if key == "val_loss" else "") + _metric_text(key.removeprefix("val_"), value))
     if "density" in row:
         parts.append(f"density {row['density']:.1%}")
     parts.append(f"lr {row['lr']:.2e}")
-    parts.append(f"{row['seconds']:.1f} s")
+    parts.append(f"{row['seconds']:.1f} s" + (f" ({speed})" if speed else ""))
     return "  ".join(parts) + ("  *" if is_best else "")
+
+
+def _metric_text(name: str, value: float) -> str:
+    """Accuracies are in percent."""
+    return f"{name} {value:.2f}%" if name.startswith("top") else f"{name.replace('_', ' ')} {value:.4f}"

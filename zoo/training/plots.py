@@ -12,8 +12,10 @@ from zoo.files import whole_file
 Rows = Sequence[Mapping[str, Any]]
 
 
-def plot_curves(runs: Mapping[str, Rows], metric: str, title: str, path: str | Path) -> Path:
-    """Draw losses (left) and `metric` in percent (right) over epochs for each named run, into a PNG at `path`.
+def plot_curves(
+    runs: Mapping[str, Rows], metric: str, title: str, path: str | Path, *, lower_is_better: bool = False
+) -> Path:
+    """Draw losses (left) and `metric` (right; accuracies in percent) over epochs for each named run, into a PNG.
 
     `runs` maps a name to the rows of its history. Raises MissingDependencyError without matplotlib, ConfigError for a
     path that cannot be written.
@@ -27,17 +29,19 @@ def plot_curves(runs: Mapping[str, Rows], metric: str, title: str, path: str | P
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     several = len(runs) > 1
+    unit, digits = (" (%)", 2) if metric.startswith("top") else ("", 4)
     for number, (name, rows) in enumerate(runs.items()):
         colour = f"C{number}"
         prefix = f"{name}: " if several else ""
         for key, style, label in (("train_loss", "--", "training"), ("val_loss", "-", "evaluation")):
             left.plot(*_points(rows, key), style, color=colour, marker=_marker(rows), label=f"{prefix}{label}")
         epochs, values = _points(rows, f"val_{metric}")
-        label = f"{prefix}{metric}" + (f" (best {max(values):.2f})" if values else "")
+        best = min if lower_is_better else max
+        label = f"{prefix}{metric.replace('_', ' ')}" + (f" (best {best(values):.{digits}f})" if values else "")
         right.plot(epochs, values, color=colour, marker=_marker(rows), label=label)
     left.set_ylabel("loss")
     left.set_ylim(bottom=0)
-    right.set_ylabel(f"{metric} on the evaluation split (%)")
+    right.set_ylabel(f"{metric.replace('_', ' ')} on the evaluation split{unit}")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
