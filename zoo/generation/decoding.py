@@ -13,6 +13,8 @@ from zoo.generation.sampling import Sampling
 
 __all__ = ["Decoding"]
 
+COMPILED_LENGTHS = 256  # memory of compiled steps is a multiple of so many tokens
+
 
 class Decoding:
     """Sequences that a model continues together, a token at a time.
@@ -74,10 +76,11 @@ class Decoding:
             self._seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
                 self._seen[row, torch.tensor(prompt, device=device)] = True
-        # the last new token is never read
-        length = max(longest + max_new_tokens - 1, 1)
+        length = longest + max_new_tokens - 1  # the last new token is never read
+        if compile:  # requests of about the same length share a program
+            length = min(-(-length // COMPILED_LENGTHS) * COMPILED_LENGTHS, config.context_length)
         self._cache = model.make_cache(len(prompts), length, static_shapes=compile)
-        self._step = torch.compile(model, dynamic=False) if compile else model
+        self._compiled = torch.compile(model, dynamic=False) if compile else None
 
     @property
     def is_over(self) -> bool:
@@ -98,8 +101,11 @@ class Decoding:
                     f"The model's logits are not numbers in {kind}: are its weights damaged, or too large for this "
                     "precision? Try bfloat16 or float32."
                 )
+        elif self._compiled is None:
+            logits = self.model(self._tokens, cache=self._cache)[:, -1]
         else:
-            logits = self._step(self._tokens, cache=self._cache)[:, -1]
+            logits = self._compiled(self._tokens, cache=self._cache)[:, -1]
+            self._cache.length += 1
         chosen = self.sampling.choose(self.sampling.scores(logits, self._seen), self._generator)
         if self._seen is not None:
             self._seen.scatter_(1, chosen[:, None], True)

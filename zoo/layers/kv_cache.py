@@ -69,7 +69,8 @@ class KVCache:
     `length` tokens of each sequence are remembered. `positions`, (B, max_length), says which place in its sequence
     each of them has, and -1 for padding, where sequences are padded; else it is None, and they lie in order.
     With `static_shapes`, single tokens are written at `index`, a tensor, and attention runs over all of the memory:
-    more work, but the same shapes at each step, which is what compilers want.
+    more work, but the same shapes at each step, which is what compilers want. A step compiled by `torch.compile` leaves
+    `length`, whose every value would be a program of its own, to its caller: `cache.length += 1`.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class KVCache:
         """Make ready for `tokens` more of each sequence, (B, tokens) `positions` where they do not simply follow."""
         if batch_size != self.batch_size:
             raise ConfigError(f"The cache was made for a batch of {self.batch_size}, not {batch_size}.")
-        if self.length + tokens > self.max_length:
+        if not self._is_compiled and self.length + tokens > self.max_length:
             raise ConfigError(
                 f"The cache has room for {self.max_length} tokens: it holds {self.length}, and {tokens} more do not "
                 "fit. Make it longer."
@@ -118,8 +119,13 @@ class KVCache:
             else:
                 kept[:, self.length : self.length + tokens] = positions
 
+    @property
+    def _is_compiled(self) -> bool:
+        return self.index is not None and torch.compiler.is_compiling()
+
     def advance(self, tokens: int) -> None:
-        self.length += tokens
+        if not self._is_compiled:
+            self.length += tokens
         if self.index is not None:
             self.index += tokens
 
