@@ -72,9 +72,9 @@ def _pass(
             loss += ((log_sum - right + z_loss * log_sum.square()) * c).sum() / count
             if to_hidden is None or to_weight is None:
                 continue
-            scale = c / count
+            scale = c.to(wide) / count
             slope = logits.sub_(log_sum[:, None]).exp_().mul_(((1 + 2 * z_loss * log_sum) * scale)[:, None])
-            slope.scatter_add_(1, t[:, None], -scale[:, None].to(wide))
+            slope.scatter_add_(1, t[:, None], -scale[:, None])
             slope = slope.to(dtype)
             to_hidden[part] = slope @ cast
             to_weight += slope.T @ h
