@@ -40,7 +40,7 @@ class LlamaCppModel:
 
     def __init__(self, path: str | Path) -> None:
         llama = import_llama_cpp()
-        _be_quiet(llama)
+        be_quiet(llama)
         llama.llama_backend_init()
         if not Path(path).is_file():
             raise ConfigError(f"There is no GGUF file {str(path)!r}.")
@@ -85,7 +85,7 @@ class _Log:
 _log = _Log()
 
 
-def _be_quiet(llama: Any) -> None:
+def be_quiet(llama: Any) -> None:
     """llama.cpp tells all that it does on stderr; what goes wrong comes back as an error."""
     if _log.callback is None:
         _log.callback = llama.llama_log_callback(lambda level, text, data: None)
