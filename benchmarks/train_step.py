@@ -3,8 +3,9 @@
     OMP_WAIT_POLICY=passive python benchmarks/train_step.py
 
 Ours is `zoo.training.fit` itself, timed from the moment it gets a batch until it asks for the next. timm's is its model
-in the step of its train.py: mixup, autocast, loss, backward, clipping, optimizer, schedule. The two take turns in one
-process, and both get the same batch. Reported are medians over the steps after warm-up: on a GPU of wall-clock time, on
+in the step of its train.py: mixup, autocast, loss, backward, clipping, optimizer, schedule; once in the memory layout
+that ours runs in, and once, where that is channels_last, in timm's default. They take turns in one process, and all get
+the same batch. Reported are medians over the steps after warm-up: on a GPU of wall-clock time, on
 a CPU of CPU time summed over threads, which does not depend on what else runs (OMP_WAIT_POLICY=passive keeps waiting
 threads out of it). Peak memory is measured in a process of its own for each: on a GPU what torch allocated, on a CPU
 how far the resident set rose above what it was before the model was made.
@@ -105,12 +106,12 @@ class Timed(ImageClassification):
 class TimmsLoop:
     """The step of timm's train.py, on timm's model."""
 
-    def __init__(self, config: TrainingConfig, task: Timed, steps: int) -> None:
+    def __init__(self, config: TrainingConfig, task: Timed, steps: int, channels_last: bool) -> None:
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         device, self.task, self.config = task.accelerator.device, task, config
         model = timm.create_model(config.model.name, num_classes=task.num_classes, **config.model.args)
         model.to(device)
-        if config.train.channels_last:
-            model.to(memory_format=torch.channels_last)
+        model.to(memory_format=self.memory_format)
         self.optimizer = create_optimizer_v2(
             model, opt=config.optimizer.opt, lr=config.optimizer.lr, weight_decay=config.optimizer.weight_decay
         )
@@ -133,7 +134,7 @@ class TimmsLoop:
     def step(self, task: Timed, batch: Batch) -> None:
         device = task.accelerator.device
         started = now(device)
-        images = task.train_loader.prepare(batch, device, task.memory_format)
+        images = task.train_loader.prepare(batch, device, self.memory_format)
         images, labels = self.mixup(images, batch.labels.to(device, non_blocking=True))
         with self.autocast():
             loss = self.loss(self.model(images), labels)
@@ -174,18 +175,30 @@ def time_both(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(model, arguments, f"{folder}/run")
         task = Timed(config, steps, between=None)
-        timms = TimmsLoop(config, task, steps)
-        task.between = timms.step
+        loops: dict[str, Timed | TimmsLoop] = {"zoo": task}
+        loops["timm"] = TimmsLoop(config, task, steps, arguments.channels_last)
+        if arguments.channels_last:
+            loops["timm_default_layout"] = TimmsLoop(config, task, steps, False)
+        timms = [loop for loop in loops.values() if isinstance(loop, TimmsLoop)]
+
+        def between(task: Timed, batch: Batch) -> None:
+            for loop in timms:
+                loop.step(task, batch)
+
+        task.between = between
         fit(task, config, task.accelerator, quiet())
-    ours, theirs = (sorted(loop.seconds[arguments.warmup :][: arguments.steps]) for loop in (task, timms))
-    return {
-        "zoo_ms": round(1000 * statistics.median(ours), 2),
-        "timm_ms": round(1000 * statistics.median(theirs), 2),
-        "timm_over_zoo": round(statistics.median(theirs) / statistics.median(ours), 3),
-        "zoo_ms_fastest": round(1000 * ours[0], 2),
-        "timm_ms_fastest": round(1000 * theirs[0], 2),
-        "steps": arguments.steps,
-    }
+    found: dict[str, Any] = {"steps": arguments.steps}
+    middle = {}
+    for side, loop in loops.items():
+        seconds = loop.seconds[arguments.warmup :][: arguments.steps]
+        middle[side] = statistics.median(seconds)
+        found |= {
+            f"{side}_ms": round(1000 * middle[side], 2),
+            f"{side}_ms_fastest": round(1000 * min(seconds), 2),
+        }
+        if side != "zoo":
+            found[f"{side}_over_zoo"] = round(middle[side] / middle["zoo"], 3)
+    return found
 
 
 def measure_memory(side: str, model: str, arguments: argparse.Namespace) -> int:
@@ -199,7 +212,7 @@ def measure_memory(side: str, model: str, arguments: argparse.Namespace) -> int:
             fit(task, config, task.accelerator, quiet())
             peak = task.peak
         else:
-            timms = TimmsLoop(config, task, MEMORY_STEPS)
+            timms = TimmsLoop(config, task, MEMORY_STEPS, arguments.channels_last)
             del task.model, task.learner
             for batch in itertools.islice(ImageClassification.batches(task, 0, 0), MEMORY_STEPS):
                 timms.step(task, batch)
@@ -260,7 +273,12 @@ def main() -> None:
         print(
             f"{model:<16} zoo {found['zoo_ms']:.1f} ms, {found['zoo_peak_mib']:.0f} MiB   "
             f"timm {found['timm_ms']:.1f} ms, {found['timm_peak_mib']:.0f} MiB   "
-            f"timm/zoo {found['timm_over_zoo']:.2f}",
+            f"timm/zoo {found['timm_over_zoo']:.2f}"
+            + (
+                f", in its default layout {found['timm_default_layout_over_zoo']:.2f}"
+                if arguments.channels_last
+                else ""
+            ),
             flush=True,
         )
         with whole_file(arguments.results) as file:
