@@ -23,6 +23,7 @@ from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.image_classification import choose_device
 from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
+from zoo.layers.decoder import Decoder, DecoderConfig
 from zoo.layers.token_loss import token_losses
 
 __all__ = ["check_language_model", "evaluate_language", "is_language_model", "perplexity", "windows"]
@@ -206,7 +207,8 @@ def evaluate_language(
     results = LanguageResults(
         model=name or _name(model),
         tokenizer=tokenizer.name,
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=_count(model),
+        weights=_weights(model),
         text=text,
         data="" if source is None else str(source.val_path or source.path or source.name),
         split=None if source is None else source.val_split,
@@ -225,6 +227,23 @@ def evaluate_language(
 def _name(model: nn.Module) -> str:
     cfg = getattr(model, "pretrained_cfg", None)
     return cfg.get("architecture", type(model).__name__) if isinstance(cfg, Mapping) else type(model).__name__
+
+
+def _count(model: nn.Module) -> int:
+    """Parameters, which are packed in quantised forms."""
+    config = model.config
+    if isinstance(config, DecoderConfig):
+        with torch.device("meta"):
+            model = Decoder(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _weights(model: nn.Module) -> str:
+    """The precision of the weights: a dtype, or what they are quantised to."""
+    quantization: Any = getattr(model, "quantization", None)
+    if quantization is not None:
+        return str(quantization.to)
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _texts(data: TextDataConfig, skipped: list[str]) -> Iterator[str | list[int]]:

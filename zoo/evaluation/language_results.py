@@ -19,7 +19,18 @@ __all__ = ["LANGUAGE_COLUMNS", "DocumentScore", "LanguageResults", "TaskScore", 
 
 LANGUAGE_COLUMNS = (
     *("model", "data", "perplexity", "bits_per_byte", "bits_per_token", "loss", "tokens", "bytes", "documents"),
-    *("context", "stride", "joined", "tokenizer", "tokens_per_second", "param_count", "batch_size", "amp", "device"),
+    *(
+        "context",
+        "stride",
+        "joined",
+        "tokenizer",
+        "tokens_per_second",
+        "param_count",
+        "weights",
+        "batch_size",
+        "amp",
+        "device",
+    ),
     *("split", "zoo", "torch", "command"),
 )
 
@@ -100,7 +111,8 @@ class LanguageResults:
     `text` is None where no text was read, and `tasks` empty where none was asked for. `suite` is the name under which
     they were. `data` and `tokenizer` name what was read and with which, `split` the one that was asked for, None for
     the data's own choice; `skipped` says which documents could not be read. `limit` is how many samples of each task
-    were taken (below 1: what share), None for all; `chat` whether they were asked as conversations.
+    were taken (below 1: what share), None for all; `chat` whether they were asked as conversations. `weights` is the
+    precision of the weights, `params` their number.
     `command` is what made the results, with local paths cut to their last part, where that was `eval.py`; `versions`
     are of the zoo and of what it computes with.
     """
@@ -108,6 +120,7 @@ class LanguageResults:
     model: str
     tokenizer: str
     params: int
+    weights: str = "float32"
     text: TextScores | None = None
     data: str = ""
     split: str | None = None
@@ -173,6 +186,7 @@ class LanguageResults:
             "skipped": list(self.skipped),
             "chat": self.chat,
             "params": self.params,
+            "weights": self.weights,
             "batch_size": self.batch_size,
             "amp": self.amp,
             "device": self.device,
