@@ -28,10 +28,12 @@ _PUBLIC = {
     "convert_checkpoint": "zoo.weights",
     "save_pretrained": "zoo.hub",
     "publish": "zoo.publishing",
+    "export": "zoo.exporting",
     "ZooModelHubMixin": "zoo.layers.hub_mixin",
     "profile": "zoo.profiling",
     "benchmark": "zoo.profiling",
     "optimize_for_inference": "zoo.inference",
+    "quantize": "zoo.quantization",
     "train": "zoo.training",
     "evaluate": "zoo.evaluation",
     "predict": "zoo.evaluation",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from zoo.data.tokenizers import create_tokenizer
     from zoo.errors import ZooError
     from zoo.evaluation import evaluate, predict
+    from zoo.exporting import export
     from zoo.factory import create_model
     from zoo.generation import generate
     from zoo.hub import save_pretrained
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from zoo.layers.hub_mixin import ZooModelHubMixin
     from zoo.profiling import benchmark, profile
     from zoo.publishing import publish
+    from zoo.quantization import quantize
     from zoo.registry import (
         Entry,
         ModelInfo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,3 +55,37 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raise ConfigError where no folder can be written: without a parent, or one that is not empty, unless allowed."""
+    if not folder.parent.is_dir():
+        raise ConfigError(f"Cannot make {str(folder)!r}: there is no folder {str(folder.parent)!r}. Make it first.")
+    if not os.access(folder.parent, os.W_OK):
+        raise ConfigError(f"Cannot make {str(folder)!r}: the folder {str(folder.parent)!r} is not yours to write to.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another, or pass overwrite=True.")
+
+
+def put_in_place(fresh: Path, folder: Path) -> None:
+    """Rename `fresh` to `folder`; what the old folder held under other names moves along."""
+    if not folder.exists() or not any(folder.iterdir()):
+        os.replace(fresh, folder)
+        return
+    for path in folder.iterdir():
+        if (fresh / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, fresh / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
+    old = fresh.with_suffix(".old")
+    os.rename(folder, old)
+    try:
+        os.rename(fresh, folder)
+    except OSError:
+        os.rename(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -6,6 +6,7 @@ A language model's folder is what transformers writes and reads, where a class t
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
-from zoo.files import whole_file
+from zoo.files import check_folder, put_in_place, whole_file
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
 from zoo.weights import DEFAULT_FILES, HUB_PREFIXES, fetch_from_hub, read_json, split_hub_id, write_safetensors
@@ -66,14 +67,9 @@ def save_pretrained(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
-    if is_language_model(model):
-        config = _language_config(model, labels, tokenizer, note, dtype)
-    elif tokenizer is not None:
-        raise ConfigError("A tokenizer goes with a language model, and this is none.")
-    else:
-        config = _config_of(model, labels, note)
+    config = describe(model, labels=labels, tokenizer=tokenizer, note=note, dtype=dtype)
     folder = Path(folder).expanduser().absolute()
-    _check_folder(folder, overwrite)
+    check_folder(folder, overwrite)
     fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -87,7 +83,7 @@ def save_pretrained(
 
             write_tokenizer(tokenizer, fresh)
         _compare(tensors, fresh / WEIGHTS)
-        _put_in_place(fresh, folder)
+        put_in_place(fresh, folder)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {str(folder)!r}: {error.strerror or error}. Nothing was left behind."
@@ -95,6 +91,22 @@ def save_pretrained(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+def describe(
+    model: nn.Module,
+    *,
+    labels: Sequence[str] | None = None,
+    tokenizer: Any = None,
+    note: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """What `config.json` says of a model and of the weights it holds, as `save_pretrained` writes it."""
+    if is_language_model(model):
+        return _language_config(model, labels, tokenizer, note, dtype)
+    if tokenizer is not None:
+        raise ConfigError("A tokenizer goes with a language model, and this is none.")
+    return _config_of(model, labels, note)
 
 
 def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None) -> dict[str, Any]:
@@ -162,7 +174,11 @@ def _language_config(
     from zoo.exporting.layout import decoder_of
     from zoo.exporting.transformers import is_stock, transformers_config
 
-    decoder_of(model, "save_pretrained")
+    quantization = getattr(model, "quantization", None)
+    if quantization is None:
+        decoder_of(model, "save_pretrained")
+    elif dtype is not None:
+        raise ConfigError(f"The model's weights are {quantization.to}: leave out dtype.")
     cfg = getattr(model, "pretrained_cfg", None)
     if not cfg or "architecture" not in cfg:
         raise ConfigError("save_pretrained takes a whole model that create_model made, whose architecture has a name.")
@@ -172,7 +188,7 @@ def _language_config(
         check_fits(tokenizer, model)
     dtype = dtype or model.head_weight.dtype
     config: dict[str, Any] = {}
-    if is_stock(model.config):
+    if quantization is None and is_stock(model.config):
         config = transformers_config(model.config, dtype=dtype, tokenizer=tokenizer)
     described = {key: cfg[key] for key in ("tag", "license", "origin_url") if cfg.get(key)}
     if cfg.get("tag") and not hasattr(model, "load_report"):  # of published weights, which this model never had
@@ -181,7 +197,10 @@ def _language_config(
     config |= {"architecture": cfg["architecture"], "model_args": args, "pretrained_cfg": described}
     if note is not None:
         config["note"] = str(note)
-    return config | {"zoo": {"version": zoo.__version__, "model_args": args}}
+    ours = {"version": zoo.__version__, "model_args": args}
+    if quantization is not None:
+        ours["quantization"] = dataclasses.asdict(quantization)
+    return config | {"zoo": ours}
 
 
 def _is_entry(architecture: str) -> bool:
@@ -211,17 +230,6 @@ def _known_args(architecture: str, args: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in args.items() if key in parameters}
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
-    if not folder.parent.is_dir():
-        raise ConfigError(f"Cannot make {str(folder)!r}: there is no folder {str(folder.parent)!r}. Make it first.")
-    if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(f"Cannot make {str(folder)!r}: the folder {str(folder.parent)!r} is not yours to write to.")
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another, or pass overwrite=True.")
-
-
 def _compare(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Hold what was written to what was meant, bit for bit."""
     written = safetensors.torch.load_file(path)
@@ -233,28 +241,6 @@ def _compare(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise CheckpointError(
             f"What was written for {str(path.parent)!r} does not read back as the model: the disk may be failing."
         )
-
-
-def _put_in_place(fresh: Path, folder: Path) -> None:
-    """Rename `fresh` to `folder`; what else the old folder held moves along."""
-    if not folder.exists() or not any(folder.iterdir()):
-        os.replace(fresh, folder)
-        return
-    for path in folder.iterdir():
-        if path.name in (CONFIG, WEIGHTS) or (fresh / path.name).exists():
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, fresh / path.name, symlinks=True)
-        else:
-            shutil.copy2(path, fresh / path.name, follow_symlinks=False)
-    old = fresh.with_suffix(".old")
-    os.rename(folder, old)
-    try:
-        os.rename(fresh, folder)
-    except OSError:
-        os.rename(old, folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -308,6 +294,8 @@ def _parse_config(
         args = args | ours["model_args"]
         if isinstance(ours.get("kept_widths"), dict):
             args = args | {"kept_widths": ours["kept_widths"]}
+        if isinstance(ours.get("quantization"), dict):
+            args = args | {"quantization": ours["quantization"]}
     elif not _is_published(architecture, origin["hf_hub_id"]):  # trained with timm, and so as timm computes
         args = dict(_timm_args(architecture)) | args
     cfg = {key: _tuple(value) for key, value in saved.items()} | dict(origin)

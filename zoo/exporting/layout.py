@@ -15,7 +15,7 @@ __all__ = ["decoder_of", "reorder_rotary", "sees_windows"]
 
 def decoder_of(model: nn.Module, purpose: str) -> Decoder:
     """`model` as the plain decoder that it must be, with weights. Raises ConfigError."""
-    if not isinstance(model, Decoder) or getattr(model, "optimized_for_inference", False):
+    if not isinstance(model, Decoder) or hasattr(model, "quantization"):  # a fast decoder says how it is stored
         kind = type(model).__name__
         raise ConfigError(
             f"{purpose} takes a language model as create_model makes it, not {kind}: "

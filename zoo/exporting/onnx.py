@@ -12,9 +12,11 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from zoo.errors import ConfigError, MissingDependencyError
 from zoo.exporting.layout import decoder_of
 from zoo.layers.decoder import Decoder, Visible
 
-__all__ = ["MODEL", "decoder_feeds", "write_onnx"]
+__all__ = ["MODEL", "decoder_feeds", "empty_past", "write_onnx"]
 
 MODEL = "model.onnx"
 
@@ -87,16 +89,17 @@ def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = No
     model = copy.deepcopy(model).to("cpu", dtype).eval().requires_grad_(False)
     if isinstance(model, Decoder):
         decoder_of(model, "ONNX")
-        step, options = DecoderStep(model), _decoder_options(model)
+        graph: nn.Module = DecoderStep(model)
+        options = _decoder_options(model)
     else:
-        step, options = model, _vision_options(model)
+        graph, options = model, _vision_options(model)
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     try:
         logger.setLevel(logging.ERROR)  # it warns of what it then does itself
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(step, **options, dynamo=True, verbose=False, optimize=True)
+            program = torch.onnx.export(graph, **options, dynamo=True, verbose=False, optimize=True)
     except Exception as error:  # the exporter raises whatever its many parts do
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"torch cannot export this model to ONNX: {first.strip()}") from error
@@ -145,4 +148,26 @@ def _vision_options(model: nn.Module) -> dict[str, Any]:
         "input_names": ["pixel_values"],
         "output_names": ["logits"],
         "dynamic_shapes": ({0: torch.export.Dim("batch")},),
+    }
+
+
+def empty_past(model: Decoder, batch_size: int, dtype: torch.dtype = torch.float32) -> list[np.ndarray]:
+    """What a language model's graph remembers before the first token: one array for each `past_key_values` input."""
+    return [
+        torch.zeros(batch_size, heads, 0, width, dtype=dtype).numpy()
+        for _ in model.config.executed
+        for heads, width in model.config.cache_shape
+    ]
+
+
+def decoder_feeds(tokens: np.ndarray, past: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of a language model's graph for (B, S) more tokens without padding, after `past`."""
+    start, (batch_size, count) = past[0].shape[2], tokens.shape
+    place = np.arange(start, start + count)
+    names = (f"past_key_values.{i // 2}.{('key', 'value')[i % 2]}" for i in range(len(past)))
+    return {
+        "input_ids": tokens,
+        "attention_mask": np.ones((batch_size, start + count), np.int64),
+        "position_ids": np.tile(place, (batch_size, 1)),
+        **dict(zip(names, past, strict=True)),
     }

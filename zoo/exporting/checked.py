@@ -1,0 +1,281 @@
+"""`zoo.export`: a folder in another program's format, written whole or not at all, and held to the model first."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
+from zoo.errors import CheckpointError, ConfigError, did_you_mean
+from zoo.exporting.gguf import GGUF_DTYPES, write_gguf
+from zoo.exporting.layout import decoder_of
+from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, write_onnx
+from zoo.exporting.transformers import write_json, write_tokenizer, write_transformers
+from zoo.files import check_folder, put_in_place
+from zoo.layers.decoder import Decoder
+
+__all__ = ["FORMATS", "Export", "Format", "export"]
+
+Format = Literal["transformers", "gguf", "onnx"]
+FORMATS = ("transformers", "gguf", "onnx")
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+ALIASES = {"float32": "f32", "float16": "f16", "fp16": "f16", "fp32": "f32", "bfloat16": "bf16", "float64": "f32"}
+TOLERANCE = {"transformers": 1e-4, "gguf": 1e-3, "onnx": 1e-4}  # of the largest logit, where nothing is rounded
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """What was written: a folder, its files and their sizes in bytes, and how it was held to the model.
+
+    `max_error` is the largest difference of a logit, relative to the largest logit, and `same_top` the share of places
+    whose first choice is the same; both are None where the program that runs the format is not installed.
+    """
+
+    folder: Path
+    files: Mapping[str, int]
+    check: str
+    max_error: float | None = None
+    same_top: float | None = None
+
+
+def export(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    to: Format,
+    tokenizer: Tokenizer | str | None = None,
+    dtype: str | torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write a model as another program reads it.
+
+    - `"transformers"`: a language model's folder for `AutoModelForCausalLM`, as the stock class that computes it.
+    - `"gguf"`: a language model's file for llama.cpp, `ARCHITECTURE-DTYPE.gguf`.
+    - `"onnx"`: any model's graph for ONNX Runtime, `model.onnx`, with `config.json`.
+
+    What was written is opened by that program, where it is installed, and its logits compared with the model's before
+    the folder appears. Shared layers are written once for each time that they run.
+
+    Args:
+        model: as `create_model` makes it.
+        folder: new or empty; its parent must exist.
+        to: the format.
+        tokenizer: of a language model, or the name of one for `create_tokenizer`.
+        dtype: of the weights: "f32", "f16" or "bf16" (also as torch writes them), for GGUF "q8_0" and "q4_0" too. By
+            default what they are.
+        overwrite: write into a folder that is not empty; files of other names in it stay.
+
+    Raises ConfigError for a model that the format has no place for, an option or folder that will not do;
+    CheckpointError where the written model gives other logits; MissingDependencyError.
+    """
+    if to not in FORMATS:
+        raise ConfigError(
+            f"There is no format {to!r}.{did_you_mean(str(to), FORMATS)} There are: {', '.join(FORMATS)}."
+        )
+    is_language = hasattr(model, "make_cache")
+    if is_language:
+        decoder_of(model, f"An export to {to}")
+    elif to != "onnx":
+        raise ConfigError(f"{to} is for language models: other models are exported to onnx.")
+    elif tokenizer is not None:
+        raise ConfigError("A tokenizer goes with a language model, and this is none.")
+    name = _dtype(model, to, dtype)
+    if isinstance(tokenizer, str):
+        tokenizer = create_tokenizer(tokenizer)
+    if tokenizer is not None:
+        check_fits(tokenizer, model)
+    folder = Path(folder).expanduser().absolute()
+    check_folder(folder, overwrite)
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    was_training = model.training
+    try:
+        fresh.mkdir()
+        model.eval()
+        if to == "transformers":
+            write_transformers(model, fresh, tokenizer=tokenizer, dtype=DTYPES[name])
+            answer = _by_transformers(fresh, model)
+        elif to == "gguf":
+            architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "decoder"))
+            path = write_gguf(model, fresh / f"{architecture}-{name}.gguf", tokenizer=tokenizer, dtype=name)
+            answer = _by_llama_cpp(path, model)
+        else:
+            _write_onnx(model, fresh, tokenizer, DTYPES[name])
+            answer = _by_onnxruntime(fresh / MODEL, model, DTYPES[name])
+        found = _compare(answer, model, to, name)
+        put_in_place(fresh, folder)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {str(folder)!r}: {error.strerror or error}. Nothing was left behind."
+        ) from error
+    finally:
+        model.train(was_training)
+        shutil.rmtree(fresh, ignore_errors=True)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return Export(folder=folder, files=files, **found)
+
+
+def _dtype(model: nn.Module, to: str, dtype: str | torch.dtype | None) -> str:
+    """The dtype's name in GGUF's way. Raises ConfigError for one that the format does not have."""
+    if dtype is None:
+        dtype = next(model.parameters()).dtype
+    text = str(dtype).removeprefix("torch.").lower()
+    name = ALIASES.get(text, text)
+    known = tuple(GGUF_DTYPES) if to == "gguf" else tuple(DTYPES)
+    if name not in known:
+        raise ConfigError(f"{to} has no dtype {text!r}.{did_you_mean(text, known)} It has {', '.join(known)}.")
+    return name
+
+
+def _write_onnx(model: nn.Module, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype) -> None:
+    from zoo.hub import CONFIG, describe
+
+    write_onnx(model, folder, dtype=dtype)
+    write_json(folder / CONFIG, describe(model, tokenizer=tokenizer, dtype=dtype))
+    if isinstance(model, Decoder):
+        write_tokenizer(tokenizer, folder)
+
+
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
+def check_input(model: nn.Module) -> Tensor:
+    """The same two inputs for whoever asks: (2, S) tokens, or (2, C, H, W) images."""
+    generator = torch.Generator().manual_seed(0)
+    if isinstance(model, Decoder):
+        length = min(model.config.context_length, 48)
+        return torch.randint(model.config.vocab_size, (2, length), generator=generator)
+    return torch.randn(2, *model.pretrained_cfg["input_size"], generator=generator)  # type: ignore[index]
+
+
+Answer = tuple[str, list[Tensor]] | None  # the program with its version, and its logits; None without the program
+
+
+def _compare(answer: Answer, model: nn.Module, to: str, dtype: str) -> dict[str, Any]:
+    """Hold a program's logits to the model's, whose weights are rounded as they were written where that can be."""
+    if answer is None:
+        package = {"transformers": "transformers", "gguf": "llama-cpp-python", "onnx": "onnxruntime"}[to]
+        return {"check": f"Not checked, as {package} is not installed."}
+    program, theirs = answer
+    rounded = copy.deepcopy(model).to("cpu", DTYPES.get(dtype, torch.float32)).float()
+    inputs = check_input(model)
+    with torch.inference_mode():
+        ours = rounded(inputs)
+    error = max(float((logits - ours).abs().max() / ours.abs().max()) for logits in theirs)
+    same = min(float((logits.argmax(-1) == ours.argmax(-1)).float().mean()) for logits in theirs)
+    what = f"logits of {'x'.join(map(str, inputs.shape))} {'tokens' if inputs.ndim == 2 else 'numbers'}"
+    if (to == "transformers" or dtype == "f32") and not error <= TOLERANCE[to]:
+        raise CheckpointError(
+            f"{program} gives other {what} than the model: they differ by {error:.1e} of the largest. Nothing was "
+            "written."
+        )
+    stepwise = ", at once and step by step," if inputs.ndim == 2 else ""
+    return {
+        "check": f"Checked with {program}: {what}{stepwise} differ by {error:.1e} of the largest at most; the first "
+        f"choice is the same in {100 * same:.4g}% of places.",
+        "max_error": error,
+        "same_top": same,
+    }
+
+
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def _by_transformers(folder: Path, model: Any) -> Answer:
+    try:
+        from transformers import AutoModelForCausalLM, logging
+    except ImportError:
+        return None
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+    tokens = check_input(model)
+    with torch.inference_mode():
+        once = theirs(tokens).logits
+        steps, past = [], None
+        for part in _parts(tokens):
+            out = theirs(part, past_key_values=past, use_cache=True)
+            steps.append(out.logits)
+            past = out.past_key_values
+    return _version("transformers"), [once, torch.cat(steps, 1)]
+
+
+def _parts(tokens: Tensor) -> list[Tensor]:
+    """Half of the tokens, then one by one."""
+    half = max(1, tokens.shape[1] // 2)
+    return [tokens[:, :half], *tokens[:, half:].split(1, 1)] if tokens.shape[1] > half else [tokens]
+
+
+def _by_llama_cpp(path: Path, model: Any) -> Answer:
+    try:
+        import llama_cpp
+    except ImportError:
+        return None
+    from zoo.generation.llama_cpp import be_quiet
+
+    be_quiet(llama_cpp)
+    tokens = check_input(model)
+    length = tokens.shape[1]
+    kept = llama_cpp.GGML_TYPE_F32  # of keys and values, which it would round to 16 bits
+    theirs = llama_cpp.Llama(
+        str(path),
+        n_ctx=length,
+        n_threads=torch.get_num_threads(),
+        logits_all=True,
+        verbose=False,
+        type_k=kept,
+        type_v=kept,
+    )
+    try:
+        found = []
+        for row, parts in zip(tokens.tolist(), ([length], [1] * length), strict=True):
+            theirs.reset()
+            for part in torch.tensor(row).split(parts):
+                theirs.eval(part.tolist())
+            found.append(torch.from_numpy(theirs.scores[:length].copy()))
+    finally:
+        theirs.close()
+    return _version("llama-cpp-python"), [torch.stack(found)]
+
+
+def _by_onnxruntime(path: Path, model: Any, dtype: torch.dtype) -> Answer:
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of the runtime's own kinds
+        if dtype == torch.float32:
+            raise CheckpointError(f"ONNX Runtime does not open the graph: {error}. Nothing was written.") from error
+        return None  # it has no kernels for this dtype on the processor
+    inputs = check_input(model)
+    if not isinstance(model, Decoder):
+        images = inputs.to(dtype).numpy()
+        return _version("onnxruntime"), [torch.from_numpy(session.run(None, {"pixel_values": images})[0]).float()]
+    found = []
+    for parts in ([inputs], _parts(inputs)):
+        past = empty_past(model, len(inputs), dtype)
+        logits = []
+        for part in parts:
+            here, *past = session.run(None, decoder_feeds(part.numpy(), past))
+            logits.append(torch.from_numpy(here).float())
+        found.append(torch.cat(logits, 1))
+    return _version("onnxruntime"), found
