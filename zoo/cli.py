@@ -179,11 +179,13 @@ zoo profile poolformer_s12
 zoo profile caformer_s18 --input-size 3 384 384 --depth 3
 zoo profile poolformer_s12 --plot cost.png
 zoo profile slak_tiny --sparsity 0.4 --sparsity-rule erk
+zoo profile mobilellm_125m --tokens 512
 zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     )
     sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
     input_shape(sub)
-    sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at once (default: 1)")
+    sub.add_argument("--tokens", type=int, metavar="N", help="of a language model: length of the text (default: 128)")
+    sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images or texts at once (default: 1)")
     sub.add_argument("--depth", type=int, default=2, metavar="N", help="levels of modules to show (default: 2)")
     sub.add_argument("--plot", metavar="FILE", help="also draw where the cost lies, for a single NAME")
     zeros = sub.add_mutually_exclusive_group()
@@ -359,6 +361,43 @@ zoo convert hf-hub:timm/poolformer_s12.sail_in1k poolformer_s12.safetensors --ov
     sub.add_argument("--model", metavar="NAME", help="the architecture, where IN does not say it")
     sub.add_argument("--overwrite", action="store_true", help="replace OUT where it exists")
 
+    sub = command(
+        "quantize",
+        run_quantize,
+        "store a language model in 8 or 4 bits, and say what that costs",
+        """
+zoo quantize runs/demo demo-int8 --to int8 --text notes.txt
+zoo quantize smollm_135m smollm-int4 --to int4 --text corpus.parquet --max-tokens 100000""",
+    )
+    sub.add_argument("source", metavar="SOURCE", help="a run, a folder, hf-hub:owner/name, or a name")
+    sub.add_argument("out", metavar="OUT", help="the folder to write")
+    sub.add_argument("--to", choices=("int8", "int4"), default="int8", help="bits of a weight (default: int8)")
+    sub.add_argument("--group-size", type=int, default=32, metavar="N", help="weights that share a scale (default: 32)")
+    sub.add_argument("--text", metavar="PATH", help="measure the perplexity on it before and after: a file or folder")
+    sub.add_argument("--max-tokens", type=int, metavar="N", help="read no more of it")
+    sub.add_argument("--tokenizer", metavar="NAME", help="where SOURCE has none: bytes, a folder, hf-hub:owner/name")
+    sub.add_argument("--checkpoint", metavar="FILE", help="weights for a model that is given by its name")
+    sub.add_argument("--overwrite", action="store_true", help="replace the model in OUT")
+
+    sub = command(
+        "export",
+        run_export,
+        "write a model as transformers, llama.cpp (GGUF) or ONNX Runtime read it, and compare its logits there",
+        """
+zoo export runs/books books-transformers --to transformers
+zoo export smollm_135m smollm-q8 --to gguf --dtype q8_0
+zoo export poolformer_s12 poolformer-onnx --to onnx""",
+    )
+    sub.add_argument("source", metavar="SOURCE", help="a name, hf-hub:owner/name, a run or a folder")
+    sub.add_argument("folder", metavar="DIR", help="the folder to write, new or empty")
+    sub.add_argument("--to", required=True, choices=("transformers", "gguf", "onnx"), help="the format")
+    sub.add_argument("--dtype", metavar="T", help="f32, f16, bf16, for GGUF q8_0 and q4_0 too (default: the weights')")
+    sub.add_argument("--checkpoint", metavar="PATH", help="weights for a model that is given by its name")
+    sub.add_argument(
+        "--tokenizer", metavar="NAME", help="bytes, a folder, hf-hub:owner/name, none (default: the model's)"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="write into DIR where it is not empty")
+
     def described(sub: Parser) -> None:
         sub.add_argument("--model", metavar="NAME", help="the architecture, where the source is a bare file of weights")
         sub.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, cc-by-4.0")
@@ -476,6 +515,7 @@ def run_profile(args: argparse.Namespace) -> None:
     options = {
         "input_size": size,
         "batch_size": args.batch_size,
+        "tokens": args.tokens,
         "checkpoint_path": args.checkpoint,
         "sparsity": args.sparsity,
         "sparsity_rule": args.sparsity_rule,
@@ -591,6 +631,38 @@ def run_convert(args: argparse.Namespace) -> None:
 
     print(zoo.convert_checkpoint(args.source, args.out, name=args.model, overwrite=args.overwrite))
     note(f"Written: {args.out}")
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    from zoo.quantization import quantize_checkpoint
+
+    done = quantize_checkpoint(
+        args.source,
+        args.out,
+        to=args.to,
+        group_size=args.group_size,
+        text=args.text,
+        tokenizer=args.tokenizer,
+        checkpoint=args.checkpoint,
+        max_tokens=args.max_tokens,
+        overwrite=args.overwrite,
+    )
+    if done.perplexity is not None:
+        before, after = done.perplexity["before"], done.perplexity["after"]
+        print_facts(
+            ("perplexity before", f"{before:.4f}"),
+            (f"in {done.to}", f"{after:.4f} ({100 * (after / before - 1):+.2f}%)"),
+            ("tokens", f"{done.perplexity['tokens']:,} of {done.perplexity['text']}"),
+        )
+    note(f"Written: {args.out}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from zoo.exporting import command
+
+    found = command.run(args, note)
+    print_files(found.files)
+    print(f"\nWritten: {args.folder}. {found.check}")
 
 
 def run_card(args: argparse.Namespace) -> None:

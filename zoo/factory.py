@@ -269,7 +269,7 @@ def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | N
 
 def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
     args = {**entry.args, **args}
-    kept_widths = args.pop("kept_widths", None)
+    kept_widths, quantization = args.pop("kept_widths", None), args.pop("quantization", None)
     _check_args(entry, args)
     try:
         model = entry.build(**args)
@@ -282,6 +282,10 @@ def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
         from zoo.sparsity.channels import resize
 
         resize(model, kept_widths)
+    if quantization is not None:
+        from zoo.layers.fast_decoder import FastDecoder, Quantization
+
+        return FastDecoder(model, Quantization(**quantization))  # type: ignore[arg-type]
     return model
 
 

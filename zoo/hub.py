@@ -27,7 +27,7 @@ from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
 from zoo.weights import DEFAULT_FILES, HUB_PREFIXES, fetch_from_hub, read_json, split_hub_id, write_safetensors
 
-__all__ = ["load_config", "save_pretrained"]
+__all__ = ["describe", "load_config", "save_pretrained", "tokenizer_beside"]
 
 CONFIG = "config.json"
 WEIGHTS = DEFAULT_FILES[0]
@@ -276,6 +276,21 @@ def load_config(
             )
         origin |= {"source": "local-dir", "file": str(folder)}
     return _parse_config(read_json(path), source, origin)
+
+
+def tokenizer_beside(path: str | Path) -> Any:
+    """The tokenizer that was saved with a checkpoint (its folder, a file in it, or a run's); None where there is none.
+
+    Raises CheckpointError for one that is damaged, MissingDependencyError.
+    """
+    from zoo.data.tokenizers import VOCABULARIES, create_tokenizer
+
+    path = Path(os.fspath(path).removeprefix("local-dir:")).expanduser()
+    folder = path if path.is_dir() else path.parent
+    places = (folder / "best", folder / "last", folder) if path.is_dir() else (folder,)
+    if any((place / name).is_file() for place in places for name in VOCABULARIES):
+        return create_tokenizer(folder)
+    return None
 
 
 def _parse_config(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, did_you_mean
 from zoo.layers import native_step
 from zoo.layers.decoder import Attention, Decoder, DecoderConfig, LatentAttention, RotaryTable, Visible
 from zoo.layers.kv_cache import KVCache, LayerCache
@@ -26,10 +26,23 @@ __all__ = ["FastDecoder", "Quantization"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Quantization:
-    """How weights are stored: "int8" or "int4", with one scale for `group_size` of a row's elements."""
+    """How weights are stored: "int8" or "int4", with one scale for `group_size` of a row's elements.
+
+    `perplexity`, where it was measured, says "before" and "after", on how many "tokens" of which "text". Raises
+    ConfigError for another kind or size.
+    """
 
     to: str
     group_size: int = 32
+    perplexity: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.to not in BITS:
+            raise ConfigError(
+                f"Weights are quantised to {' or '.join(BITS)}, not {self.to!r}.{did_you_mean(str(self.to), BITS)}"
+            )
+        if type(self.group_size) is not int or self.group_size < 32 or self.group_size % 32:
+            raise ConfigError(f"group_size must be a multiple of 32, not {self.group_size!r}.")
 
 
 def _plain(x: Tensor) -> bool:
@@ -375,10 +388,6 @@ class FastDecoder(Decoder):
 
     def _native_step(self) -> NativeStep:
         config, stack = self.config, self.model
-        rotary = stack.rotary
-        if rotary.cos.dtype != torch.float32:
-            rotary = RotaryTable(config.context_length, config.rotary_dim, config.rope_theta)
-            rotary.fill()
         norm = stack.norm.weight.float()
         keep: list[Tensor] = []
         layers = []
@@ -406,7 +415,7 @@ class FastDecoder(Decoder):
                 int(config.qk_norm),
             ),
             eps=config.norm_eps,
-            rotary=(rotary.cos, rotary.sin),
+            rotary=(stack.rotary.cos, stack.rotary.sin),
             norm=norm,
             embedding=embedding,
             head=head,

@@ -89,10 +89,9 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size = bits, group_size
-        if group_size < 32 or group_size % 32 or self.in_features % group_size:
+        if self.in_features % group_size:
             raise ConfigError(
-                f"group_size must be a multiple of 32 that divides the width of every matrix: {group_size} does not go "
-                f"with {self.in_features}."
+                f"group_size must divide the width of every matrix: {group_size} does not go with {self.in_features}."
             )
         packed, scales = quantize_matrix(weight, bits, group_size)
         self.register_buffer("packed", packed)
