@@ -13,30 +13,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import platform
-import statistics
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import timm
 import torch
+from cifar10_runs import RESULTS, Report, base_config, compare, mean_history, new_parser, spread
 from torch import nn
 
 import zoo
-from zoo.config import load_config, run_command, to_plain
-from zoo.errors import DataError
-from zoo.files import whole_file
-from zoo.training import Run, TrainingConfig, train
+from zoo.config import run_command
+from zoo.training import TrainingConfig
 from zoo.training.plots import plot_curves
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "configs" / "vision" / "cifar10_poolformer_s12.yaml"
-RESULTS = ROOT / "benchmarks" / "results" / "cifar10"
 TIMM_NAME = "timm_poolformer_s12_cifar"
 
 
@@ -53,25 +45,9 @@ def timm_poolformer_s12(num_classes: int = 10, in_chans: int = 3, drop_path_rate
     return model
 
 
-def data_folder(given: str | None) -> Path:
-    """The folder with train.parquet and test.parquet. Raises DataError where there is none."""
-    folder = Path(given) if given else Path(os.environ.get("ZOO_DATA", ROOT.parent / "shared" / "data")) / "cifar10"
-    if not (folder / "train.parquet").is_file():
-        raise DataError(
-            f"No train.parquet in {folder}: name CIFAR-10's folder with --data, or its parent with ZOO_DATA."
-        )
-    return folder
-
-
 def configurations(arguments: argparse.Namespace, seed: int, output: Path) -> dict[str, TrainingConfig]:
     """What to train under which name: the same in all but the model."""
-    changes: dict[str, Any] = {
-        "data": {"path": str(data_folder(arguments.data)), "workers": arguments.workers},
-        "scheduler": {"epochs": arguments.epochs, "warmup_epochs": arguments.warmup_epochs},
-        "train": {"seed": seed, "amp": arguments.amp, "max_updates": arguments.max_updates},
-        "output": {"tracker": None},
-    }
-    ours = load_config(TrainingConfig, RECIPE, **changes)
+    ours = base_config(arguments, seed)
     drop_path_rate = ours.model.args["drop_path_rate"]
     theirs = dataclasses.replace(ours.model, name=TIMM_NAME, args={"drop_path_rate": drop_path_rate})
     models = {"zoo": ours.model, "timm": theirs}
@@ -90,51 +66,11 @@ def configurations(arguments: argparse.Namespace, seed: int, output: Path) -> di
     }
 
 
-def figures(run: Run, config: TrainingConfig) -> dict[str, Any]:
-    last = run.history[-1]
-    images = config.data.batch_size * config.train.grad_accum_steps
-    steps = [(row["updates"] - before, row["seconds"]) for row, before in zip(run.history, _starts(run), strict=True)]
-    return {
-        "model": config.model.name,
-        "last_top1": last["val_top1"],
-        "best_top1": run.best,
-        "last_val_loss": last["val_loss"],
-        "training_images_per_second": [round(images * updates / seconds, 1) for updates, seconds in steps],
-        "seconds": round(run.seconds, 1),
-        "history": run.history,
-    }
+def describe(mine: list[dict[str, Any]]) -> Report:
+    return {"model": mine[0]["model"], "epochs": len(mine[0]["history"])}
 
 
-def _starts(run: Run) -> list[int]:
-    return [0, *(row["updates"] for row in run.history[:-1])]
-
-
-def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread (sample standard deviation) over the seeds, by name."""
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(key.partition("/")[0] for key in runs):
-        mine = [run for key, run in runs.items() if key.startswith(f"{name}/")]
-        top1 = [run["last_top1"] for run in mine]
-        found[name] = {
-            "model": mine[0]["model"],
-            "epochs": len(mine[0]["history"]),
-            "seeds": len(top1),
-            "top1_mean": round(statistics.mean(top1), 2),
-            "top1_std": round(statistics.stdev(top1), 2) if len(top1) > 1 else None,
-        }
-    return found
-
-
-def mean_history(runs: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows of `name`, each the mean over its seeds."""
-    histories = [run["history"] for key, run in runs.items() if key.startswith(f"{name}/")]
-    keys = ("epoch", "train_loss", "val_loss", "val_top1")
-    return [{key: statistics.mean(row[key] for row in rows) for key in keys} for rows in zip(*histories, strict=False)]
-
-
-def write(report: dict[str, Any], folder: Path) -> None:
-    with whole_file(folder / "results.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+def draw(report: Report, folder: Path) -> None:
     found = report["summary"]
     curves = {f"{name} ({found[name]['seeds']} seeds)": mean_history(report["runs"], name) for name in found}
     epochs = max(row["epochs"] for row in found.values())
@@ -144,47 +80,19 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", help="folder with train.parquet and test.parquet")
-    parser.add_argument("--epochs", type=int, default=100 if gpu else 2)
-    parser.add_argument("--warmup-epochs", type=float, default=5 if gpu else 0.5)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="bf16", help="mixed precision")
-    parser.add_argument("--workers", type=int, default=8 if gpu else 0)
-    parser.add_argument("--models", nargs="+", choices=("zoo", "timm"), default=["zoo", "timm"])
+    parser = new_parser(
+        __doc__,
+        RESULTS / "cifar10",
+        models=("zoo", "timm"),
+        epochs=100 if gpu else 2,
+        warmup_epochs=5 if gpu else 0.5,
+        amp="bf16",
+    )
     parser.add_argument("--same-start", action="store_true", help="the same initial weights and head for both")
-    parser.add_argument("--max-updates", type=int, default=None, help="stop each run after so many updates")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures and curves")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-
-    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-    report: dict[str, Any] = {
-        "what": "CIFAR-10 (JPEG), evaluated on its 10,000 test images",
-        "command": " ".join(["python", "benchmarks/cifar10.py", *sys.argv[1:]]),
-        "device": device,
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
-        "summary": {},
-        "runs": {},
-    }
-    for seed in arguments.seeds:  # seeds outside: a run that is cut short has as many of ours as of timm's
-        with tempfile.TemporaryDirectory() as folder:
-            for name, config in configurations(arguments, seed, Path(folder)).items():
-                print(f"== {name}, seed {seed}: {config.model.name}", flush=True)
-                run = train(config)
-                found = report["runs"][f"{name}/seed{seed}"] = figures(run, config)
-                recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
-                recipe.pop("output")
-                recipe["model"].pop("checkpoint_path")
-                found["config"] = recipe
-                report["summary"] = summary(report["runs"])
-                write(report, arguments.results)
-                print(f"{name:<5} seed {seed}: top-1 {found['last_top1']:.2f}%, {found['seconds']:.0f} s", flush=True)
-    for name, found in report["summary"].items():
-        spread = "" if found["top1_std"] is None else f" ± {found['top1_std']:.2f}"
-        print(
-            f"{name:<5} top-1 {found['top1_mean']:.2f}{spread}% over {found['seeds']} seeds, {found['epochs']} epochs"
-        )
+    report = compare(arguments, partial(configurations, arguments), describe, draw)
+    for name, row in report["summary"].items():
+        print(f"{name:<5} top-1 {spread(row)} over {row['seeds']} seeds, {row['epochs']} epochs")
     print(f"Written to {arguments.results}")
 
 

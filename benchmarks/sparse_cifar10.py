@@ -14,29 +14,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import statistics
 import sys
-import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from cifar10 import RECIPE, data_folder, figures, mean_history
+from cifar10_runs import RESULTS, Report, base_config, compare, figures, mean_history, new_parser, runs_of, spread
 
 import zoo
-from zoo.config import load_config, run_command, to_plain
+from zoo.config import run_command
 from zoo.files import whole_file
 from zoo.sparsity import load_masks, sparse_parameters
-from zoo.training import Run, TrainingConfig, train
+from zoo.training import Run, TrainingConfig
 from zoo.training.config import ModelConfig, SparsityConfig
 from zoo.training.plots import plot_curves
 from zoo.training.sparse import MASKS
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "slak_cifar10"
 MODELS = ("dense", "sparse", "wide")
 WIDTH, DENSITY = 1.3, 0.6
 # maps of 16, 8, 4 and 2 pixels: kernels that span them, as 51 to 13 span the maps of 224
@@ -63,20 +58,13 @@ def width_of(args: dict[str, Any], wanted: int) -> float:
 
 def configurations(arguments: argparse.Namespace, seed: int, output: Path) -> dict[str, TrainingConfig]:
     """What to train under which name: the same in all but width and sparsity."""
-    augment = {} if arguments.large else {"aa": None, "scale": [0.6, 1.0]}
-    changes: dict[str, Any] = {
-        "data": {
-            "path": str(data_folder(arguments.data)),
-            "workers": arguments.workers,
-            "batch_size": arguments.batch_size,
-        },
-        "augment": augment,
-        "optimizer": {"lr": arguments.lr},
-        "scheduler": {"epochs": arguments.epochs, "warmup_epochs": arguments.warmup_epochs},
-        "train": {"seed": seed, "amp": arguments.amp, "max_updates": arguments.max_updates},
-        "output": {"tracker": None},
-    }
-    common = load_config(TrainingConfig, RECIPE, **changes)
+    common = base_config(
+        arguments,
+        seed,
+        data={"batch_size": arguments.batch_size},
+        augment={} if arguments.large else {"aa": None, "scale": [0.6, 1.0]},
+        optimizer={"lr": arguments.lr},
+    )
     args = (LARGE if arguments.large else SMALL) | COMMON
     widths = {"dense": width_of(args, parameters(args, WIDTH, DENSITY)), "sparse": WIDTH, "wide": WIDTH}
     sparse = SparsityConfig(method="slak", density=DENSITY, update_interval=arguments.update_interval)
@@ -100,28 +88,17 @@ def measured(run: Run, config: TrainingConfig) -> dict[str, Any]:
     return figures(run, config) | {"parameters": total, "kept": total - gone}
 
 
-def summary(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and spread (sample standard deviation) over the seeds, by name."""
-    found: dict[str, Any] = {}
-    for name in dict.fromkeys(key.partition("/")[0] for key in runs):
-        mine = [run for key, run in runs.items() if key.startswith(f"{name}/")]
-        top1 = [run["last_top1"] for run in mine]
-        found[name] = {
-            "width_factor": mine[0]["config"]["model"]["args"]["width_factor"],
-            "parameters": mine[0]["parameters"],
-            "kept": round(statistics.mean(run["kept"] for run in mine)),
-            "updates": mine[0]["history"][-1]["updates"],
-            "seeds": len(top1),
-            "top1_mean": round(statistics.mean(top1), 2),
-            "top1_std": round(statistics.stdev(top1), 2) if len(top1) > 1 else None,
-            "seconds_mean": round(statistics.mean(run["seconds"] for run in mine), 1),
-        }
-    return found
+def describe(mine: list[dict[str, Any]]) -> Report:
+    return {
+        "width_factor": mine[0]["config"]["model"]["args"]["width_factor"],
+        "parameters": mine[0]["parameters"],
+        "kept": round(statistics.mean(run["kept"] for run in mine)),
+        "updates": mine[0]["history"][-1]["updates"],
+        "seconds_mean": round(statistics.mean(run["seconds"] for run in mine), 1),
+    }
 
 
-def write(report: dict[str, Any], folder: Path) -> None:
-    with whole_file(folder / "results.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+def draw(report: Report, folder: Path) -> None:
     found = report["summary"]
     curves = {
         f"{name}, width {row['width_factor']:g}, {row['kept'] / 1e3:.0f} K weights": mean_history(report["runs"], name)
@@ -134,14 +111,14 @@ def write(report: dict[str, Any], folder: Path) -> None:
     plot_seeds(report, folder / "top1.png")
 
 
-def plot_seeds(report: dict[str, Any], path: Path) -> None:
+def plot_seeds(report: Report, path: Path) -> None:
     """The accuracy of every run against the weights that it keeps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for colour, (name, row) in enumerate(report["summary"].items()):
-        mine = [run for key, run in report["runs"].items() if key.startswith(f"{name}/")]
+        mine = runs_of(report["runs"], name)
         label = f"{name}, width {row['width_factor']:g}: {row['top1_mean']:.2f}%"
         axes.scatter(
             [run["kept"] / 1e3 for run in mine], [run["last_top1"] for run in mine], color=f"C{colour}", alpha=0.6
@@ -158,49 +135,24 @@ def plot_seeds(report: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", help="folder with train.parquet and test.parquet")
-    parser.add_argument("--epochs", type=int, default=120 if gpu else 1)
-    parser.add_argument("--warmup-epochs", type=float, default=8 if gpu else 0.1)
+    parser = new_parser(
+        __doc__,
+        RESULTS / "slak_cifar10",
+        models=MODELS,
+        epochs=120 if gpu else 1,
+        warmup_epochs=8 if gpu else 0.1,
+        amp="bf16" if gpu else "no",
+    )
     parser.add_argument("--batch-size", type=int, default=128 if gpu else 64)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--max-updates", type=int, default=None, help="stop each run after so many updates")
     parser.add_argument("--update-interval", type=int, default=100 if gpu else 20, help="updates, of the masks")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="bf16" if gpu else "no")
-    parser.add_argument("--workers", type=int, default=8 if gpu else 0)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=gpu, help="SLaK-T's depths")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures and curves")
     arguments = parser.parse_args()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-
-    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-    report: dict[str, Any] = {
-        "what": "CIFAR-10 (JPEG), evaluated on its 10,000 test images",
-        "command": " ".join(["python", "benchmarks/sparse_cifar10.py", *sys.argv[1:]]),
-        "device": device,
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
-        "summary": {},
-        "runs": {},
-    }
-    for seed in arguments.seeds:  # seeds outside: a run that is cut short has as many of each model
-        with tempfile.TemporaryDirectory() as folder:
-            for name, config in configurations(arguments, seed, Path(folder)).items():
-                print(f"== {name}, seed {seed}", flush=True)
-                run = train(config)
-                found = report["runs"][f"{name}/seed{seed}"] = measured(run, config)
-                recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
-                recipe.pop("output")
-                found["config"] = recipe
-                report["summary"] = summary(report["runs"])
-                write(report, arguments.results)
-                print(f"{name:<6} seed {seed}: top-1 {found['last_top1']:.2f}%, {found['seconds']:.0f} s", flush=True)
-    for name, found in report["summary"].items():
-        spread = "" if found["top1_std"] is None else f" ± {found['top1_std']:.2f}"
+    report = compare(arguments, partial(configurations, arguments), describe, draw, measured)
+    for name, row in report["summary"].items():
         print(
-            f"{name:<6} width {found['width_factor']:g}, {found['kept']:,} kept of {found['parameters']:,} "
-            f"parameters: top-1 {found['top1_mean']:.2f}{spread}% over {found['seeds']} seeds"
+            f"{name:<6} width {row['width_factor']:g}, {row['kept']:,} kept of {row['parameters']:,} parameters: "
+            f"top-1 {spread(row)} over {row['seeds']} seeds"
         )
     print(f"Written to {arguments.results}")
 
