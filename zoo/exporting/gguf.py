@@ -110,7 +110,7 @@ def import_gguf() -> Any:
     try:
         import gguf
     except ImportError as error:
-        raise MissingDependencyError('GGUF files need the package gguf: pip install "backbone-zoo[gguf]".') from error
+        raise MissingDependencyError('GGUF files need the package gguf: pip install "backbone-zoo[export]".') from error
     return gguf
 
 

@@ -168,7 +168,7 @@ def _add_sentencepiece(writer: Any, files: dict[str, Path], tokenizer: Any, voca
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise MissingDependencyError(
-            'SentencePiece models need sentencepiece and protobuf: pip install "backbone-zoo[text,gguf]".'
+            'SentencePiece models need sentencepiece and protobuf: pip install "backbone-zoo[export,text]".'
         ) from error
     proto: Any = sentencepiece_model_pb2.ModelProto()
     proto.ParseFromString(files["tokenizer.model"].read_bytes())

@@ -85,7 +85,7 @@ def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = No
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingDependencyError('ONNX needs onnx and onnxscript: pip install "backbone-zoo[onnx]".') from error
+        raise MissingDependencyError('ONNX needs onnx and onnxscript: pip install "backbone-zoo[export]".') from error
     model = copy.deepcopy(model).to("cpu", dtype).eval().requires_grad_(False)
     if isinstance(model, Decoder):
         decoder_of(model, "ONNX")
