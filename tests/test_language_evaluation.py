@@ -68,7 +68,7 @@ def direct(model: Any, ids: list[int], context: int, stride: int) -> float:
 
 @pytest.mark.parametrize(("count", "context", "stride"), [(1, 8, 4), (8, 8, 4), (9, 8, 8), (100, 7, 3), (100, 7, 1)])
 def test_every_place_is_predicted_once(count: int, context: int, stride: int):
-    predicted = []
+    predicted: list[int] = []
     for begin, end, scored in windows(count, context, stride):
         assert 0 < end - begin <= context
         assert begin == 0 or end - scored - begin >= context - stride
@@ -198,12 +198,12 @@ def test_evaluate_is_one_verb(model: Any, tmp_path: Path):
         (lambda m: perplexity(m, "a", BYTES, context=129), "context must be from 1 to 128, the model's own, not 129"),
         (lambda m: perplexity(m, "a", BYTES, context=8, stride=9), "stride must be from 1 to the context, 8, not 9"),
         (lambda m: perplexity(m, "a", BYTES, batch_size=0), "batch_size must be a whole number from 1 up, not 0"),
-        (lambda m: perplexity(m, "a", BYTES, amp="fp8"), "amp must be one of no, bf16, fp16, not 'fp8'"),
+        (lambda m: perplexity(m, "a", BYTES, **{"amp": "fp8"}), "amp must be one of no, bf16, fp16, not 'fp8'"),
         (lambda m: perplexity(m, [[1, 2], "a"], BYTES, joined=True), "Only texts can be joined"),
         (lambda m: perplexity(small(vocab_size=100), "a", BYTES), "257 tokens and the model 100"),
         (lambda m: perplexity(torch.nn.Linear(2, 2), "a", BYTES), "Linear is no language model"),
         (lambda m: zoo.evaluate(m, tokenizer=BYTES), "nothing to evaluate on"),
-        (lambda m: zoo.evaluate(m, zoo.data.DataConfig(name="digits"), tokenizer=BYTES), "not on DataConfig"),  # type: ignore[attr-defined]
+        (lambda m: zoo.evaluate(m, zoo.data.DataConfig(name="digits"), tokenizer=BYTES), "not on DataConfig"),
     ],
 )
 def test_bad_arguments(model: Any, call: Any, message: str):
@@ -324,7 +324,7 @@ def test_options_of_the_other_kind(eval_py: Any, folder: Path):
         f"error: {folder} is a language model and poolformer_s12 is not: evaluate them by two commands.\n",
     )
     with pytest.raises(zoo.ZooError, match="takes tokens, not images: it is a language model"):
-        zoo.evaluation.image_classification.evaluate(small(), zoo.data.DataConfig(name="digits"))  # type: ignore[attr-defined]
+        zoo.evaluation.image_classification.evaluate(small(), zoo.data.DataConfig(name="digits"))
 
 
 def test_help_of_language_models_has_examples_that_parse(eval_py: Any, folder: Path, capfd: pytest.CaptureFixture):

@@ -259,6 +259,8 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         windows = []
+        # bos, or eos, is what a text begins from, and no token of it: the harness's adapter for transformers counts it
+        # once more where the tokenizer adds it by itself
         for number, (text,) in enumerate(request.args for request in requests):
             tokens = self.tok_encode(text, add_special_tokens=False)
             rolled = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1)
