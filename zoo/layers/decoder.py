@@ -210,6 +210,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.eps = config.head_dim, config.norm_eps
         self.interleaved, self.qk_norm = config.rope_interleaved, config.qk_norm
+        self.grouped = config.kv_heads != config.num_heads
         q, kv = config.num_heads * self.head_dim, config.kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.dim, q, bias=False)
         self.k_proj = nn.Linear(config.dim, kv, bias=False)
@@ -235,7 +236,7 @@ class Attention(nn.Module):
         if memory is not None and cache is not None:
             k, v = (seen.to(q.dtype) for seen in memory.update((k, v), cache))
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible.mask, is_causal=visible.is_causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=visible.mask, is_causal=visible.is_causal, enable_gqa=self.grouped
         )
         return self.o_proj(out.transpose(1, 2).flatten(2))
 

@@ -200,13 +200,14 @@ _FREE_BY_KIND = {
     ),
     "shapes, copies and gathers": (
         "alias as_strided broadcast_tensors broadcast_to cat channel_shuffle chunk clone col2im concat "
-        "constant_pad_nd contiguous copy detach diagonal embedding expand expand_as flatten flip gather hstack im2col "
-        "index index_add index_copy index_put index_select lift_fresh masked_select meshgrid movedim narrow new_empty "
-        "new_full new_ones new_zeros nonzero numpy_T pad permute pixel_shuffle pixel_unshuffle real reflection_pad1d "
-        "reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d reshape reshape_as "
-        "resolve_conj resolve_neg roll rot90 scatter select size slice split split_with_sizes squeeze stack swapaxes "
-        "t take take_along_dim tensor_split tile to transpose tril triu type_as unbind unflatten unfold unsafe_chunk "
-        "unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex view_as_real vstack zero"
+        "constant_pad_nd contiguous copy detach diagonal embedding expand expand_as flatten flip gather hstack "
+        "im2col index index_add index_copy index_put index_select lift_fresh masked_select meshgrid movedim mT "
+        "narrow new_empty new_full new_ones new_zeros nonzero numpy_T pad permute pixel_shuffle pixel_unshuffle real "
+        "reflection_pad1d reflection_pad2d repeat repeat_interleave replication_pad1d replication_pad2d reshape "
+        "reshape_as resolve_conj resolve_neg roll rot90 scatter select size slice split split_with_sizes squeeze "
+        "stack swapaxes t take take_along_dim tensor_split tile to transpose tril triu type_as unbind unflatten "
+        "unfold unsafe_chunk unsafe_split unsafe_split_with_sizes unsqueeze view view_as view_as_complex "
+        "view_as_real vstack zero"
     ),
     "constants and numbers": (
         "arange Bool empty empty_like eye fill Float full full_like Int IntImplicit item linspace numel ones "

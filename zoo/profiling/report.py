@@ -73,7 +73,7 @@ class Profile:
     """What one forward in eval mode costs. MACs, fvcore total and activations are those of the whole batch."""
 
     name: str
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     batch_size: int
     params: int  # frozen ones included; a shared tensor counts once
     trainable_params: int
@@ -226,16 +226,20 @@ def profile(
     batch_size: int = 1,
     *,
     checkpoint_path: str | Path | None = None,
+    tokens: int | None = None,
     sparsity: float | None = None,
     sparsity_rule: str = "uniform",
 ) -> Profile:
     """Count what `model` costs in eval mode, without running it: its forward is traced on the meta device.
+
+    Of a language model it is a `zoo.profiling.LanguageProfile`: the costs of one more token, and of the prompt.
 
     Args:
         model: a module, which is left as it is, or a name: the zoo's models first, then timm's (`"timm/NAME"` is
             always timm's). A model by name is built without memory for its weights.
         input_size: (channels, height, width) of one image; by default what the model's `pretrained_cfg` says.
         batch_size: images at a time; MACs and activations grow with it.
+        tokens: of a language model: length of the prompt, and how many tokens one more sees, itself among them (128).
         checkpoint_path: for a name: the weights whose zeros `effective` counts, as `zoo.create_model` takes them.
         sparsity: share of the weights that `effective` takes to be zero, instead of counting them.
         sparsity_rule: how that is spread over the layers: "uniform", "er" or "erk" (`zoo.sparsity`).
@@ -271,6 +275,14 @@ def profile(
         raise ConfigError(
             f"{name} has scripted modules, which cannot be looked into: profile the model they came from."
         )
+    if hasattr(original, "make_cache"):
+        if input_size is not None:
+            raise ConfigError(f"{name} takes tokens and not images: say how many with tokens=, not input_size=.")
+        from zoo.profiling.language import profile_language
+
+        return profile_language(original, name, tokens, batch_size, sparsity, sparsity_rule)
+    if tokens is not None:
+        raise ConfigError(f"{name} takes images and not tokens: leave out tokens=.")
     size = default_input_size(original) if input_size is None else input_size
     channels: Any = getattr(original, "in_chans", size[0])
     if isinstance(channels, int) and channels != size[0]:
@@ -278,6 +290,17 @@ def profile(
 
     given = original if checkpoint_path is not None else model
     trace, traced_on = _trace(given, original, (batch_size, *size), name)
+    return Profile(
+        name=name,
+        input_size=size,
+        batch_size=batch_size,
+        traced_on=traced_on,
+        **costs_of(original, trace, sparsity, sparsity_rule),
+    )
+
+
+def costs_of(original: nn.Module, trace: Trace, sparsity: float | None, sparsity_rule: str) -> dict[str, Any]:
+    """The fields of a `Profile` that come of a trace of `original`, or of its copy, and of its weights."""
     weights = _weights(original)
     total: Counter[str] = Counter()
     for (_, quantity), count in trace.counts[""].items():
@@ -288,24 +311,20 @@ def profile(
     for tensor in weights:
         weight_bytes[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
     modules = tuple(_modules(original, trace))
-    return Profile(
-        name=name,
-        input_size=size,
-        batch_size=batch_size,
-        params=params,
-        trainable_params=trainable,
-        frozen_params=params - trainable,
-        macs=total["macs"],
-        fvcore_total=total["fvcore_total"],
-        activations=total["activations"],
-        weight_bytes=dict(weight_bytes),
-        operators=_operators(trace),
-        modules=modules,
-        unknown_operators=dict(trace.unknown),
-        uncalled_modules=tuple(_uncalled(original, trace)),
-        traced_on=traced_on,
-        effective=effective_costs(original, modules, sparsity, sparsity_rule),
-    )
+    return {
+        "params": params,
+        "trainable_params": trainable,
+        "frozen_params": params - trainable,
+        "macs": total["macs"],
+        "fvcore_total": total["fvcore_total"],
+        "activations": total["activations"],
+        "weight_bytes": dict(weight_bytes),
+        "operators": _operators(trace),
+        "modules": modules,
+        "unknown_operators": dict(trace.unknown),
+        "uncalled_modules": tuple(_uncalled(original, trace)),
+        "effective": effective_costs(original, modules, sparsity, sparsity_rule),
+    }
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -58,7 +58,7 @@ class SparseModel:
     """A model with zeros among its weights. MACs are those of one input."""
 
     name: str
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     params: int
     effective_params: int
     macs: int
