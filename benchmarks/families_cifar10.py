@@ -60,7 +60,7 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "rmt": ("rmt_test", 64, {"depths": (1, 1, 2, 1), "dims": (24, 48, 64, 80)}),
     "simplenet": ("simplenet_cifar_310k", 32, {"width_factor": 0.42}),
     "pfnet": ("resnet50_pf", 32, {"depths": (1, 1, 1, 1), "planes": (36, 72, 120, 176)}),
-    "ffnet": ("ffnet_test", 32, {"dims": (24, 40, 56, 80), "neck_dims": (8, 12, 24, 48), "head_hidden_size": 64}),
+    "ffnet": ("ffnet_test", 32, {"dims": (16, 24, 40, 56), "neck_dims": (8, 12, 24, 48), "head_hidden_size": 64}),
     "resnetrs": ("resnetrs50", 32, {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48)}),
     "fbnetv3": ("fbnetv3_b", 64, {"blocks": FBNETV3}),
 }
