@@ -263,10 +263,7 @@ class LanguageModeling:
             file.write((before + "\n".join(parts) + "\n").encode())
 
     def save(self, folder: Path) -> Path:
-        saved = save_pretrained(self.model, folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save(folder)
-        return saved
+        return save_pretrained(self.model, folder, tokenizer=self.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in a stream some sequences begin."""
