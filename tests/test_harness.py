@@ -44,7 +44,7 @@ def model() -> Any:
 
 
 def request(kind: str, *args: Any) -> Any:
-    return Instance(request_type=kind, doc={}, arguments=args, idx=0)  # type: ignore[arg-type]
+    return Instance(request_type=kind, doc={}, arguments=args, idx=0)
 
 
 def sentence(count: int) -> str:
@@ -246,7 +246,7 @@ def test_tasks_of_ones_own(model: Any, theirs: Any, tasks: Path):
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
-    wanted = {}
+    wanted: dict[str, Any] = {}
     for asked, lm in ((names[:2], theirs[True]), (names[2:], theirs[False])):
         results = lm_eval.simple_evaluate(
             lm, tasks=asked, num_fewshot=1, bootstrap_iters=10, task_manager=manager, log_samples=False

@@ -24,7 +24,7 @@ from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.image_classification import choose_device
 from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
 from zoo.layers.decoder import Decoder, DecoderConfig
-from zoo.layers.token_loss import token_losses
+from zoo.layers.token_loss import LOGITS_AT_ONCE, token_losses
 
 __all__ = ["check_language_model", "evaluate_language", "is_language_model", "perplexity", "windows"]
 
@@ -389,14 +389,18 @@ class Predictor:
 
         The answer lies on the CPU.
         """
-        weight = getattr(self.model, "head_weight", None)
-        if isinstance(weight, Tensor):
-            losses = token_losses(self.model.forward_features(tokens)[places], weight, targets)
-        else:
-            output = self.model(tokens)
-            logits = getattr(output, "logits", output)[places]
-            losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return losses.cpu().double()
+        if not hasattr(self.model, "forward_head"):
+            logits = self.model(tokens).logits[places]
+            return F.cross_entropy(logits.float(), targets, reduction="none").cpu().double()
+        features = self.model.forward_features(tokens)[places]
+        quantised = getattr(self.model, "quantization", None) is not None
+        if not quantised:
+            return token_losses(features, self.model.head_weight, targets).cpu().double()
+        # such a head rounds its inputs, too: it is asked itself, for a part of the logits at a time
+        at_once = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        parts = zip(features.split(at_once), targets.split(at_once), strict=True)
+        losses = [F.cross_entropy(self.model.forward_head(part).float(), t, reduction="none") for part, t in parts]
+        return torch.cat(losses).cpu().double()
 
 
 def is_language_model(model: Any) -> bool:
