@@ -77,7 +77,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     train_tokenizer(SENTENCES, 320).save(root / "json")
     (root / "sentencepiece").mkdir()
     (root / "sentencepiece" / "tokenizer.model").write_bytes(sentencepiece_model())
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config: dict[str, Any] = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     config |= {"add_bos_token": True, "add_eos_token": False, "legacy": True, "clean_up_tokenization_spaces": False}
     (root / "sentencepiece" / "tokenizer_config.json").write_text(json.dumps(config))
     return {path.name: path for path in root.iterdir()}
@@ -222,7 +227,8 @@ def chatty(folders: dict[str, Path], tmp_path: Path) -> Path:
 def test_a_chat_is_written_as_transformers_writes_it(chatty: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer, theirs = zoo.create_tokenizer(chatty), AutoTokenizer.from_pretrained(chatty)
+    theirs: Any = AutoTokenizer.from_pretrained(chatty)
+    tokenizer = zoo.create_tokenizer(chatty)
     assert (tokenizer.eos_ids, tokenizer.pad_id) == ((0, 3), 2)
     messages = [
         {"role": "system", "content": "Be brief, für 🦊."},
@@ -383,8 +389,9 @@ def test_names_that_mean_nothing(name: Any, error: type[Exception], says: str) -
 def test_files_and_runs_are_found(folders: dict[str, Path], tmp_path: Path) -> None:
     zoo.create_tokenizer(folders["json"]).save(tmp_path / "run" / "last")
     (tmp_path / "run" / "last" / "model.safetensors").write_bytes(b"weights")
-    sources = ("run", "run/last", "run/last/tokenizer.json", "run/last/model.safetensors")
-    for source in (*(tmp_path / name for name in sources), f"local-dir:{tmp_path}/run"):
+    names = ("run", "run/last", "run/last/tokenizer.json", "run/last/model.safetensors")
+    sources: list[str | Path] = [*(tmp_path / name for name in names), f"local-dir:{tmp_path}/run"]
+    for source in sources:
         assert zoo.create_tokenizer(source).vocab_size == 320
     zoo.create_tokenizer("bytes").save(tmp_path / "run" / "best")
     assert zoo.create_tokenizer(tmp_path / "run").vocab_size == 257
@@ -396,8 +403,8 @@ def test_saving_leaves_nothing_half_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file"):
         zoo.create_tokenizer("bytes").save(tmp_path / "file")
-    names = [path.name for path in zoo.create_tokenizer("bytes").save(tmp_path / "new" / "folder")]
-    assert sorted(names) == sorted(os.listdir(tmp_path / "new" / "folder"))
+    written = [path.name for path in zoo.create_tokenizer("bytes").save(tmp_path / "new" / "folder")]
+    assert sorted(written) == sorted(os.listdir(tmp_path / "new" / "folder"))
 
 
 # -------------------------------------------------------------------------------------------------------------- the Hub

@@ -223,7 +223,8 @@ zoo sparsity runs/sparse --json""",
         """
 zoo benchmark poolformer_s12 timm/poolformer_s12
 zoo benchmark poolformer_s12 convformer_s18 --batch-size 1 32 --threads 2
-zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --compile""",
+zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --compile
+zoo benchmark mobilellm_125m smollm_135m --tokens 128 --optimize --threads 2""",
     )
     sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
     sub.add_argument("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="one or several (default: 1)")
@@ -231,6 +232,9 @@ zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --comp
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     sub.add_argument("--device", default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps (default: cpu)")
     sub.add_argument("--dtype", default="float32", metavar="T", help="float32, bfloat16, float16 (default: float32)")
+    sub.add_argument("--tokens", type=int, metavar="N", help="of a language model's prompt (default: 128)")
+    sub.add_argument("--new-tokens", type=int, metavar="N", help="that a language model adds (default: 32)")
+    sub.add_argument("--quantize", metavar="Q", help="weights of language models in int8 or int4")
     sub.add_argument("--channels-last", action="store_true", help="NHWC memory layout")
     sub.add_argument("--optimize", action="store_true", help="measure their fast forms (zoo.optimize_for_inference)")
     sub.add_argument("--compile", action="store_true", help="torch.compile the models first")
@@ -286,8 +290,7 @@ zoo predict cat.jpg --model caformer_s18 --cam cam.png --class 'tabby cat'""",
         sub.add_argument(
             "--engine",
             choices=("native", "torch", "llama.cpp"),
-            default="torch",
-            help="native: the fast form (zoo.optimize_for_inference); llama.cpp: exported to it (default: torch)",
+            help="native: the fast form (default); torch: the model as it is; llama.cpp: exported to that",
         )
         sub.add_argument("--quantize", choices=("int8", "int4"), help="keep the weights in 8 or 4 bits")
         sub.add_argument(
@@ -406,6 +409,9 @@ zoo export poolformer_s12 poolformer-onnx --to onnx""",
         sub.add_argument("--results", metavar="FILE", help="results.json of eval.py (default: the run's evaluation/)")
         sub.add_argument("--half", action="store_true", help="keep the weights in half precision")
         sub.add_argument(
+            "--tokenizer", metavar="NAME", help="of a language model (default: the one beside its weights)"
+        )
+        sub.add_argument(
             "--i-have-the-rights",
             action="store_true",
             help="pass on weights that come from others without a licence, or under one that forbids it",
@@ -431,6 +437,7 @@ zoo card runs/digits""",
         """
 zoo publish runs/digits me/digits --license apache-2.0
 zoo publish runs/digits me/digits --dry-run
+zoo publish runs/books me/books-20m --license cc-by-4.0
 zoo publish model.safetensors me/poolformer --model poolformer_s12 --private""",
     )
     sub.add_argument("source", metavar="RUN|CHECKPOINT", help="a run's folder, one in the Hub's layout, or a file")
@@ -559,6 +566,9 @@ def run_benchmark(args: argparse.Namespace) -> None:
         args.names,
         batch_sizes=args.batch_size,
         input_size=None if args.input_size is None else tuple(args.input_size),
+        tokens=args.tokens,
+        new_tokens=args.new_tokens,
+        quantize=args.quantize,
         threads=args.threads,
         device=args.device,
         dtype=args.dtype,
@@ -721,7 +731,7 @@ def run_publish(args: argparse.Namespace) -> None:
 
 
 def description_of(args: argparse.Namespace) -> dict[str, Any]:
-    keys = ("model", "license", "dataset", "note", "results", "half")
+    keys = ("model", "license", "dataset", "note", "results", "half", "tokenizer")
     return {key: getattr(args, key) for key in keys} | {"has_rights": args.i_have_the_rights}
 
 

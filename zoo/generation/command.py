@@ -23,9 +23,6 @@ from zoo.registry import get_entry
 
 __all__ = ["run_chat", "run_generate", "run_tokenizer"]
 
-ENGINES = ("native", "torch", "llama.cpp")
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def run_generate(args: argparse.Namespace) -> None:
     sampling = _sampling(args)
@@ -131,10 +128,13 @@ def _sampling(args: argparse.Namespace) -> Sampling:
 
 def _load(args: argparse.Namespace, for_chat: bool = False) -> tuple[Any, Tokenizer]:
     """The model, as the options want it, and its tokenizer."""
+    args.engine = args.engine or ("torch" if args.compile else "native")
     if args.engine == "llama.cpp" and (args.quantize or args.compile):
-        raise ConfigError("--quantize and --compile are of the other engines: leave them out with --engine llama.cpp.")
-    if args.compile and args.engine == "native":
-        raise ConfigError("--engine native is compiled already: leave out --compile, or take --engine torch.")
+        raise ConfigError("llama.cpp knows neither --quantize nor --compile: leave them out.")
+    if args.engine == "torch" and args.quantize:
+        raise ConfigError("Weights in 8 and 4 bits are of the native engine: leave out --engine torch.")
+    if args.compile and (args.quantize or args.engine == "native"):
+        raise ConfigError("Steps of --engine native and of --quantize are compiled already: leave out --compile.")
     if args.threads is not None:
         if args.threads < 1:
             raise ConfigError(f"--threads must be from 1 up, not {args.threads}.")
@@ -160,8 +160,8 @@ def _load(args: argparse.Namespace, for_chat: bool = False) -> tuple[Any, Tokeni
     model.eval()
     if args.quantize:
         model = zoo.quantize(model, args.quantize)
-    if args.engine == "native":
-        model = zoo.optimize_for_inference(model)
+    elif args.engine == "native":
+        model = zoo.optimize_for_inference(model, inplace=True)
     return model, tokenizer
 
 
