@@ -66,7 +66,9 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another, or pass overwrite=True (--overwrite).")
+        raise ConfigError(
+            f"The folder {str(folder)!r} is not empty: choose another, or pass overwrite=True (--overwrite)."
+        )
 
 
 def put_in_place(fresh: Path, folder: Path) -> None:

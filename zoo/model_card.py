@@ -99,11 +99,13 @@ def _number(text: str) -> int | float | None:
 
 
 def _row_of(folder: Path, checkpoint: str, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    evaluated = [row for row in history if row.get("val_top1") is not None]
-    if not evaluated:
+    metrics = ("val_top1", "val_bits_per_byte", "val_loss")  # the first there is decides, as in training
+    metric = next((key for key in metrics if any(row.get(key) is not None for row in history)), None)
+    if metric is None:
         return None
-    if checkpoint == "best":
-        return max(evaluated, key=lambda row: row["val_top1"])  # the first of equals, as the loop keeps it
+    evaluated = [row for row in history if row.get(metric) is not None]
+    if checkpoint == "best":  # the first of equals, as the loop keeps it
+        return (max if metric == "val_top1" else min)(evaluated, key=lambda row: row[metric])
     return evaluated[-1] if _is_of_epoch(folder, history[-1]) and evaluated[-1] is history[-1] else None
 
 
@@ -195,7 +197,7 @@ def render_model_card(
     Raises ConfigError when the metadata is not what the Hub reads.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
-    info = _facts(str(cfg["architecture"]))
+    info = facts_of(str(cfg["architecture"]))
     about = _Data.of(run, results, dataset)
     place = repo_id or "OWNER/NAME"
     figures = _figures(run, results)
@@ -218,9 +220,9 @@ def render_model_card(
         "Model": _model_section(model, cfg, info, half),
         "Use": _use_section(place, cfg, info, opens_in_timm),
         "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
-        "Training": _training_section(run, base, files),
+        "Training": training_section(run, base, files),
         "Limits": _limits_section(run, results, about, base),
-        "Licence": _licence_section(license, base, info),
+        "Licence": licence_section(license, base, info),
         "Citation": f"```bibtex\n{bibtex(info.paper)}\n```" if info and info.paper else "",
     }
     parts = [
@@ -299,7 +301,7 @@ def _hub_data(run: RunRecord | None) -> str | None:
     return data.get("path") if isinstance(data, Mapping) and data.get("name") == "hub" else None
 
 
-def _facts(architecture: str) -> ModelInfo | None:
+def facts_of(architecture: str) -> ModelInfo | None:
     try:
         return model_info(architecture)
     except UnknownModelError:  # one of timm's
@@ -355,9 +357,6 @@ def _metadata(
             )
             for key, value in figures.items()
         ]
-    licence: dict[str, Any] = {"license": license}
-    if license == UNSTATED:
-        licence = {"license": "other", "license_name": UNSTATED}
     extra: dict[str, Any] = {}
     if base is not None and base.hub_id and base.trained:
         extra["base_model_relation"] = "finetune"
@@ -370,9 +369,16 @@ def _metadata(
         metrics=["accuracy"] if measured else None,
         model_name=name if measured else None,
         eval_results=measured or None,
-        **licence,
+        **licence_metadata(license),
         **extra,
     )
+
+
+def licence_metadata(license: str | None) -> dict[str, Any]:
+    """A licence as the Hub's metadata has it."""
+    if license == UNSTATED:
+        return {"license": "other", "license_name": UNSTATED}
+    return {"license": license}
 
 
 def _summary(
@@ -403,7 +409,7 @@ def _model_section(model: nn.Module, cfg: Mapping[str, Any], info: ModelInfo | N
         ("parameters", f"{costs.params:,}"),
         ("MACs", f"{humanize(costs.macs)} for one input of {shape(size)}"),
         ("activations", humanize(costs.activations)),
-        ("weights", "float16, halved after training" if half else _dtypes(model)),
+        ("weights", "float16, halved after training" if half else dtypes_of(model)),
         ("preprocessing", _preprocessing(cfg)),
     ]
     text = [
@@ -425,7 +431,7 @@ def _some_labels(cfg: Mapping[str, Any]) -> str:
     return f": {', '.join(map(str, names[:5]))}{', ...' if len(names) > 5 else ''}"
 
 
-def _dtypes(model: nn.Module) -> str:
+def dtypes_of(model: nn.Module) -> str:
     return ", ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in model.parameters()))
 
 
@@ -478,7 +484,7 @@ def _evaluation_section(
         if isinstance(preprocess.get("input_size"), list):
             where += f", at {shape(preprocess['input_size'])}"
         images = f" on {results['images']:,} images" if isinstance(results.get("images"), int) else ""
-        source = f"Measured{images} of {where} with {_tools(results)}; `results.json` holds every figure."
+        source = f"Measured{images} of {where} with {tools_of(results)}; `results.json` holds every figure."
         if isinstance(results.get("command"), str):
             source += f" The command was\n\n```bash\n{command_without_paths(shlex.split(results['command']))}\n```\n\n"
         if data.label_map:
@@ -500,14 +506,14 @@ def _evaluation_section(
     return "\n\n".join([*text, f"{source} {again}".replace("\n\n ", "\n\n")])
 
 
-def _tools(results: Mapping[str, Any]) -> str:
+def tools_of(results: Mapping[str, Any]) -> str:
     """`eval.py`, and what it ran on where that was written down."""
     versions = results.get("versions")
     stated = versions if isinstance(versions, Mapping) else {}
     return ", ".join(["`eval.py`", *(f"{name} {version}" for name, version in stated.items())])
 
 
-def _training_section(run: RunRecord | None, base: Base | None, files: Sequence[str]) -> str:
+def training_section(run: RunRecord | None, base: Base | None, files: Sequence[str]) -> str:
     if run is None:
         return ""
     rows = [(f"`{key}`", f"`{json.dumps(value)}`") for key, value in _recipe(run.config)]
@@ -528,7 +534,8 @@ def _training_section(run: RunRecord | None, base: Base | None, files: Sequence[
             "again with `python train.py --config training_config.yaml`."
         )
     if "curves.png" in files:
-        text.append("![Loss and accuracy by epoch](curves.png)")
+        curves = "Loss" if run.config.get("task") == "language" else "Loss and accuracy"
+        text.append(f"![{curves} by epoch](curves.png)")
     return "\n\n".join(text)
 
 
@@ -548,10 +555,14 @@ def _recipe(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     chosen = dict(_flat(without_paths({k: v for k, v in config.items() if k not in ("output", "resume")})))
     try:
         from zoo.data import DataConfig
-        from zoo.training import TrainingConfig
+        from zoo.data.text import TextDataConfig
+        from zoo.training import LanguageTrainingConfig, TrainingConfig
     except MissingDependencyError:  # without the training extra there are no defaults to compare with
         return list(chosen.items())
-    defaults = dict(_flat(to_plain(TrainingConfig(data=DataConfig(name="digits")))))
+    default: Any = TrainingConfig(data=DataConfig(name="digits"))
+    if config.get("task") == "language":
+        default = LanguageTrainingConfig(data=TextDataConfig(name="pydoc"))
+    defaults = dict(_flat(to_plain(default)))
     return [(key, value) for key, value in chosen.items() if key == "data.name" or defaults.get(key) != value]
 
 
@@ -587,7 +598,7 @@ def _limits_section(
     return "\n".join(lines)
 
 
-def _licence_section(license: str | None, base: Base | None, info: ModelInfo | None) -> str:
+def licence_section(license: str | None, base: Base | None, info: ModelInfo | None) -> str:
     stated = {None: "none is stated: ask the authors before use", UNSTATED: "none is stated"}.get(license, license)
     lines = [f"- These weights: {stated}."]
     if base is not None:

@@ -29,10 +29,13 @@ from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 from torch import Tensor, nn
 
 import zoo
+from zoo.data.tokenizers import create_tokenizer
 from zoo.errors import CheckpointError, ConfigError, PublishError, UnknownModelError, ZooError, did_you_mean
+from zoo.exporting.checked import check_input
 from zoo.factory import create_model
 from zoo.files import whole_file
-from zoo.hub import CONFIG, WEIGHTS, save_pretrained
+from zoo.hub import CONFIG, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
+from zoo.language_card import render_language_card
 from zoo.model_card import ENVIRONMENT, UNSTATED, Base, RunRecord, read_run, render_model_card, without_paths
 from zoo.registry import Weights, get_entry, list_models, model_info, split_name
 from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
@@ -205,8 +208,8 @@ class _Hub:
                         raise PublishError(f"{what} does not hold what was sent: {name} differs. {advice}")
                 ours = _open(f"local-dir:{draft.folder}")
                 theirs = _open(f"hf-hub:{self.repo_id}@{commit}", **where)
-                images = _fixed_input(ours)
-                if not _same_tensors(ours, theirs) or not _close(_logits(ours, images), _logits(theirs, images), 1e-6):
+                inputs = check_input(ours)
+                if not _same_tensors(ours, theirs) or not _close(_logits(ours, inputs), _logits(theirs, inputs), 1e-6):
                     raise PublishError(f"The model of {what} is not the one that was sent. {advice}")
             except PublishError:
                 raise
@@ -324,6 +327,7 @@ def prepare(
     results: str | Path | None = None,
     has_rights: bool = False,
     half: bool = False,
+    tokenizer: Any = None,
 ) -> Draft:
     """Make the folder that `publish` would upload, without the network.
 
@@ -339,6 +343,8 @@ def prepare(
         results: the `results.json` of an evaluation of these weights, or its folder.
         has_rights: publish weights that come from others without a licence, or under one that forbids it.
         half: keep the weights in half precision.
+        tokenizer: of a language model, or the name of one for `create_tokenizer`; by default the one that lies beside
+            its weights.
 
     Raises:
         ConfigError: a source, option or folder that will not do, weights without rights, outputs that are not finite.
@@ -349,6 +355,11 @@ def prepare(
     if Path(folder).is_dir() and any(Path(folder).iterdir()):
         raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another.")
     found = _find(source, model)
+    is_language = is_language_model(found.model)
+    if tokenizer is None and found.checkpoint is not None and is_language:
+        tokenizer = tokenizer_beside(found.checkpoint)
+    elif isinstance(tokenizer, str):
+        tokenizer = create_tokenizer(tokenizer)
     base = found.base
     _check_rights(base, license, has_rights)
     license = license or (base.license if base else None)
@@ -356,10 +367,11 @@ def prepare(
     note = note or found.note
     with _described(found.model, base, license) as module:
         dtype = torch.float16 if half else None
-        draft = save_pretrained(module, folder, labels=_labels(module), note=note, dtype=dtype)
+        labels = _labels(module)
+        draft = save_pretrained(module, folder, labels=labels, tokenizer=tokenizer, note=note, dtype=dtype)
     served = _open(f"local-dir:{draft}")
-    images = _fixed_input(served)
-    logits = _logits(served, images)
+    inputs = check_input(served)
+    logits = _logits(served, inputs)
     if not torch.isfinite(logits).all():
         shutil.rmtree(draft)
         raise ConfigError(
@@ -378,20 +390,15 @@ def prepare(
             "make the halved model with --dry-run FOLDER, evaluate FOLDER, and publish it with --half and --results."
         )
     names = sorted(path.name for path in draft.iterdir())
-    card = render_model_card(
-        served,
-        repo_id=repo_id,
-        opens_in_timm=_opens_in_timm(draft, images, logits),
-        run=found.run,
-        results=evaluation,
-        base=base,
-        license=license,
-        dataset=dataset,
-        note=note,
-        half=half,
-        rounded=rounded,
-        files=names,
-    )
+    facts: dict[str, Any] = {"repo_id": repo_id, "run": found.run, "results": evaluation, "base": base}
+    facts |= {"license": license, "dataset": dataset, "note": note, "half": half, "rounded": rounded, "files": names}
+    if is_language:
+        opens = _opens_in_transformers(draft, inputs, logits, remarks)
+        card = render_language_card(served, tokenizer=tokenizer, opens_in_transformers=opens, **facts)
+        if tokenizer is None:
+            remarks.append("There is no tokenizer beside the weights: name one with --tokenizer.")
+    else:
+        card = render_model_card(served, opens_in_timm=_opens_in_timm(draft, inputs, logits), **facts)
     _write(draft / "README.md", card)
     if not license:
         remarks.append("No licence is stated for these weights: name one with --license.")
@@ -570,7 +577,7 @@ def _base_in_cfg(cfg: Mapping[str, Any], module: nn.Module | None = None) -> Bas
     if tag and architecture in list_models():
         known = next((w for w in model_info(architecture).weights if w.tag == tag), None)
         if known is not None:
-            return _base_of_weights(architecture, known, trained=classes != known.num_classes)
+            return _base_of_weights(architecture, known, trained=classes not in (None, known.num_classes))
     origin = str(cfg.get("origin_url") or "")
     if origin.startswith(f"{ORIGIN}/"):
         repo = origin.removeprefix(f"{ORIGIN}/")
@@ -663,6 +670,13 @@ def _read_results(found: _Source, given: str | Path | None) -> tuple[dict[str, A
     results = read_json(path)
     classes = getattr(found.model, "num_classes", None)
     per_class = results.get("per_class")
+    if is_language_model(found.model):
+        if not isinstance(results.get("perplexity"), int | float) and not results.get("tasks"):
+            raise ConfigError(
+                f"{str(path)!r} does not hold the results of a language model's evaluation: it has neither perplexity "
+                "nor tasks."
+            )
+        return results, []
     if not isinstance(results.get("top1"), int | float):
         raise ConfigError(f"{str(path)!r} does not hold the results of an evaluation: it has no top1.")
     if results.get("method", "classifier") != "classifier":
@@ -682,7 +696,7 @@ def _add_records(run: RunRecord, draft: Path) -> None:
     """The run's configuration and surroundings without what is private, its history and its curves."""
     config = {key: value for key, value in without_paths(run.config).items() if key not in ("output", "resume")}
     _write(draft / "training_config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    for name in ("history.csv", "curves.png"):
+    for name in ("history.csv", "curves.png", "samples.md"):
         if (run.folder / name).is_file():
             shutil.copyfile(run.folder / name, draft / name)
     # the configuration says all that a command does, and the command of a user's own program may hold secrets
@@ -702,15 +716,9 @@ def _write(path: Path, text: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ comparing
 
 
-def _fixed_input(module: nn.Module) -> Tensor:
-    """The same two images for whoever asks. (2, C, H, W)"""
-    size = _cfg(module)["input_size"]
-    return torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-
-
-def _logits(module: nn.Module, images: Tensor) -> Tensor:
+def _logits(module: nn.Module, inputs: Tensor) -> Tensor:
     with torch.inference_mode():
-        return module(images.to(next(module.parameters())))
+        return module(inputs.to(next(module.parameters())) if inputs.is_floating_point() else inputs)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -735,3 +743,25 @@ def _opens_in_timm(folder: Path, images: Tensor, logits: Tensor) -> bool:
     except Exception:  # whatever stops timm is an answer to the question
         return False
     return _close(_logits(theirs, images), logits, 1e-4)
+
+
+def _opens_in_transformers(folder: Path, tokens: Tensor, logits: Tensor, remarks: list[str]) -> bool:
+    """Whether transformers makes a model of the folder that gives these logits."""
+    if "model_type" not in read_json(folder / CONFIG):
+        return False
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        remarks.append(
+            'The card does not speak of transformers, which is not installed: pip install "backbone-zoo[export]", to '
+            "have it tried."
+        )
+        return False
+    dtype = logits.dtype
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        with torch.inference_mode():
+            answer = theirs(tokens).logits
+    except Exception:  # whatever stops it is an answer to the question
+        return False
+    return _close(answer, logits, 1e-4 if dtype == torch.float32 else 2e-2)

@@ -23,7 +23,7 @@ from zoo.exporting.transformers import write_json, write_tokenizer, write_transf
 from zoo.files import check_folder, put_in_place
 from zoo.layers.decoder import Decoder
 
-__all__ = ["FORMATS", "Export", "Format", "export"]
+__all__ = ["FORMATS", "Export", "Format", "check_input", "export"]
 
 Format = Literal["transformers", "gguf", "onnx"]
 FORMATS = ("transformers", "gguf", "onnx")
