@@ -11,13 +11,15 @@
 All learn the same sequences in the same order for a seed, with the same optimizer, rate and schedule; evaluation is
 on books by other authors. FOLDER holds train.parquet and validation.parquet with a column `text`. A byte-level BPE of
 8,192 tokens is learned from them once. Figures, with the command, device and versions, and the curves (mean, and the
-range over the seeds) go to benchmarks/results/depth_width/ after every run; runs that are there already, with the same
-settings, are not made again, and one that was interrupted goes on where it stopped.
+range over the seeds) go to benchmarks/results/depth_width/ after every run. Runs that lie finished in --runs, with the
+same settings, are not made again, and one that was interrupted goes on where it stopped. Several of these commands may
+run at once, each with other --models or --seeds and one thread (OMP_NUM_THREADS=1): the last writes what all found.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -45,6 +47,7 @@ from zoo.training.language_config import (
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "depth_width"
+FIGURES = "figures.json"  # in a run's folder, when it is finished
 VOCABULARY = 8192
 LENGTH = 256
 VAL_TOKENS = 40_000  # whole books: the first three
@@ -120,6 +123,12 @@ def figures(run: Run, tokens_per_epoch: int) -> dict[str, Any]:
     }
 
 
+def finished(home: Path) -> dict[str, dict[str, Any]]:
+    """The figures of all finished runs, by name and seed."""
+    files = sorted(home.glob(f"*/{FIGURES}"))
+    return {file.parent.name.replace("_seed", "/seed"): json.loads(file.read_text()) for file in files}
+
+
 def summary(runs: dict[str, dict[str, Any]], counted: dict[str, dict[str, int]]) -> dict[str, Any]:
     """Mean and spread (sample standard deviation) over the seeds, and the differences of the same seeds."""
     found: dict[str, Any] = {}
@@ -137,7 +146,11 @@ def summary(runs: dict[str, dict[str, Any]], counted: dict[str, dict[str, int]])
             "bits_per_byte_mean": round(statistics.mean(run["bits_per_byte"] for run in mine), 4),
             "tokens_per_second": round(statistics.mean(run["tokens_per_second"] for run in mine)),
         }
-        seeds = [key.partition("/")[2] for key in runs if key.startswith(f"{name}/") and f"deep/{key[-5:]}" in runs]
+        seeds = [
+            key.partition("/")[2]
+            for key in runs
+            if key.startswith(f"{name}/") and f"deep/{key.partition('/')[2]}" in runs
+        ]
         if name != "deep" and seeds:
             gains = [runs[f"{name}/{seed}"]["val_loss"] - runs[f"deep/{seed}"]["val_loss"] for seed in seeds]
             found[name]["val_loss_minus_deep"] = [round(gain, 4) for gain in gains]
@@ -171,9 +184,8 @@ def plot(runs: dict[str, dict[str, Any]], found: dict[str, Any], title: str, pat
 def write(report: dict[str, Any], folder: Path) -> None:
     with whole_file(folder / "results.json") as file:
         file.write((json.dumps(report, indent=1) + "\n").encode())
-    if report["summary"]:
-        title = f"MobileLLM's shapes on books, {report['settings']['size']} without the embedding"
-        plot(report["runs"], report["summary"], title, folder / "curves.png")
+    title = f"MobileLLM's shapes on books, {report['settings']['size']} without the embedding"
+    plot(report["runs"], report["summary"], title, folder / "curves.png")
 
 
 def data_folder(given: Path | None) -> Path:
@@ -217,9 +229,8 @@ def main() -> None:
     counted = check_sizes(models)
     named = ("size", "tokens", "evaluations", "batch_size", "lr", "amp")
     settings = {name: getattr(arguments, name) for name in named} | {"length": LENGTH, "vocabulary": VOCABULARY}
-    path = arguments.results / "results.json"
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    runs = before["runs"] if before.get("settings") == settings else {}
+    made_by = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    home = make_folder(arguments.runs / f"{arguments.size}_{made_by}")
     device = torch.device("cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu")
     report: dict[str, Any] = {
         "what": "loss on books by authors who are not among those learned",
@@ -229,29 +240,27 @@ def main() -> None:
         "versions": {"zoo": zoo.__version__, "torch": torch.__version__},
         "settings": settings,
         "models": models,
-        "summary": summary(runs, counted),
-        "runs": runs,
     }
     for seed in arguments.seeds:  # seeds outside: cut short, there are as many runs of the one as of the other
         for name in arguments.models:
-            key = f"{name}/seed{seed}"
-            if key in runs:
-                print(f"== {key}: there already", flush=True)
-                continue
-            print(f"== {key}: {counted[name]['without_embedding']:,} parameters without the embedding", flush=True)
-            label = f"{arguments.size}_{arguments.tokens:.0f}_{arguments.lr:g}_{name}_seed{seed}"
-            config = configuration(arguments, models[name], seed, arguments.runs / label)
-            run = train(config)
-            batch = arguments.batch_size * LENGTH
-            runs[key] = figures(run, config.data.tokens_per_epoch // batch * batch)
-            recipe = to_plain(config)
-            for private in ("output", "resume", "tokenizer"):
-                recipe.pop(private)
-            recipe["data"]["path"] = "books"
-            runs[key]["config"] = recipe
-            report["summary"] = summary(runs, counted)
+            folder = home / f"{name}_seed{seed}"
+            if not (folder / FIGURES).is_file():
+                print(f"== {folder.name}: {counted[name]['without_embedding']:,} without the embedding", flush=True)
+                config = configuration(arguments, models[name], seed, folder)
+                run = train(config)
+                batch = arguments.batch_size * LENGTH
+                found = figures(run, config.data.tokens_per_epoch // batch * batch)
+                recipe = to_plain(config)
+                for private in ("output", "resume", "tokenizer"):
+                    recipe.pop(private)
+                recipe["data"]["path"] = "books"
+                with whole_file(folder / FIGURES) as file:
+                    file.write(json.dumps(found | {"config": recipe}, indent=1).encode())
+            report["runs"] = finished(home)
+            report["summary"] = summary(report["runs"], counted)
             write(report, arguments.results)
-            print(f"{key}: loss {runs[key]['val_loss']:.4f}, {runs[key]['tokens_per_second']:,} tokens/s", flush=True)
+            found = report["runs"][f"{name}/seed{seed}"]
+            print(f"{folder.name}: loss {found['val_loss']:.4f}, {found['tokens_per_second']:,} tokens/s", flush=True)
     for name, row in report["summary"].items():
         spread = "" if row["val_loss_std"] is None else f" ± {row['val_loss_std']:.4f}"
         print(f"{name:<8} loss {row['val_loss_mean']:.4f}{spread} over {row['seeds']} seeds, {row['tokens']:,} tokens")
