@@ -247,8 +247,12 @@ class PydocTexts:
             from pydoc_data.topics import topics
         except ImportError:  # some distributions pack it apart
             raise DataError("This Python lacks the module pydoc_data, which data.name pydoc reads.") from None
-        chosen = enumerate(text for _, text in sorted(topics.items()))
-        return [text for number, text in chosen if self.split in (None, "train" if number % PYDOC_HELD_OUT else "val")]
+        texts = dict.fromkeys(text for _, text in sorted(topics.items()))  # some topics have several names
+        return [
+            text
+            for number, text in enumerate(texts)
+            if self.split in (None, "train" if number % PYDOC_HELD_OUT else "val")
+        ]
 
     def fingerprint(self) -> str:
         return hashlib.sha256("\0".join(self._texts()).encode()).hexdigest()
@@ -276,8 +280,8 @@ class FileTexts:
     def fingerprint(self) -> str:
         whole = hashlib.sha256(f"{self.column}\0".encode())
         for file in self.files:
-            with _open(file) as stream:
-                kind = file.lower().removesuffix(".gz").rpartition(".")[2]
+            with _open(file, as_it_is=True) as stream:
+                kind = file.lower().rpartition(".")[2]
                 digest = hashlib.sha256()
                 while block := stream.read(1 << 20):
                     digest.update(block)
@@ -290,7 +294,7 @@ class HubTexts:
 
     def __init__(self, path: str, subset: str | None, split: str, column: str | None, streaming: bool) -> None:
         self.path, self.subset, self.split, self.column = path, subset, split, column
-        self.data = _load_dataset(path, subset, split, streaming)
+        self.data, self.version = _load_dataset(path, subset, split, streaming)
 
     @property
     def name(self) -> str:
@@ -310,7 +314,7 @@ class HubTexts:
             yield _document(row.get(column), column, f"{self.name}, document {number}")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.data._fingerprint}\0{self.column}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.version}\0{self.split}\0{self.column}".encode()).hexdigest()
 
 
 def _datasets() -> Any:
@@ -321,11 +325,16 @@ def _datasets() -> Any:
     return datasets
 
 
-def _load_dataset(path: str, subset: str | None, split: str, streaming: bool) -> Any:
+def _load_dataset(path: str, subset: str | None, split: str, streaming: bool) -> tuple[Any, str]:
+    """The rows, and what changes when they do."""
     datasets = _datasets()
     try:
-        return datasets.load_dataset(path, subset, split=split, streaming=streaming)
-    except (OSError, ValueError, RuntimeError, TypeError) as error:  # TypeError: some scripts' bad arguments
+        builder = datasets.load_dataset_builder(path, subset)
+        if streaming:
+            return builder.as_streaming_dataset(split), str(builder.hash)
+        builder.download_and_prepare()
+        return builder.as_dataset(split), str(builder.hash)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
         raise DataError(f"The data set {path!r} (split {split}) cannot be loaded: {reason(error)}") from None
 
 
@@ -357,14 +366,16 @@ def read_documents(file: str, column: str | None, first: int = 0) -> Iterator[Do
         yield Damaged(f"{file} cannot be read: {reason(error)}")
 
 
-def _open(file: str) -> BinaryIO:
+def _open(file: str, as_it_is: bool = False) -> BinaryIO:
+    """A file or URL, unpacked on the way unless it is wanted as it is."""
     try:
         stream = open_shard(file)
     except FileNotFoundError:
         raise DataError(f"There is no file {file}.") from None
     except OSError as error:
         raise DataError(f"{file} cannot be read: {reason(error)}") from None
-    return gzip.open(stream) if file.lower().endswith(".gz") else stream  # type: ignore[return-value]
+    unpack = file.lower().endswith(".gz") and not as_it_is
+    return gzip.open(stream) if unpack else stream  # type: ignore[return-value]
 
 
 def _read_text(stream: BinaryIO, file: str, column: str | None, first: int) -> Iterator[Document | Damaged]:
