@@ -594,7 +594,8 @@ def _of_model(name: str, where: Mapping[str, Any]) -> Tokenizer:
 def _from_files(name: str, files: Files) -> Tokenizer:
     if "tokenizer.json" not in files:
         return SentencePieceTokenizer(name, files)
-    if b'"zoo_tokenizer"' in files.get(CONFIG, b""):
+    config = files.get(CONFIG, b"")
+    if f'"{MARK}"'.encode() in config and b'"chat_template"' not in config and TEMPLATE not in files:
         ours = ByteTokenizer()
         if files["tokenizer.json"] == ours._files()["tokenizer.json"]:  # which needs no library
             return ours
