@@ -561,7 +561,6 @@ def run_benchmark(args: argparse.Namespace) -> None:
     import zoo
     from zoo.profiling import benchmark_table
 
-    repeats = {} if args.repeats is None else {"repeats": args.repeats}
     results = zoo.benchmark(
         args.names,
         batch_sizes=args.batch_size,
@@ -575,7 +574,7 @@ def run_benchmark(args: argparse.Namespace) -> None:
         channels_last=args.channels_last,
         compile=args.compile,
         optimize=args.optimize,
-        **repeats,
+        repeats=args.repeats,
     )
     if args.json:
         print_json([result.to_dict() for result in results])

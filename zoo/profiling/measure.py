@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.devices import DEVICES, device_name, find_device
 from zoo.errors import ConfigError, ZooError, did_you_mean
+from zoo.hub import load_config
 from zoo.inference import optimize_for_inference
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
-from zoo.registry import get_entry
+from zoo.registry import get_entry, model_info
 from zoo.units import humanize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -44,7 +45,7 @@ class BenchmarkResult:
 
     name: str
     batch_size: int
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     mode: str
     latency_ms: float  # median
     latency_p10_ms: float
@@ -81,10 +82,15 @@ class Settings:
     compile: bool
     mode: str
     optimize: bool = False
+    quantize: str | None = None  # language models: "int8", "int4"
 
-    def prepare(self, name: str, input_size: tuple[int, int, int] | None) -> Subject:
+    def prepare(self, name: str, input_size: tuple[int, ...] | None) -> Subject:
         """Build the model called `name`, ready to be stepped."""
-        model = build(name).to(device=self.device, dtype=self.dtype).train(self.mode == "train")
+        model: nn.Module = build(name).to(device=self.device, dtype=self.dtype).train(self.mode == "train")
+        if hasattr(model, "make_cache"):
+            from zoo.profiling.language_speed import prepare_language
+
+            return prepare_language(name, model, input_size or (), self)
         size = default_input_size(model) if input_size is None else input_size
         if self.optimize:
             model = optimize_for_inference(model, inplace=True)
@@ -102,7 +108,7 @@ class Subject:
     name: str
     model: nn.Module
     call: Callable[..., Any]
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     settings: Settings
 
     def images(self, batch_size: int) -> Tensor:
@@ -126,31 +132,40 @@ def benchmark(
     *,
     batch_sizes: int | Sequence[int] = (1,),
     input_size: tuple[int, int, int] | None = None,
+    tokens: int | None = None,
+    new_tokens: int | None = None,
     threads: int | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "float32",
     channels_last: bool = False,
     compile: bool = False,
     optimize: bool = False,
-    warmup: int = 3,
-    repeats: int = 20,
+    quantize: str | None = None,
+    warmup: int | None = None,
+    repeats: int | None = None,
     mode: Literal["inference", "train"] = "inference",
     memory: bool = True,
 ) -> list[BenchmarkResult]:
     """Measure latency, throughput and peak memory of models, which take turns so that a busy moment hits all alike.
 
+    Language models read a prompt and continue it, greedily: see `zoo.profiling.LanguageBenchmarkResult`.
+
     Args:
-        names: the zoo's models first, then timm's (`"timm/NAME"` is always timm's). Weights are random.
-        batch_sizes: images at a time, one or several.
+        names: the zoo's models first, then timm's (`"timm/NAME"` is always timm's); all of images, or all of language.
+            Weights are random.
+        batch_sizes: images or prompts at a time, one or several.
         input_size: (channels, height, width); by default each model's own.
+        tokens: of the prompt of a language model (128).
+        new_tokens: that it adds (32).
         threads: of the CPU; torch's setting is restored afterwards.
         device: "cpu", "cuda", "cuda:1", "mps".
         dtype: "float32", "bfloat16", "float16"; model and images are converted.
         channels_last: lay out model and images as NHWC.
         compile: run the models through `torch.compile`.
         optimize: measure the models' fast forms, `optimize_for_inference`; in mode "inference" only.
-        warmup: untimed steps of each model before the timed ones.
-        repeats: timed steps of each model.
+        quantize: store the weights of language models in "int8" or "int4".
+        warmup: untimed steps of each model before the timed ones (3; of language models, whose steps are texts, 1).
+        repeats: timed steps of each model (20; of language models 5).
         mode: "inference" is a forward, "train" a forward and a backward.
         memory: measure peak memory; on a CPU that takes a fresh process for each model and batch size.
 
@@ -168,12 +183,27 @@ def benchmark(
             raise ConfigError(f"{what} must be one or a list of several, not {values!r}.")
     for batch_size in batch_sizes:
         check_count("batch_size", batch_size)
-    check_count("warmup", warmup, least=0)
-    check_count("repeats", repeats)
+    has_language = any(map(_is_language, names))
+    warmup = (1 if has_language else 3) if warmup is None else check_count("warmup", warmup, least=0)
+    repeats = (5 if has_language else 20) if repeats is None else check_count("repeats", repeats)
     if threads is not None:
         check_count("threads", threads)
     if input_size is not None:
         input_size = check_input_size(input_size)
+    size: tuple[int, ...] | None = input_size
+    if has_language:
+        if not all(map(_is_language, names)):
+            raise ConfigError("Models of language and of images have no measure in common: benchmark them apart.")
+        if input_size is not None or channels_last or mode == "train":
+            raise ConfigError(
+                "Language models take tokens= and new_tokens=, for inference: leave out input_size=, channels_last= "
+                "and mode=."
+            )
+        size = (128 if tokens is None else tokens, 32 if new_tokens is None else new_tokens)
+        check_count("tokens", size[0])
+        check_count("new_tokens", size[1])
+    elif (tokens, new_tokens, quantize) != (None, None, None):
+        raise ConfigError("tokens=, new_tokens= and quantize= are for language models: leave them out.")
     settings = Settings(
         device=_device(device),
         dtype=_dtype(dtype),
@@ -181,7 +211,10 @@ def benchmark(
         compile=bool(compile),
         mode=_choice("mode", mode, MODES),
         optimize=bool(optimize),
+        quantize=quantize,
     )
+    if settings.optimize and settings.quantize:
+        raise ConfigError("A quantised model is its fast form: leave out optimize=True.")
     if settings.optimize and settings.mode != "inference":
         raise ConfigError('optimize=True makes models for inference: leave it out with mode="train".')
 
@@ -189,16 +222,31 @@ def benchmark(
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        subjects = [settings.prepare(name, input_size) for name in names]
-        results = []
+        subjects = [settings.prepare(name, size) for name in names]
+        results: list[BenchmarkResult] = []
+        if has_language:
+            from zoo.profiling.language_speed import benchmark_language
+
+            for batch_size in batch_sizes:
+                results += benchmark_language(subjects, batch_size, warmup, repeats, memory)
+            return results
         for batch_size in batch_sizes:
             times = _take_turns(subjects, batch_size, warmup, repeats)
             for subject, seconds in zip(subjects, times, strict=True):
-                peak = _peak_memory(subject, batch_size) if memory else None
+                peak = peak_memory(subject, batch_size) if memory else None
                 results.append(_result(subject, batch_size, seconds, peak, warmup))
         return results
     finally:
         torch.set_num_threads(threads_before)
+
+
+def _is_language(name: Any) -> bool:
+    try:
+        if isinstance(name, str) and ":" in name:
+            name = load_config(name)[0]
+        return model_info(name).task == "language"
+    except ZooError:
+        return False
 
 
 def _device(device: Any) -> torch.device:
@@ -229,7 +277,7 @@ def _take_turns(subjects: Sequence[Subject], batch_size: int, warmup: int, repea
             for _ in range(max(1, warmup)):
                 subject.step(images)
         except Exception as error:
-            raise _cannot_run(subject, batch_size, error) from error
+            raise cannot_run(subject, batch_size, error) from error
         inputs.append(images)
     for round_number in range(repeats):
         turns = range(len(subjects)) if round_number % 2 == 0 else reversed(range(len(subjects)))
@@ -238,7 +286,7 @@ def _take_turns(subjects: Sequence[Subject], batch_size: int, warmup: int, repea
     return seconds
 
 
-def _cannot_run(subject: Subject, batch_size: int, error: Exception) -> ZooError:
+def cannot_run(subject: Subject, batch_size: int, error: Exception) -> ZooError:
     if isinstance(error, ZooError):
         return error
     settings = subject.settings
@@ -273,37 +321,41 @@ def _synchronize(device: torch.device) -> None:
 def _result(
     subject: Subject, batch_size: int, seconds: Sequence[float], peak_memory: int | None, warmup: int
 ) -> BenchmarkResult:
+    return BenchmarkResult(
+        **measured(subject, batch_size, seconds), repeats=len(seconds), warmup=warmup, peak_memory=peak_memory
+    )
+
+
+def measured(subject: Subject, batch_size: int, seconds: Sequence[float]) -> dict[str, Any]:
+    """The fields of a result that come of timed steps, and of how they were set up."""
     settings = subject.settings
     milliseconds = torch.tensor(seconds, dtype=torch.float64) * 1000
     p10, p90 = milliseconds.quantile(torch.tensor([0.1, 0.9], dtype=torch.float64)).tolist()
     median = statistics.median(milliseconds.tolist())
-    return BenchmarkResult(
-        name=subject.name,
-        batch_size=batch_size,
-        input_size=subject.input_size,
-        mode=settings.mode,
-        latency_ms=median,
-        latency_p10_ms=p10,
-        latency_p90_ms=p90,
-        throughput=1000 * batch_size / median,
-        peak_memory=peak_memory,
-        repeats=len(seconds),
-        warmup=warmup,
-        device=str(settings.device),
-        dtype=str(settings.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(),
-        channels_last=settings.channels_last,
-        compile=settings.compile,
-        optimize=settings.optimize,
-        hardware=device_name(settings.device),
-        torch_version=torch.__version__,
-    )
+    return {
+        "name": subject.name,
+        "batch_size": batch_size,
+        "input_size": subject.input_size,
+        "mode": settings.mode,
+        "latency_ms": median,
+        "latency_p10_ms": p10,
+        "latency_p90_ms": p90,
+        "throughput": 1000 * batch_size / median,
+        "device": str(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "channels_last": settings.channels_last,
+        "compile": settings.compile,
+        "optimize": settings.optimize,
+        "hardware": device_name(settings.device),
+        "torch_version": torch.__version__,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
-def _peak_memory(subject: Subject, batch_size: int) -> int | None:
+def peak_memory(subject: Subject, batch_size: int) -> int | None:
     """Bytes that the model, its input and one step take at most; None where it cannot be told."""
     device = subject.settings.device
     if device.type == "cuda":
@@ -339,6 +391,7 @@ def _peak_resident_memory(subject: Subject, batch_size: int) -> int | None:
         "channels_last": settings.channels_last,
         "compile": settings.compile,
         "optimize": settings.optimize,
+        "quantize": settings.quantize,
         "mode": settings.mode,
     }
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -370,6 +423,7 @@ def measure_resident_memory(job: dict[str, Any]) -> int:
         compile=job["compile"],
         mode=job["mode"],
         optimize=job.get("optimize", False),
+        quantize=job.get("quantize"),
     )
     torch.set_num_threads(job["threads"])
 
@@ -439,6 +493,10 @@ def benchmark_table(results: Sequence[BenchmarkResult], width: int = 120) -> str
 
     if not results:
         raise ConfigError("There are no results to show.")
+    if len(results[0].input_size) == 2:
+        from zoo.profiling.language_speed import language_table
+
+        return language_table(results, width)
     first: dict[int, BenchmarkResult] = {}
     for result in results:
         first.setdefault(result.batch_size, result)
@@ -457,14 +515,18 @@ def benchmark_table(results: Sequence[BenchmarkResult], width: int = 120) -> str
             f"{result.throughput / first[result.batch_size].throughput:.2f}x",
             memory,
         )
-    one = results[0]
-    options = [one.dtype, *(["channels_last"] if one.channels_last else []), *(["compiled"] if one.compile else [])]
-    options += ["optimised"] if one.optimize else []
-    setting = f"{one.mode} on {one.device} ({one.hardware}), {', '.join(options)}"
-    threads = f"{one.threads} CPU thread{'s' if one.threads > 1 else ''}"
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(f"{setting}, {threads}, torch {one.torch_version}, {one.repeats} repeats", highlight=False)
+        console.print(setting_of(results[0]), highlight=False)
         console.print(table)
         console.print(CONVENTION, highlight=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def setting_of(one: BenchmarkResult, *more: str) -> str:
+    """How it was measured, in a line; `more` options go behind those of every model."""
+    options = [one.dtype, *(["channels_last"] if one.channels_last else []), *(["compiled"] if one.compile else [])]
+    options += [*(["optimised"] if one.optimize else []), *more]
+    threads = f"{one.threads} CPU thread{'s' if one.threads > 1 else ''}"
+    where = f"{one.mode} on {one.device} ({one.hardware}), {', '.join(options)}"
+    return f"{where}, {threads}, torch {one.torch_version}, {one.repeats} repeats"
