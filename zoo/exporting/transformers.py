@@ -321,7 +321,10 @@ def _windows(saved: Mapping[str, Any], kind: str, depth: int, need: Any) -> dict
 def _entry_for(args: dict[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
     wanted = DecoderConfig(**args)
     for name in list_models(task="language"):
-        if DecoderConfig(**get_entry(name).args) == wanted:
+        known = DecoderConfig(**get_entry(name).args)
+        if dataclasses.replace(known, num_kv_heads=known.kv_heads) == dataclasses.replace(
+            wanted, num_kv_heads=wanted.kv_heads
+        ):
             return name, {}
     usual = get_entry(NEAREST[kind]).args
     every = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
