@@ -224,7 +224,7 @@ def _models(argv: Sequence[str]) -> Iterator[str]:
     for path in flag_values(argv, "--config"):
         values = read_yaml(path)
         given = values.get("model") if isinstance(values, dict) else None
-        yield from _listed([given] if isinstance(given, str) else given or [])
+        yield from _listed([name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)])
     for value in flag_values(argv, "--model"):
         yield from _listed(json.loads(value) if value.startswith('["') else [value])
 

@@ -10,7 +10,7 @@ from torch import nn
 from zoo.data import DataConfig
 from zoo.data.text import TextDataConfig
 from zoo.evaluation import image_classification
-from zoo.evaluation.language import evaluate_language, is_language_model
+from zoo.evaluation.language import evaluate_language, predicts_tokens
 from zoo.evaluation.language_results import LanguageResults
 from zoo.evaluation.results import Results
 
@@ -33,6 +33,6 @@ def evaluate(model: nn.Module, data: Any = None, **options: Any) -> Results | La
 
     Raises ConfigError and DataError as those do.
     """
-    if is_language_model(model):
+    if predicts_tokens(model):
         return evaluate_language(model, data, **options)
     return image_classification.evaluate(model, data, **options)

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from zoo.data import DamageReport
 from zoo.data.text import Damaged, FileTexts, TextDataConfig, find_texts, load_texts
 from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.errors import ConfigError, DataError, ZooError
@@ -26,7 +27,7 @@ from zoo.evaluation.language_results import DocumentScore, LanguageResults, Task
 from zoo.layers.decoder import Decoder, DecoderConfig
 from zoo.layers.token_loss import LOGITS_AT_ONCE, token_losses
 
-__all__ = ["check_language_model", "evaluate_language", "is_language_model", "perplexity", "windows"]
+__all__ = ["check_language_model", "evaluate_language", "perplexity", "predicts_tokens", "windows"]
 
 Amp = Literal["no", "bf16", "fp16"]
 SEPARATOR = "\n\n"  # between texts that are judged as one: how WikiText is joined in published perplexities
@@ -188,13 +189,13 @@ def evaluate_language(
             **how,
         )
         versions = {"lm-eval": version}
-    skipped: list[str] = []
+    damage = DamageReport(source is not None and source.strict, "document")
     text = None
     if data is not None:
         with _bar(progress) as advance:
             text = perplexity(
                 model,
-                _texts(data, skipped) if isinstance(data, TextDataConfig) else data,
+                _texts(data, damage) if isinstance(data, TextDataConfig) else data,
                 tokenizer,
                 context=context or (source.sequence_length if source else None),
                 stride=stride,
@@ -215,7 +216,7 @@ def evaluate_language(
         tasks=scores,
         suite=suite,
         limit=limit,
-        skipped=tuple(skipped),
+        skipped=tuple(damage.names),
         chat=chat,
         batch_size=batch_size,
         amp=amp,
@@ -246,8 +247,8 @@ def _weights(model: nn.Module) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def _texts(data: TextDataConfig, skipped: list[str]) -> Iterator[str | list[int]]:
-    """The documents of the evaluation split; what is damaged is listed in `skipped`, or an error if `data.strict`."""
+def _texts(data: TextDataConfig, damage: DamageReport) -> Iterator[str | list[int]]:
+    """The documents of the evaluation split that can be read."""
     try:
         source = load_texts(data, training=False)
     except ConfigError:
@@ -256,9 +257,7 @@ def _texts(data: TextDataConfig, skipped: list[str]) -> Iterator[str | list[int]
         source = FileTexts(find_texts(data.path), data.column)  # a file or folder without splits is read whole
     for document in source.documents():
         if isinstance(document, Damaged):
-            if data.strict:
-                raise DataError(document.problem)
-            skipped.append(document.problem)
+            damage.add([document.problem])
         elif isinstance(document, str) or not document or isinstance(document[0], int):
             yield document  # type: ignore[misc]
         else:
@@ -403,7 +402,7 @@ class Predictor:
         return torch.cat(losses).cpu().double()
 
 
-def is_language_model(model: Any) -> bool:
+def predicts_tokens(model: Any) -> bool:
     """Whether it says how large its vocabulary is, as the zoo's and transformers' do."""
     config = getattr(model, "config", None)
     return isinstance(model, nn.Module) and isinstance(getattr(config, "vocab_size", None), int)
@@ -411,7 +410,7 @@ def is_language_model(model: Any) -> bool:
 
 def check_language_model(model: Any) -> None:
     """Raises ConfigError for what does not predict tokens."""
-    if not is_language_model(model):
+    if not predicts_tokens(model):
         raise ConfigError(
             f"{type(model).__name__} is no language model: take one of zoo.list_models(task='language'), created by "
             "zoo.create_model, or one of transformers' for causal language modelling."
