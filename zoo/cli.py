@@ -309,7 +309,7 @@ zoo predict cat.jpg --model caformer_s18 --cam cam.png --class 'tabby cat'""",
         """
 zoo generate --model runs/demo "Once upon a time"
 zoo generate --model smollm_135m "The capital of France is" --max-new-tokens 20
-zoo generate --model smollm_135m --engine native --quantize int8 --temperature 0.8 --top-p 0.95 - < prompt.txt
+zoo generate --model smollm_135m --quantize int8 --temperature 0.8 --top-p 0.95 -
 zoo generate --model mobilellm_125m --random --tokenizer bytes "Hello" --json""",
     )
     sub.add_argument("prompt", metavar="PROMPT", help="the text to continue; - reads it from the standard input")
