@@ -69,13 +69,15 @@ def fetch(
 ) -> Path:
     """The checkpoint file of `weights`, in the cache; downloaded, and its SHA-256 checked, if it is not there yet.
 
+    Of a checkpoint in several files it is the index, with the files beside it.
+
     What is cached is used without a request, unless `refresh` asks whether it is current. `revision` (a branch, tag or
     commit) takes the place of the one the entry names. Raises DownloadError.
     """
     if weights.hub_id is not None:
-        return fetch_from_hub(
+        return _fetch_whole(
             weights.hub_id,
-            (weights.filename,) if weights.filename else DEFAULT_FILES,
+            (weights.filename,) if weights.filename else (*DEFAULT_FILES, INDEX),
             revision=revision or weights.revision,
             sha256=weights.sha256 if revision in (None, weights.revision) else None,
             cache_dir=cache_dir,
@@ -138,6 +140,15 @@ def fetch_from_hub(
         _check_hub_file(Path(path), etag, sha256, f"{filename} of {repo}")
         return Path(path)
     raise AssertionError("unreachable: the last file name returns or raises")
+
+
+def _fetch_whole(repo: str, filenames: Sequence[str], *, sha256: str | None = None, **where: Any) -> Path:
+    """`fetch_from_hub`, and where the file is the index of a checkpoint in several files, those too."""
+    found = fetch_from_hub(repo, filenames, sha256=sha256, **where)
+    if found.name == INDEX:
+        for shard in _shards(found):
+            fetch_from_hub(repo, (shard,), **where)
+    return found
 
 
 def _check_hub_file(path: Path, etag: str, sha256: str | None, what: str) -> None:
@@ -373,11 +384,7 @@ def locate(
     if text.startswith(HUB_PREFIXES):
         repo, revision = split_hub_id(text)
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token, "refresh": refresh}
-        found = fetch_from_hub(repo, (*DEFAULT_FILES, INDEX), **where)
-        if found.name == INDEX:
-            for shard in _shards(found):
-                fetch_from_hub(repo, (shard,), **where)
-        return found
+        return _fetch_whole(repo, (*DEFAULT_FILES, INDEX), **where)
     path = Path(text.removeprefix("local-dir:")).expanduser()
     if path.is_dir():
         return _checkpoint_in(path)
