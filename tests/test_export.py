@@ -145,9 +145,10 @@ def test_every_entry_goes_to_transformers_and_back(name: str):
     found = decoder_args(json.loads(json.dumps(written)), "it")
     assert found is not None
     again = DecoderConfig(**{**get_entry(found[0]).args, **found[1]})
-    kept = ("vocab_size", "dim", "num_heads", "kv_heads", "hidden_dim", "context_length", "norm_eps", "rope_theta")
-    kept += ("qk_norm", "sliding_window", "q_rank", "kv_rank", "tie_embeddings", "head_dim")
-    for field in kept:
+    for field in (
+        *("vocab_size", "dim", "num_heads", "kv_heads", "hidden_dim", "context_length", "norm_eps", "rope_theta"),
+        *("qk_norm", "sliding_window", "q_rank", "kv_rank", "tie_embeddings", "head_dim"),
+    ):
         assert getattr(again, field) == getattr(config, field), field
     assert again.depth == len(config.executed)
     assert [again.window(i) for i in range(again.depth)] == [config.window(i) for i in range(again.depth)]

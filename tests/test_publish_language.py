@@ -1,0 +1,246 @@
+"""Language models in the Hub's layout: what is saved and published opens, here and in transformers, with its card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import zoo
+from tests.hub_stub import Hub
+from tests.language import small
+from zoo import cli
+from zoo.data.text import TextDataConfig
+from zoo.data.tokenizers import create_tokenizer
+from zoo.errors import ConfigError
+from zoo.publishing import model_card, prepare, publish
+from zoo.training import LanguageTrainingConfig, train
+from zoo.training.config import OutputConfig, SchedulerConfig
+from zoo.training.language_config import LanguageModelConfig, LanguageTrainConfig, SampleConfig, TokenizerConfig
+
+TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "hidden_dim": 32, "context_length": 32}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two short epochs, as `train.py` leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "manual"
+    train(
+        LanguageTrainingConfig(
+            model=LanguageModelConfig(name="mobilellm_125m", args=TINY),
+            tokenizer=TokenizerConfig(name="bytes"),
+            data=TextDataConfig(
+                name="pydoc", sequence_length=32, batch_size=32, tokens_per_epoch=8192, val_tokens=2048
+            ),
+            scheduler=SchedulerConfig(epochs=2, warmup_epochs=0.1),
+            train=LanguageTrainConfig(device="cpu"),
+            sample=SampleConfig(prompts=["The "], max_new_tokens=8),
+            output=OutputConfig(dir=str(folder), tracker=None),
+        )
+    )
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "manual"))
+
+
+def results_of(run: Path) -> dict[str, Any]:
+    """What `eval.py --model RUN --output RUN/evaluation` leaves there, with a task."""
+    model = zoo.create_model(f"local-dir:{run / 'best'}")
+    scores = zoo.evaluation.perplexity(model, "A text to be measured.", create_tokenizer("bytes"))
+    found = {
+        "model": "/home/jane/runs/manual", "task": "language", "data": "/home/jane/wiki.txt", "split": None,
+        "perplexity": scores.perplexity, "bits_per_byte": scores.bits_per_byte, "loss": scores.loss,
+        "tokens": scores.tokens, "bytes": scores.bytes, "context": scores.context, "stride": scores.stride,
+        "tokenizer": "bytes", "command": "python eval.py --model /home/jane/runs/manual",
+        "tasks": [{"task": "arc_easy", "metric": "acc", "value": 0.25, "stderr": 0.01, "num_fewshot": 0, "samples": 9}],
+    }  # fmt: skip
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.json").write_text(json.dumps(found))
+    return found
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(257, (2, 20), generator=torch.Generator().manual_seed(3))
+
+
+def files_of(hub: Hub, name: str) -> dict[str, bytes]:
+    return hub.repos[name].commits[hub.repos[name].refs["main"]]
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+def test_one_folder_serves_both(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = small("mobilellm_r1_140m").eval()
+    zoo.save_pretrained(model, tmp_path / "both", tokenizer=create_tokenizer("bytes"), note="One for two.")
+    ours = zoo.create_model(f"local-dir:{tmp_path / 'both'}").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
+    with torch.no_grad():
+        wanted = model(tokens())
+        assert torch.equal(ours(tokens()), wanted)
+        assert ((theirs(tokens()).logits - wanted).abs().max() / wanted.abs().max()).item() < 1e-5
+    assert ours.pretrained_cfg["architecture"] == "mobilellm_r1_140m"  # type: ignore[index]
+    config = json.loads((tmp_path / "both" / "config.json").read_text())
+    assert config["model_type"] == "llama4_text"
+    assert config["eos_token_id"] == 256
+    assert config["note"] == "One for two."
+    assert "tag" not in config["pretrained_cfg"]  # the weights were never published
+    assert create_tokenizer(tmp_path / "both").vocab_size == 257
+
+
+def test_shared_layers_are_stored_once_and_open_here_alone(tmp_path: Path):
+    model = small("mobilellm_ls_125m", layer_map=(0, 0, 1, 1, 2, 2))
+    zoo.save_pretrained(model, tmp_path / "shared", dtype=torch.float16)
+    again: Any = zoo.create_model(f"local-dir:{tmp_path / 'shared'}", dtype=torch.float16)
+    assert again.config == model.config
+    assert "model_type" not in json.loads((tmp_path / "shared" / "config.json").read_text())
+    assert torch.equal(again.head_weight, model.head_weight.half())
+
+
+def test_saving_again_replaces_the_tokenizer_and_keeps_the_rest(tmp_path: Path):
+    zoo.save_pretrained(small(), tmp_path / "model", tokenizer=create_tokenizer("bytes"))
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    zoo.save_pretrained(small(), tmp_path / "model", tokenizer=create_tokenizer("bytes"), overwrite=True)
+    assert create_tokenizer(tmp_path / "model").vocab_size == 257
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_saved(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no classes"):
+        zoo.save_pretrained(small(), tmp_path / "model", labels=["a"])
+    with pytest.raises(ConfigError, match="another model's tokenizer"):
+        zoo.save_pretrained(small(vocab_size=100), tmp_path / "model", tokenizer=create_tokenizer("bytes"))
+    vision = zoo.create_model("poolformer_s12", pretrained=False, depths=(1,), dims=(8,))
+    with pytest.raises(ConfigError, match="none"):
+        zoo.save_pretrained(vision, tmp_path / "model", tokenizer=create_tokenizer("bytes"))
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------- publishing
+
+
+def test_a_run_is_published_and_opens(hub: Hub, run: Path, tmp_path: Path):
+    results = results_of(run)
+    found = publish(run, "me/manual", license="apache-2.0", note="Trained on a toaster.")
+    files = files_of(hub, "me/manual")
+    assert set(found.files) == set(files) - {".gitattributes"}
+    assert set(found.files) == {
+        *("README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("generation_config.json", "training_config.yaml", "environment.json", "history.csv", "curves.png"),
+        *("samples.md", "results.json"),
+    }
+    assert files["model.safetensors"] == (run / "best" / "model.safetensors").read_bytes()
+    assert b"jane" not in b"".join(files.values())
+    served: Any = zoo.create_model("hf-hub:me/manual", cache_dir=tmp_path / "cache").eval()
+    ours = zoo.create_model(f"local-dir:{run / 'best'}").eval()
+    assert torch.equal(served(tokens()), ours(tokens()))
+    assert served.pretrained_cfg["license"] == "apache-2.0"
+    tokenizer = create_tokenizer("hf-hub:me/manual", cache_dir=tmp_path / "cache")
+    assert zoo.generate(served, "The ", tokenizer=tokenizer, max_new_tokens=4)
+
+    card: Any = ModelCard(files["README.md"].decode(), ignore_metadata_errors=False)
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"zoo", "mobilellm"} <= set(card.data.tags)
+    measured = {(result.dataset_name, result.metric_type): result for result in card.data.eval_results}
+    assert measured["wiki.txt", "perplexity"].metric_value == round(results["perplexity"], 4)
+    assert measured["wiki.txt", "bits_per_byte"].source_url.endswith("/me/manual/blob/main/results.json")
+    assert measured["arc_easy", "acc"].metric_value == 0.25
+    parameters = sum(parameter.numel() for parameter in ours.parameters())
+    for text in (
+        f"| parameters | {parameters:,}, embedding and head being one |",
+        "| memory | 64 bytes of keys and values a token |",
+        "| context | 32 tokens |",
+        "| vocabulary | 257, tokenizer of 257 |",
+        'zoo.create_model("hf-hub:me/manual")',
+        "zoo export hf-hub:me/manual FOLDER --to gguf",
+        f"| Bits per byte | {results['bits_per_byte']:.4f} |",
+        "| `arc_easy` | acc | 0.2500 | 0.0100 | 0 | 9 |",
+        "python eval.py --model manual",
+        "| `model.args.dim` | `16` |",
+        "![Loss by epoch](curves.png)",
+        "Trained on a toaster.",
+        "eprint = {2402.14905}",
+    ):
+        assert text in card.text, text
+    assert "`optimizer.opt`" not in card.text  # the default
+    assert not publish(run, "me/manual", license="apache-2.0", note="Trained on a toaster.").changed
+
+
+def test_the_card_speaks_of_transformers_where_it_opens_the_files(trained: Path, tmp_path: Path):
+    pytest.importorskip("transformers")
+    card: Any = ModelCard(model_card(trained), ignore_metadata_errors=False)
+    assert card.data.library_name == "transformers"
+    assert 'AutoModelForCausalLM.from_pretrained("OWNER/NAME")' in card.text
+    shared = small("mobilellm_ls_125m", layer_map=(0, 0, 1, 1, 2, 2))
+    draft = prepare(shared, tmp_path / "draft", tokenizer="bytes")
+    card = ModelCard(draft.card, ignore_metadata_errors=False)
+    assert card.data.library_name == "backbone-zoo"
+    assert "AutoModelForCausalLM" not in card.text
+    assert "zoo export hf-hub:OWNER/NAME FOLDER --to transformers" in card.text
+    assert "| layers, width | 3 stored, 6 executed; 32, 64 within |" in card.text
+    assert "These weights come without measured results." in card.text
+    assert "tokenizer.json" in draft.files
+
+
+def test_without_an_evaluation_the_run_speaks_for_itself(trained: Path):
+    rows = [line.split(",") for line in (trained / "history.csv").read_text().splitlines()]
+    best = min(float(row[rows[0].index("val_bits_per_byte")]) for row in rows[1:])
+    card: Any = ModelCard(model_card(trained), ignore_metadata_errors=False)
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert measured["bits_per_byte"] == round(best, 4)
+    assert "the topics of Python's manual (pydoc)" in card.text
+
+
+def test_a_model_without_a_tokenizer_is_remarked_on_and_halving_too(tmp_path: Path):
+    model = small()
+    draft = prepare(model, tmp_path / "draft", half=True)
+    assert any("no tokenizer" in remark for remark in draft.remarks)
+    assert "token numbers: there is no tokenizer" in draft.card
+    assert "float16, halved after training" in draft.card
+    assert "tokenizer.json" not in draft.files
+
+
+def test_results_of_images_are_not_those_of_text(run: Path):
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.json").write_text(json.dumps({"top1": 80.0}))
+    with pytest.raises(ConfigError, match="neither perplexity nor tasks"):
+        model_card(run)
+
+
+def test_published_weights_keep_their_name_and_licence(hub: Hub, tmp_path: Path):
+    """A repository of the registry opens by its address, and nobody gives its weights out under another licence."""
+    base = zoo.save_pretrained(small("mobilellm_125m"), tmp_path / "base", tokenizer=create_tokenizer("bytes"))
+    config = json.loads((base / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("architecture", "model_args", "zoo")}
+    repo = {path.name: path.read_bytes() for path in base.iterdir()} | {"config.json": json.dumps(kept).encode()}
+    from tests.hub_stub import Repo
+
+    hub.repos["HuggingFaceTB/SmolLM-135M"] = Repo()
+    hub.repos["HuggingFaceTB/SmolLM-135M"].commit(repo)
+    model: Any = zoo.create_model("hf-hub:HuggingFaceTB/SmolLM-135M", cache_dir=tmp_path / "cache")
+    assert model.pretrained_cfg["architecture"] == "smollm_135m"
+    assert model.pretrained_cfg["tag"] == "smollm_corpus"
+    card: Any = ModelCard(model_card(model, tokenizer="bytes"), ignore_metadata_errors=False)
+    assert card.data.license == "apache-2.0"
+    assert card.data.base_model == "HuggingFaceTB/SmolLM-135M"
+    assert "with the weights `smollm_135m.smollm_corpus`" in card.text
+
+
+def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["publish", str(run), "me/manual", "--dry-run", str(tmp_path / "draft")]) == 0
+    said = capsys.readouterr()
+    assert "tokenizer.json" in said.out
+    assert "Nothing was published" in said.err
+    assert cli.main(["card", str(run), "--tokenizer", "nothing"]) == 1
+    assert "no tokenizer 'nothing'" in capsys.readouterr().err
