@@ -26,7 +26,7 @@ BYTES = zoo.create_tokenizer("bytes")
 class NoBos:
     """Bytes without a token that begins a text."""
 
-    name, vocab_size, bos_id, eos_id = "plain bytes", 256, None, None
+    name, vocab_size, bos_id, eos_id, adds_bos = "plain bytes", 256, None, None, False
 
     def encode(self, text: str, *, bos: bool = False, special: bool = True) -> list[int]:
         assert not bos

@@ -62,8 +62,8 @@ def perplexity(
 ) -> TextScores:
     """Perplexity, bits per token and bits per byte of `model` on `texts`, every token predicted once.
 
-    A document's first token is predicted from the tokenizer's bos; where it has none, from nothing, so that neither
-    that token nor its bytes count. Long documents are read in windows.
+    A document's first token is predicted from bos, where the tokenizer's models know it before a text; else it is
+    predicted from nothing, so that neither that token nor its bytes count. Long documents are read in windows.
 
     Args:
         model: a language model of the zoo in any form, or a causal one of transformers. It is evaluated in the
@@ -109,7 +109,7 @@ def perplexity(
         raise DataError("There is no text to evaluate: all of it is empty.")
     if not counts.tokens:
         raise DataError(
-            "There is no token to predict: the text is one token long, and its tokenizer has no bos to predict it from."
+            "There is no token to predict: the text is one token long, and there is no bos to predict it from."
         )
     if not math.isfinite(counts.nats):
         raise ZooError(
@@ -300,6 +300,8 @@ class _Counts:
     def windows(
         self, texts: Iterable[str | Sequence[int]], tokenizer: Tokenizer, context: int, stride: int
     ) -> Iterator[Window]:
+        is_known = tokenizer.adds_bos or tokenizer.bos_id == tokenizer.eos_id  # what training puts before a text
+        bos = tokenizer.bos_id if is_known else None
         for text in texts:
             if isinstance(text, str):
                 ids, size = tokenizer.encode(text, special=False), len(text.encode())
@@ -310,10 +312,10 @@ class _Counts:
                 raise DataError(f"A text is a string, or a list of token numbers, not {type(text).__name__}.")
             if not ids:
                 continue
-            if tokenizer.bos_id is None:
+            if bos is None:
                 size -= min(size, len(tokenizer.decode(ids[:1]).encode()))
-            elif ids[0] != tokenizer.bos_id:
-                ids = [tokenizer.bos_id, *ids]
+            elif ids[0] != bos:
+                ids = [bos, *ids]
             tokens = np.array(ids, dtype=np.int64)
             number = self.documents
             self.documents += 1
