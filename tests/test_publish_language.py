@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             scheduler=SchedulerConfig(epochs=2, warmup_epochs=0.1),
             train=LanguageTrainConfig(device="cpu"),
-            sample=SampleConfig(prompts=["The "], max_new_tokens=8),
+            sample=SampleConfig(prompts=("The ",), max_new_tokens=8),
             output=OutputConfig(dir=str(folder), tracker=None),
         )
     )
