@@ -84,7 +84,12 @@ class Sampling:
         """(B, V) of `scores` -> (B,) tokens."""
         if not self.temperature:
             return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        # one draw where the probabilities are added up: torch.multinomial draws for every token
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64
+        reached = scores.softmax(-1).to(wide).cumsum(-1)
+        draw = torch.rand(len(reached), 1, dtype=wide, device=reached.device, generator=generator)
+        chosen = torch.searchsorted(reached, draw * reached[:, -1:], right=True)[:, 0]
+        return chosen.clamp(max=reached.shape[-1] - 1)
 
 
 def _is_number(value: object) -> bool:
