@@ -146,7 +146,7 @@ class LlamaCppDecoding:
         self._batch = llama.llama_batch_init(options.n_batch, 0, 1)
         self._room = int(options.n_batch)
         self._close = weakref.finalize(self, _free, llama, self._context, self._batch)
-        self._logits = torch.empty(len(prompts), self._model.vocab_size)
+        self.logits = torch.empty(len(prompts), self._model.vocab_size)
 
     @property
     def is_over(self) -> bool:
@@ -166,7 +166,7 @@ class LlamaCppDecoding:
         else:
             for start in range(0, len(self._next), self._room):
                 self._decode(self._next[start : start + self._room], is_last=True)
-        chosen = self.sampling.choose(self.sampling.scores(self._logits, self._seen), self._generator)
+        chosen = self.sampling.choose(self.sampling.scores(self.logits, self._seen), self._generator)
         if self._seen is not None:
             self._seen.scatter_(1, chosen[:, None], True)
         self.count += 1
@@ -195,7 +195,7 @@ class LlamaCppDecoding:
             raise ConfigError(f"llama.cpp could not compute this step (its status is {status}).")
         for row, place in last.items():
             found = llama.llama_get_logits_ith(self._context, place)
-            ctypes.memmove(self._logits[row].data_ptr(), found, 4 * self._model.vocab_size)
+            ctypes.memmove(self.logits[row].data_ptr(), found, 4 * self._model.vocab_size)
 
 
 def _free(llama: Any, context: Any, batch: Any) -> None:

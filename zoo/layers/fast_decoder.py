@@ -109,10 +109,11 @@ class FastRotary(RotaryTable):
 
 
 def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs (i, i + width / 2) of `x`, (B, heads, S, width)."""
+    """Turn pairs (i, i + width / 2) of `x`, (B, heads, S, width), in the precision of the tables."""
     cos, sin = rotation
-    a, b = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat((b, a), -1), sin)
+    wide = x.to(cos.dtype)
+    a, b = wide.chunk(2, -1)
+    return torch.addcmul(wide * cos, torch.cat((b, a), -1), sin).to(x.dtype)
 
 
 def _side_by_side(weight: Tensor, width: int, turned: int, interleaved: bool) -> Tensor:

@@ -155,8 +155,14 @@ class QuantizedLinear(nn.Module):
 class QuantizedEmbedding(QuantizedLinear):
     """Rows of the matrix. (...) -> (..., in_features); `linear` is its other use, as a tied head."""
 
+    like: Tensor  # of the dtype that rows have
+
+    def __init__(self, weight: Tensor, bits: int, group_size: int) -> None:
+        super().__init__(weight, bits, group_size)
+        self.register_buffer("like", weight.new_empty(0), persistent=False)
+
     def forward(self, tokens: Tensor) -> Tensor:
         block, row = tokens // ROWS, tokens % ROWS
         q = _unpack(self.packed[block, :, :, row], self.bits).flatten(-2)
         scales = self.scales[block, :, row].float()
-        return (q.unflatten(-1, (-1, self.group_size)) * scales[..., None]).flatten(-2)
+        return (q.unflatten(-1, (-1, self.group_size)) * scales[..., None]).flatten(-2).to(self.like.dtype)

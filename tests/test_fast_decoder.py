@@ -1,0 +1,141 @@
+"""The fast form of decoders equals the plain one, for every language model, in every way that one is called."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+import zoo
+from tests.language import small
+from zoo.errors import ConfigError
+from zoo.layers.fast_decoder import FastDecoder
+from zoo.registry import get_entry
+
+LATENT = {"num_kv_heads": None, "q_rank": 32, "kv_rank": 64, "nope_head_dim": 8, "rope_head_dim": 8, "v_head_dim": 16}
+
+
+def entries() -> list[str]:
+    """One name for each architecture that differs once it is small."""
+    kinds: dict[Any, str] = {}
+    for info in zoo.list_models("*", task="language"):
+        args = get_entry(info).args
+        same = ("rope_theta", "rope_interleaved", "qk_norm", "sliding_window", "kv_rank", "norm_eps", "mlp_name")
+        kinds.setdefault((*(args.get(key) for key in same), "layer_map" in args), info)
+    return list(kinds.values())
+
+
+def reduced(name: str, **changes: Any) -> Any:
+    """A small model of `name` that still has what is special about it."""
+    args: dict[str, Any] = {}
+    if "layer_map" in get_entry(name).args:
+        args["layer_map"] = tuple(stored for stored in range(3) for _ in range(2))
+    if "sliding_window" in get_entry(name).args:
+        args |= {"sliding_window": 5, "global_layers": (0,)}
+    if "kv_rank" in get_entry(name).args:
+        args |= LATENT
+    torch.manual_seed(0)
+    return small(name, **{**args, **changes})
+
+
+def randomised(name: str, **changes: Any) -> Any:
+    """That, with norms that have weights and layers that matter."""
+    model = reduced(name, **changes)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+        else:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
+
+
+@pytest.fixture(params=["0", "1"], ids=["pytorch", "native"])
+def native(request, monkeypatch):
+    monkeypatch.setenv("ZOO_NATIVE", request.param)
+    return request.param == "1"
+
+
+@pytest.mark.parametrize("name", entries())
+@torch.inference_mode()
+def test_equals_the_model(name, native):
+    model = randomised(name)
+    fast = zoo.optimize_for_inference(model)
+    tokens = torch.randint(0, 257, (2, 20))
+    assert isinstance(fast, FastDecoder)
+    assert error(fast(tokens), model(tokens)) < 1e-5
+    assert error(fast.forward_features(tokens), model.forward_features(tokens)) < 1e-5
+    targets = tokens.roll(-1, 1)
+    assert error(fast(tokens, targets), model(tokens, targets)) < 1e-5
+    positions = torch.arange(20).repeat(2, 1) - torch.tensor([[0], [4]])
+    positions = positions.clamp(min=-1)
+    kept = positions >= 0
+    assert error(fast(tokens, positions=positions)[kept], model(tokens, positions=positions)[kept]) < 1e-5
+    for batch, static_shapes in itertools.product((1, 2), (False, True)):
+        whole = model(tokens[:batch])
+        cache = fast.make_cache(batch, 32, static_shapes=static_shapes)
+        steps = [fast(tokens[:batch, :8], cache=cache)]
+        steps += [fast(tokens[:batch, place : place + 1], cache=cache) for place in range(8, 20)]
+        assert error(torch.cat(steps, 1), whole[:, 7:]) < 1e-5
+        assert cache.length == 20
+
+
+@pytest.mark.parametrize("name", ["mobilellm_125m", "mobilellm_pro", "youtu_llm_2b"])
+@torch.inference_mode()
+def test_left_padding_in_a_cache(name, native):
+    model = randomised(name)
+    fast = zoo.optimize_for_inference(model)
+    tokens = torch.randint(0, 257, (2, 12))
+    positions = torch.arange(12).repeat(2, 1) - torch.tensor([[0], [5]])
+    found = []
+    for form in (model, fast):
+        cache = form.make_cache(2, 20)
+        found.append([form(tokens, cache=cache, positions=positions.clamp(min=-1))])
+        found[-1] += [form(tokens[:, place : place + 1], cache=cache) for place in range(4)]
+    assert error(torch.cat(found[1], 1), torch.cat(found[0], 1)) < 1e-5
+
+
+@torch.inference_mode()
+def test_untied_head_and_more_dtypes(native):
+    model = randomised("mobilellm_125m", tie_embeddings=False)
+    tokens = torch.randint(0, 257, (1, 9))
+    assert error(zoo.optimize_for_inference(model)(tokens), model(tokens)) < 1e-5
+    wide = model.double()
+    assert error(zoo.optimize_for_inference(wide)(tokens), wide(tokens)) < 1e-12
+    narrow = model.bfloat16()
+    fast = zoo.optimize_for_inference(narrow)
+    exact = copy.deepcopy(narrow).double()(tokens)
+    assert fast(tokens).dtype == torch.bfloat16
+    assert error(fast(tokens), exact) < 2 * error(narrow(tokens), exact)
+
+
+def test_shared_layers_are_stored_once():
+    model = randomised("mobilellm_ls_125m")
+    fast = zoo.optimize_for_inference(model)
+    assert sum(p.numel() for p in fast.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_the_model_stays_as_it_was_and_the_form_cannot_be_exported(tmp_path):
+    model = randomised("mobilellm_125m")
+    before = copy.deepcopy(model.state_dict())
+    fast = zoo.optimize_for_inference(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    with pytest.raises(ConfigError, match="the model that it was made from"):
+        zoo.save_pretrained(fast, tmp_path / "fast")
+    with pytest.raises(ConfigError, match="Token 257 is outside the vocabulary"):
+        fast(torch.tensor([[257]]))
+
+
+@torch.inference_mode()
+def test_generates_what_the_model_generates(native):
+    model = randomised("mobilellm_125m")
+    fast = zoo.optimize_for_inference(model)
+    for prompts in ([5, 6, 7], [[1, 2, 3], [4] * 9]):
+        assert zoo.generate(fast, prompts, max_new_tokens=24) == zoo.generate(model, prompts, max_new_tokens=24)

@@ -1,0 +1,156 @@
+"""The decoder's step in C++: as PyTorch's in every storage, compiled once, and done without where it must be."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.test_fast_decoder import error, randomised
+from zoo.errors import ConfigError
+from zoo.layers import native_step
+from zoo.layers.quantized import QuantizedLinear
+
+pytestmark = pytest.mark.skipif(native_step.library() is None, reason="there is no C++ compiler on this machine")
+
+COUNT = """
+import torch, zoo
+from tests.language import small
+torch.manual_seed(0)
+fast = zoo.optimize_for_inference(small())
+with torch.inference_mode():
+    cache = fast.make_cache(1, 16)
+    fast(torch.arange(5)[None], cache=cache)
+    print(float(fast(torch.tensor([[7]]), cache=cache).sum()))
+    print(fast._native is not None)
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def steps(model, tokens, **cache):
+    """Logits token by token, after four at once."""
+    memory = model.make_cache(1, tokens.shape[1], **cache)
+    parts = [model(tokens[:, :4], cache=memory)]
+    parts += [model(tokens[:, place : place + 1], cache=memory) for place in range(4, tokens.shape[1])]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mobilellm_125m", "mobilellm_r1_140m"])
+@torch.inference_mode()
+def test_sixteen_bits_equal_the_same_weights_in_float32(name, weights):
+    narrow = zoo.optimize_for_inference(randomised(name)).to(weights)
+    wide = copy.deepcopy(narrow).float()
+    tokens = torch.randint(0, 257, (1, 16))
+    caches = [form.make_cache(1, 16, dtype=torch.float32) for form in (narrow, wide)]
+    for place in range(16):  # from the first token on: PyTorch would round activations to 16 bits
+        got, wanted = (
+            form(tokens[:, place : place + 1], cache=cache) for form, cache in zip((narrow, wide), caches, strict=True)
+        )
+        rounding = 2.0**-8 if weights == torch.bfloat16 else 2.0**-11  # of the logits that are handed out
+        assert error(got, wanted) < rounding
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.float16])
+@torch.inference_mode()
+def test_keys_and_values_in_any_dtype(kept, monkeypatch):
+    fast = zoo.optimize_for_inference(randomised("mobilellm_pro"))
+    tokens = torch.randint(0, 257, (1, 16))
+    found = steps(fast, tokens, dtype=kept)
+    monkeypatch.setenv("ZOO_NATIVE", "0")
+    assert error(found, steps(fast, tokens, dtype=kept)) < 1e-5
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+@pytest.mark.parametrize("count", [1, 3, 4, 8, 13])
+@pytest.mark.parametrize("shape", [(48, 64), (257, 96)])
+@torch.inference_mode()
+def test_products_of_whole_numbers_are_exact(to, count, shape):
+    """Activations that 8 bits hold exactly give what float64 gives of the same weights."""
+    torch.manual_seed(0)
+    linear = QuantizedLinear(torch.randn(shape), 8 if to == "int8" else 4, 32)
+    x = torch.randint(-127, 128, (count, shape[1])).float()
+    x[:, ::32] = 127  # so that each group's scale is 1
+    assert error(linear(x), x.double() @ linear.dequantize(torch.float64).T) < 1e-6
+
+
+@torch.inference_mode()
+def test_a_form_that_moves_or_takes_other_weights_is_read_anew():
+    fast = zoo.optimize_for_inference(randomised("mobilellm_125m"))
+    tokens = torch.randint(0, 257, (1, 8))
+    before = steps(fast, tokens)
+    other = {key: value * 1.5 if "down" in key else value for key, value in fast.state_dict().items()}
+    copied = copy.deepcopy(fast)
+    copied.load_state_dict(other, assign=True)
+    assert error(steps(copied, tokens), copied(tokens)[:, 3:]) < 1e-5
+    assert error(steps(copied, tokens), before) > 1e-3
+    assert error(steps(fast, tokens), before) == 0
+    assert error(steps(fast.bfloat16(), tokens), before) < 0.1
+
+
+@torch.inference_mode()
+def test_bad_input_is_refused_before_it_is_read():
+    fast = zoo.optimize_for_inference(randomised("mobilellm_125m"))
+    cache = fast.make_cache(1, 4)
+    fast(torch.arange(3)[None], cache=cache)
+    with pytest.raises(ConfigError, match="outside the vocabulary"):
+        fast(torch.tensor([[-1]]), cache=cache)
+    fast(torch.tensor([[3]]), cache=cache)
+    with pytest.raises(ConfigError, match="room for 4 tokens"):
+        fast(torch.tensor([[4]]), cache=cache)
+
+
+@torch.inference_mode()
+def test_any_number_of_threads_gives_the_same():
+    fast = zoo.optimize_for_inference(randomised("mobilellm_125m"))
+    tokens = torch.randint(0, 257, (1, 12))
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(steps(fast, tokens))
+    finally:
+        torch.set_num_threads(threads)
+    assert max(error(other, found[0]) for other in found[1:]) < 1e-6
+
+
+def test_compiled_once_for_several_processes_at_a_time(tmp_path):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", "from zoo.layers import native_step; print(native_step.library() is not None)"],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate(timeout=300)[0].strip() for process in started] == ["True", "True"]
+    assert [path.suffix for path in (tmp_path / "backbone-zoo" / "native").iterdir()] == [".so"]
+
+
+def test_without_a_compiler_pytorch_does_it(tmp_path):
+    here = run(COUNT)
+    (tmp_path / "bin").mkdir()
+    without = run(COUNT, PATH=str(tmp_path / "bin"), CXX="", XDG_CACHE_HOME=str(tmp_path))
+    assert here.returncode == without.returncode == 0, without.stderr
+    assert without.stderr.count("no C++ compiler is installed") == 1
+    assert [out.stdout.split()[1] for out in (here, without)] == ["True", "False"]
+    assert float(here.stdout.split()[0]) == pytest.approx(float(without.stdout.split()[0]), abs=1e-4)

@@ -1,0 +1,125 @@
+"""Language models in 8 and 4 bits: how exact they are, and that every verb takes them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import zoo
+from tests.language import small
+from tests.test_fast_decoder import error, randomised, reduced
+from zoo.cli import main
+from zoo.errors import ConfigError
+from zoo.layers.quantized import QuantizedEmbedding, QuantizedLinear
+
+BITS = {"int8": 8, "int4": 4}
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize(("bits", "steps"), [(8, 127), (4, 7)])
+def test_weights_are_rounded_to_the_nearest_of_their_group(bits, steps, group_size):
+    torch.manual_seed(0)
+    weight = torch.randn(40, 128)
+    weight[3] = 0
+    linear = QuantizedLinear(weight, bits, group_size)
+    off = (linear.dequantize() - weight).unflatten(1, (-1, group_size)).abs()
+    scale = weight.unflatten(1, (-1, group_size)).abs().amax(-1, keepdim=True) / steps
+    plain = (weight.unflatten(1, (-1, group_size)) / scale.clamp(min=1e-9)).round() * scale
+    assert bool((linear.dequantize()[3] == 0).all())
+    assert off.square().sum() <= 1.001 * (plain - weight.unflatten(1, (-1, group_size))).square().sum()
+    if bits == 8:
+        assert bool((off <= 0.51 * scale).all())
+    bytes_each = (linear.packed.nbytes + linear.scales.nbytes) / (48 * 128)  # rows are filled up to 48
+    assert bytes_each == bits / 8 + 2 / group_size
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_are_those_of_the_matrix(bits):
+    torch.manual_seed(0)
+    embedding = QuantizedEmbedding(torch.randn(37, 64), bits, 32)
+    tokens = torch.randint(0, 37, (2, 5))
+    assert torch.equal(embedding(tokens), embedding.dequantize()[tokens])
+
+
+@pytest.mark.parametrize("name", ["mobilellm_125m", "mobilellm_ls_125m", "mobilellm_pro", "youtu_llm_2b"])
+@pytest.mark.parametrize("to", list(BITS))
+@torch.inference_mode()
+def test_with_and_without_the_library(to, name, monkeypatch):
+    model = reduced(name)
+    quantized = zoo.quantize(model, to)
+    tokens = torch.randint(0, 257, (1, 16))
+    targets = tokens.roll(-1, 1)
+    whole = quantized(tokens)
+    cache = quantized.make_cache(1, 16, dtype=torch.float32)
+    steps = [quantized(tokens[:, place : place + 1], cache=cache) for place in range(16)]
+    assert error(torch.cat(steps, 1), whole) < 0.02  # other sums round a few activations to the next number
+    assert error(quantized(tokens, targets), model(tokens, targets)) < (0.001 if to == "int8" else 0.02)
+    monkeypatch.setenv("ZOO_NATIVE", "0")
+    assert error(quantized(tokens), whole) < 0.05  # activations are not rounded here
+    assert error(quantized(tokens), model(tokens)) < (0.03 if to == "int8" else 0.5)
+
+
+@pytest.mark.parametrize("to", list(BITS))
+@torch.inference_mode()
+def test_saved_opened_and_used(to, tmp_path):
+    model = randomised("mobilellm_r1_140m")
+    quantized = zoo.quantize(model, to)
+    folder = zoo.save_pretrained(quantized, tmp_path / "model", tokenizer=zoo.create_tokenizer("bytes"))
+    plain = zoo.save_pretrained(model, tmp_path / "plain")
+    sizes = [(path / "model.safetensors").stat().st_size for path in (folder, plain)]
+    assert sizes[0] < sizes[1] * (0.4 if to == "int8" else 0.25)
+    opened = zoo.create_model(f"local-dir:{folder}")
+    tokens = torch.randint(0, 257, (2, 16))
+    assert torch.equal(opened(tokens), quantized(tokens))
+    assert opened.quantization == quantized.quantization
+    assert zoo.generate(opened, "ab", tokenizer="bytes", max_new_tokens=8) == zoo.generate(
+        quantized, "ab", tokenizer="bytes", max_new_tokens=8
+    )
+    narrow = zoo.create_model(f"local-dir:{folder}", dtype=torch.bfloat16)
+    assert narrow(tokens).dtype == torch.bfloat16
+    assert narrow.model.layers[0].down.scales.dtype == torch.float16
+
+
+def test_command_states_the_perplexity_before_and_after(tmp_path, capsys):
+    torch.manual_seed(0)
+    zoo.save_pretrained(small(), tmp_path / "model", tokenizer=zoo.create_tokenizer("bytes"))
+    text = tmp_path / "text.txt"
+    text.write_text("All happy families are alike; each unhappy family is unhappy in its own way. " * 4)
+    arguments = ["quantize", str(tmp_path / "model"), str(tmp_path / "small"), "--to", "int4", "--text", str(text)]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    written = json.loads((tmp_path / "small" / "config.json").read_text())["zoo"]["quantization"]
+    from zoo.evaluation.language import perplexity
+
+    tokenizer = zoo.create_tokenizer(str(tmp_path / "small"))
+    for form, key in ((tmp_path / "model", "before"), (tmp_path / "small", "after")):
+        opened = zoo.create_model(f"local-dir:{form}").eval()
+        assert written["perplexity"][key] == pytest.approx(perplexity(opened, text.read_text(), tokenizer).perplexity)
+        assert f"{written['perplexity'][key]:.4f}" in said
+    assert written["perplexity"]["before"] != written["perplexity"]["after"]
+    assert main(arguments) == 1  # the folder is not empty
+    assert "not empty" in capsys.readouterr().err
+
+
+@torch.inference_mode()
+def test_what_cannot_be(tmp_path):
+    model = small()
+    quantized = zoo.quantize(model)
+    with pytest.raises(ConfigError, match="no gradients"):
+        quantized.train()
+    with pytest.raises(ConfigError, match="quantised already"):
+        zoo.quantize(quantized)
+    with pytest.raises(ConfigError, match="fast already"):
+        zoo.quantize(zoo.optimize_for_inference(model))
+    with pytest.raises(ConfigError, match="Did you mean int8"):
+        zoo.quantize(model, "int88")
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        zoo.quantize(model, group_size=48)
+    with pytest.raises(ConfigError, match="64 does not go with 32"):
+        zoo.quantize(model, group_size=64)
+    with pytest.raises(ConfigError, match="language model"):
+        zoo.quantize(torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="leave out dtype"):
+        zoo.save_pretrained(quantized, tmp_path / "model", dtype=torch.float16)
