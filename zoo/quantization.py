@@ -37,11 +37,7 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
     if isinstance(model, FastDecoder):
         form = "fast" if model.quantization is None else "quantised"
         raise ConfigError(f"The model is {form} already: give the one that it was made from.")
-    quantized = FastDecoder(model, quantization)
-    for name in ("pretrained_cfg", "default_cfg", "_model_args", "load_report"):
-        if name in model.__dict__:
-            quantized.__dict__[name] = model.__dict__[name]
-    return quantized
+    return FastDecoder(model, quantization)
 
 
 def quantize_checkpoint(

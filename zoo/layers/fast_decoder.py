@@ -309,6 +309,9 @@ class FastDecoder(Decoder):
         self.register_load_state_dict_post_hook(_forget)
         self.requires_grad_(False)
         super().train(False)
+        for name in ("pretrained_cfg", "default_cfg", "_model_args", "load_report"):  # which model this is
+            if name in model.__dict__:
+                self.__dict__[name] = model.__dict__[name]
 
     def fast_form(self) -> FastDecoder:
         return self
