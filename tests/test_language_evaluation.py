@@ -18,6 +18,7 @@ from zoo.data.text import TextDataConfig
 from zoo.evaluation import perplexity
 from zoo.evaluation.config import LanguageEvaluationConfig, parse_evaluation
 from zoo.evaluation.language import windows
+from zoo.evaluation.language_results import LanguageResults, TaskScore
 
 TEXTS = ["The quick brown fox jumps over the lazy dog. " * 9, "Füchse", "", "a", "Zwölf Boxkämpfer jagen Viktor. " * 4]
 BYTES = zoo.create_tokenizer("bytes")
@@ -340,3 +341,18 @@ def test_help_of_language_models_has_examples_that_parse(eval_py: Any, folder: P
         argv = example.replace("runs/books", str(folder)).split()
         fallback = [] if {"--data.path", "--tasks", "--suite"} & set(argv) else ["--data.name", "pydoc"]
         assert parse_evaluation([*argv, *fallback]).models
+
+
+def test_mean_accuracy_needs_one_of_each_task():
+    def score(task: str, metric: str, value: float) -> TaskScore:
+        return TaskScore(task=task, metric=metric, value=value, stderr=0.01, samples=100, num_fewshot=0, version="1")
+
+    def results(*scores: TaskScore) -> LanguageResults:
+        return LanguageResults(model="m", tokenizer="bytes", params=1, tasks=scores, suite="zero_shot", batch_size=1)
+
+    two = results(score("a", "acc", 0.25), score("a", "acc_norm", 0.9), score("b", "acc", 0.5))
+    assert two.mean_accuracy == 0.375
+    assert "m: zero_shot, mean accuracy 37.50%" in str(two)
+    assert "  b  acc       0.5000 +- 0.0100  (zero-shot, 100 samples)" in str(two)
+    assert results(score("a", "acc", 0.25)).mean_accuracy is None
+    assert results(score("a", "acc", 0.25), score("b", "exact_match", 0.5)).mean_accuracy is None
