@@ -127,6 +127,18 @@ def test_bfloat16_and_the_fast_form(plain: Any) -> None:
     assert list(map(len, found)) == [12, 12]
 
 
+def test_llama_cpp_gives_the_same(plain: Any) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is built for ten minutes, and not part of [dev]")
+    prompts = [some_tokens(9).tolist(), some_tokens(4).tolist()]
+    for chosen in ({}, {"repetition_penalty": 1.3}, {"temperature": 1.5, "top_k": 5, "seed": 0}):
+        options: dict[str, Any] = {"max_new_tokens": 12, **chosen}
+        assert zoo.generate(plain, prompts, engine="llama.cpp", **options) == zoo.generate(plain, prompts, **options)
+    assert zoo.generate(speller("Gré, 🦊!"), ["", "G"], tokenizer="bytes", engine="llama.cpp", stop="!") == [
+        "Gré, 🦊",
+        "ré, 🦊",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilellm_125m", "mobilellm_pro"])
 def test_compiled_steps_are_one_program_and_give_the_same(name: str) -> None:
@@ -244,7 +256,7 @@ def speller(text: str) -> Any:
     """A model that spells `text` and then the end of it, whatever the prompt: the token at each place is set by that
     before it, so `text` must not repeat a byte."""
     torch.manual_seed(0)
-    model = small(depth=1, dim=512, head_dim=128, hidden_dim=8, tie_embeddings=False)
+    model = small(depth=1, dim=512, head_dim=128, hidden_dim=32, tie_embeddings=False)
     tokens = [*text.encode(), 256]
     with torch.no_grad():
         for parameter in (*model.model.layers.parameters(), model.lm_head.weight):
@@ -334,7 +346,7 @@ def test_a_stream_leaves_gradients_as_they_were(plain: Any) -> None:
         ([[1], []], {}, "prompt is empty"),
         ([257], {}, "257, and the model's tokens are 0 to 256"),
         ([[1], [2, -1]], {}, "Prompt 1 holds -1"),
-        ([1] * 100, {"max_new_tokens": 29}, "28 new tokens at most"),
+        ([1] * 100, {"max_new_tokens": 29}, "ask for 28 at most"),
         ([1] * 130, {}, "less text"),
         ("text", {}, "tokenizer="),
         ([1], {"stop": "x"}, "tokenizer="),
@@ -382,7 +394,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_folder_is_model_and_tokenizer(folder: Path) -> None:
     assert zoo.generate(folder, "") == "Hi! Bye."
     assert zoo.generate(str(folder), ["", "H"]) == ["Hi! Bye.", "i! Bye."]
-    assert zoo.generate(zoo.create_model(f"local-dir:{folder}"), "H") == "i! Bye."
+    model = zoo.create_model(f"local-dir:{folder}")
+    for form in (model, zoo.optimize_for_inference(model), zoo.quantize(model, "int8")):
+        assert zoo.generate(form, "H") == "i! Bye."
 
 
 def command(*arguments: object, given: bytes = b"") -> tuple[int, str, str]:

@@ -45,15 +45,12 @@ class Decoding:
         config = model.config
         check_prompts(prompts, config.vocab_size)
         longest = max(map(len, prompts))
-        if longest + max_new_tokens > config.context_length:
+        room = config.context_length - longest
+        if room < max_new_tokens:
             raise ConfigError(
-                f"A prompt of {longest} tokens and {max_new_tokens} new ones are more than the model's context, "
+                f"A prompt of {longest} tokens leaves room for {max(room, 0)} new ones in the model's context, "
                 f"{config.context_length}: "
-                + (
-                    f"ask for {config.context_length - longest} new tokens at most."
-                    if longest < config.context_length
-                    else "give it less text."
-                )
+                + (f"{max_new_tokens} were asked for, ask for {room} at most." if room > 0 else "give it less text.")
             )
         self.model, self.max_new_tokens = model, max_new_tokens
         self.sampling = sampling or Sampling()
