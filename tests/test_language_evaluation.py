@@ -274,6 +274,17 @@ def test_a_run_brings_its_texts(eval_py: Any, folder: Path, tmp_path: Path):
     assert (results["bytes"], results["context"], results["batch_size"]) == (len(TEXTS[0]), 32, 5)
 
 
+def test_weights_in_half_precision(eval_py: Any, folder: Path, model: Any, tmp_path: Path):
+    flags = ["--data.name", "pydoc", "--data.val_tokens", 500, "--dtype", "bfloat16", "--output", tmp_path / "out"]
+    status, _, errors = eval_py("--model", folder, *flags, "--device", "cpu")
+    assert status == 0, errors
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    own = zoo.evaluate(model, TextDataConfig(name="pydoc", val_tokens=500), tokenizer=BYTES)
+    assert (results["weights"], own.weights) == ("bfloat16", "float32")
+    assert results["loss"] != own.loss
+    assert results["loss"] == pytest.approx(own.loss, rel=0.02)
+
+
 def test_several_models_stand_in_one_table(eval_py: Any, folder: Path, tmp_path: Path):
     (tmp_path / "text.txt").write_text(TEXTS[0])
     flags = ["--data.path", tmp_path / "text.txt", "--tokenizer", "bytes", "--output", tmp_path / "out"]

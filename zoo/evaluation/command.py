@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from zoo.data import preprocessing
@@ -68,7 +69,8 @@ def _run_language(config: LanguageEvaluationConfig, command: str | None, output:
     rows: list[LanguageResults] = []
 
     def evaluate_one(name: str) -> None:
-        model = load_model(name, config.checkpoint_path)
+        precision = {} if config.dtype is None else {"dtype": getattr(torch, config.dtype)}
+        model = load_model(name, config.checkpoint_path, **precision)
         check_language_model(model)
         found = evaluate_language(
             model,

@@ -124,6 +124,7 @@ class LanguageEvaluationConfig:
         chat: put each question as a conversation, by the tokenizer's template.
         bootstrap_iters: resamplings for the standard error of metrics that have no formula; 0 leaves all out.
         device: where to run; "auto" takes the accelerator there is.
+        dtype: of the weights; by default as they were saved.
         amp: mixed precision.
         output: folder for results.json and tables; null to print only.
     """
@@ -144,6 +145,7 @@ class LanguageEvaluationConfig:
     chat: bool = False
     bootstrap_iters: int = 100_000
     device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
     amp: Literal["no", "bf16", "fp16"] = "no"
     output: str | None = None
 
