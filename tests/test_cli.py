@@ -114,6 +114,47 @@ def test_info_of_a_tag_and_of_frozen_weights():
     assert "licence unstated" in output
 
 
+def test_language_models_have_columns_of_their_own():
+    output = succeed("search", "--task", "language", "--max-params", "400M")
+    header, *rows = table(output)
+    assert header == ["name", "params", "MACs/token", "KV/token", "context", "weights", "licence"]
+    assert [row[0] for row in rows] == [info.name for info in zoo.search(task="language", max_params=400e6)]
+    assert ["mobilellm_ls_125m", "125M", "231M", "45.0", "KiB", "2,048", "meta", "(gated)"] in [row[:8] for row in rows]
+    assert "KV/token: bytes remembered of a token" in output
+    mixed = succeed("list", "mobilellm_125m", "poolformer_s12")
+    assert [row[:4] for row in table(mixed)[1:]] == [
+        ["mobilellm_125m", "125M", "125M", "token"],
+        ["poolformer_s12", "11.9M", "1.81G", "3x224x224"],
+    ]
+    assert "A language model's are those of one generated token." in mixed
+    _, *tagged = table(succeed("list", "smollm_135m", "--pretrained"))
+    assert ["smollm_135m.smollm_corpus", "tokens", "smollm-corpus", "apache-2.0"] in tagged
+    _, *front = table(succeed("pareto", "--x", "params", "--y", "kv_bytes", "--task", "language"))
+    assert next(row[0] for row in front) == "mobilellm_125m"
+
+
+def test_info_of_a_language_model():
+    output = succeed("info", "mobilellm_ls_125m")
+    for fact in (
+        "30 stored, 60 executed",
+        "230,768,640",
+        "45.0 KiB (23,040 numbers)",
+        "2,048 tokens",
+        "eight zero-shot",
+    ):
+        assert fact in output
+    for access in ("gated: terms at https://huggingface.co/facebook/MobileLLM-125M-layer-share", "`hf auth", "token"):
+        assert access in output
+    for of_images in ("top-1", "crop", "fvcore", "classes", "3x224x224"):
+        assert of_images not in output
+    assert "gated" not in succeed("info", "smollm_135m")
+    windowed = succeed("info", "mobilellm_pro")
+    assert "of which 10,752 are forgotten 512 tokens later" in windowed
+    facts = json.loads(succeed("info", "youtu_llm_2b", "--json"))
+    assert facts["language"]["kv_elements"] == 18_432
+    assert "input_size" not in facts
+
+
 def test_tables_fit_a_terminal_of_80_columns():
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()

@@ -185,7 +185,8 @@ def language_weights(infos: Sequence[ModelInfo], notes: dict[str, int]) -> str:
         for w in info.weights
     ]
     text = [
-        "The first tag of a model is its default.",
+        "The first tag of a model is its default. Accuracies in notes are claims of the authors, not measurements of "
+        "ours.",
         markdown_table(("weights", "trained on", "licence", "gated", "source"), rows),
         "\n".join(f"{number}. {note}" for note, number in notes.items()),
     ]

@@ -20,7 +20,15 @@ PAPER = Paper(
 )
 LINEAR_STD = 2 / (5 * 2048) ** 0.5
 
-for suffix, kind in (("", "The instruction model, which reasons on demand."), ("_base", "The pre-trained model.")):
+CHAT = (
+    "The instruction model, which reasons on demand. As the authors state: 93.7% of MATH-500, 95.9% of HumanEval and "
+    "81.2% of IFEval."
+)
+BASE = (
+    "The pre-trained model. As the authors state: 77.6% of GSM8K with 8 examples, 64.6% of HumanEval without any and "
+    "66.6% of MBPP with 3."
+)
+for suffix, kind in (("", CHAT), ("_base", BASE)):
     register(
         Entry(
             name=f"youtu_llm_2b{suffix}",
