@@ -25,6 +25,7 @@ from zoo.evaluation.plots import plot_models, plot_sizes
 from zoo.evaluation.results import Results, write_csv
 from zoo.evaluation.targets import check_label_map
 from zoo.files import check_writable, make_folder
+from zoo.hub import tokenizer_beside
 
 __all__ = ["run"]
 
@@ -72,10 +73,11 @@ def _run_language(config: LanguageEvaluationConfig, command: str | None, output:
         precision = {} if config.dtype is None else {"dtype": getattr(torch, config.dtype)}
         model = load_model(name, config.checkpoint_path, **precision)
         check_language_model(model)
+        beside = config.checkpoint_path and tokenizer_beside(config.checkpoint_path)
         found = evaluate_language(
             model,
             config.data if config.reads_text else None,
-            tokenizer=config.tokenizer or name,
+            tokenizer=config.tokenizer or beside or name,
             name=name,
             context=config.context,
             stride=config.stride,

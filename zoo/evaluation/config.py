@@ -109,7 +109,8 @@ class LanguageEvaluationConfig:
         data: which texts, for perplexity and bits per byte: their evaluation split, or all where they have none.
             `batch_size` counts windows, or sequences of a task, at once; `val_tokens` ends the reading.
         checkpoint_path: weights for a model that is given by its name.
-        tokenizer: "bytes", a folder, a file, "hf-hub:owner/name", or the name of a model; by default the model's own.
+        tokenizer: "bytes", a folder, a file, "hf-hub:owner/name", or the name of a model; by default the one beside
+            checkpoint_path, or the model's own.
         context: tokens that the model is given at once; by default those that its run was trained with, or all that it
             takes up to 2048.
         stride: tokens from one window to the next, half the context by default; as many as the context: windows do not
