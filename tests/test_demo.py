@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from zoo.demo import LEAST_TOP1, RECIPE, DemoError, demo
+from zoo.demo import LANGUAGE_RECIPE, LEAST_TOP1, MOST_BITS, RECIPE, DemoError, demo, demo_language
 
 
 def test_every_step_of_the_demo_in_short(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -33,6 +34,25 @@ def test_every_step_of_the_demo_in_short(tmp_path: Path, capsys: pytest.CaptureF
         assert made.split("/")[0] in text
 
 
+def test_every_step_of_the_language_demo_in_short(tmp_path: Path, capsys: pytest.CaptureFixture):
+    recipe = yaml.safe_load(LANGUAGE_RECIPE.read_text())
+    recipe["model"]["args"] |= {"depth": 2, "dim": 32, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    recipe["model"]["args"] |= {"hidden_dim": 48, "context_length": 260}
+    recipe["data"] |= {"tokens_per_epoch": 10_000, "val_tokens": 1000, "cache_dir": str(tmp_path / "cache")}
+    recipe["scheduler"]["epochs"] = 2
+    short = tmp_path / "short.yaml"
+    short.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(DemoError, match=r"above the 0\.1 that this demo is to reach"):
+        demo_language(tmp_path / "out", short, most_bits=0.1)
+    text = capsys.readouterr().out
+    checkpoint = tmp_path / "out" / "language" / "best"
+    assert f'zoo.create_model("local-dir:{checkpoint}", pretrained=True), "The "' in text
+    assert "\nThe " in text
+    assert "bits a byte of other topics" in text
+    for made in ("best/config.json", "best/model.safetensors", "best/tokenizer.json", "curves.png", "samples.md"):
+        assert (tmp_path / "out" / "language" / made).is_file()
+
+
 def test_an_output_that_cannot_be_written():
     done = subprocess.run(
         [sys.executable, "-m", "zoo.demo", "--output", "/dev/null/demo"], capture_output=True, text=True
@@ -46,3 +66,5 @@ def test_the_demo_reaches_its_accuracy(tmp_path: Path):
     done = subprocess.run([sys.executable, "-m", "zoo.demo", "--output", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "results.json").read_text())["top1"] >= LEAST_TOP1
+    with open(tmp_path / "language" / "history.csv", newline="") as file:
+        assert min(float(row["val_bits_per_byte"]) for row in csv.DictReader(file)) <= MOST_BITS
