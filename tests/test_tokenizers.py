@@ -278,6 +278,14 @@ def test_templates_cannot_reach_out_and_may_be_broken(chatty: Path) -> None:
         zoo.create_tokenizer(chatty).apply_chat([{"role": "user", "content": "x"}])
 
 
+def test_a_padding_token_that_is_not_there_is_none(folders: dict[str, Path], tmp_path: Path) -> None:
+    config = json.loads((folders["json"] / "tokenizer_config.json").read_text())
+    zoo.create_tokenizer(folders["json"]).save(tmp_path)
+    for pad, number in (("[PAD]", None), ({"content": "<|endoftext|>"}, 0)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": pad}))
+        assert zoo.create_tokenizer(tmp_path).pad_id == number
+
+
 def test_no_template_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no chat template"):
         zoo.create_tokenizer("bytes").apply_chat([{"role": "user", "content": "x"}])

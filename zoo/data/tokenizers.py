@@ -25,7 +25,7 @@ from zoo.errors import (
     UnknownModelError,
     did_you_mean,
 )
-from zoo.files import make_folder, whole_file
+from zoo.files import checkpoint_places, make_folder, whole_file
 
 __all__ = [
     "ByteTokenizer",
@@ -367,7 +367,7 @@ class _FromFiles(Tokenizer):
         for kind in ("bos", "eos", "pad"):
             token = _content(self._config.get(f"{kind}_token") or named.get(f"{kind}_token"))
             number = None if token is None else self._find(token)
-            if token is not None and number is None:
+            if token is not None and number is None and kind != "pad":  # transformers makes up a missing one of these
                 raise CheckpointError(f"The tokenizer {self.name} has no token {token!r}, which its files name.")
             if number is None:
                 stated = generation.get(f"{kind}_token_id")
@@ -604,7 +604,7 @@ def _from_files(name: str, files: Files) -> Tokenizer:
 
 def _read_files(path: Path) -> Files:
     """The vocabulary that `path` means and the files beside it. Raises CheckpointError."""
-    candidates = [path / "best", path / "last", path] if path.is_dir() else [path.parent]
+    candidates = checkpoint_places(path)
     names = VOCABULARIES if path.is_dir() else (path.name,)
     if path.is_file() and path.suffix not in (".json", ".model"):
         names = VOCABULARIES  # beside a checkpoint
