@@ -543,7 +543,7 @@ def run_sparsity(args: argparse.Namespace) -> None:
 
         check_picture(args.plot)
     import zoo
-    from zoo.evaluation.image_classification import load_model
+    from zoo.loading import load_model
 
     size = None if args.input_size is None else tuple(args.input_size)
     found = zoo.sparsity.report(load_model(args.source, args.checkpoint), size)

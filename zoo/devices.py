@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from zoo.errors import ConfigError, did_you_mean
 
@@ -37,3 +38,12 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.machine())
+
+
+def choose_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
+    """`device` as torch has it: "auto" is the accelerator there is, None where the model lies. Raises ConfigError."""
+    if device is None:
+        return next(model.parameters()).device
+    if device == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    return find_device(device)

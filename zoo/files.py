@@ -91,3 +91,8 @@ def put_in_place(fresh: Path, folder: Path) -> None:
         os.rename(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoint_places(path: Path) -> tuple[Path, ...]:
+    """Where the checkpoint lies that `path` means: best or last of a run, a folder itself, or that of a file."""
+    return (path / "best", path / "last", path) if path.is_dir() else (path.parent,)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
-from zoo.files import check_folder, put_in_place, whole_file
+from zoo.files import check_folder, checkpoint_places, put_in_place, whole_file
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
 from zoo.weights import DEFAULT_FILES, HUB_PREFIXES, fetch_from_hub, read_json, split_hub_id, write_safetensors
@@ -286,10 +286,8 @@ def tokenizer_beside(path: str | Path) -> Any:
     from zoo.data.tokenizers import VOCABULARIES, create_tokenizer
 
     path = Path(os.fspath(path).removeprefix("local-dir:")).expanduser()
-    folder = path if path.is_dir() else path.parent
-    places = (folder / "best", folder / "last", folder) if path.is_dir() else (folder,)
-    if any((place / name).is_file() for place in places for name in VOCABULARIES):
-        return create_tokenizer(folder)
+    if any((place / name).is_file() for place in checkpoint_places(path) for name in VOCABULARIES):
+        return create_tokenizer(path if path.is_dir() else path.parent)
     return None
 
 

@@ -33,7 +33,7 @@ from zoo.data.tokenizers import create_tokenizer
 from zoo.errors import CheckpointError, ConfigError, PublishError, UnknownModelError, ZooError, did_you_mean
 from zoo.exporting.checked import check_input
 from zoo.factory import create_model
-from zoo.files import whole_file
+from zoo.files import checkpoint_places, whole_file
 from zoo.hub import CONFIG, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
 from zoo.model_card import ENVIRONMENT, UNSTATED, Base, RunRecord, read_run, render_model_card, without_paths
@@ -561,7 +561,7 @@ def _base_by_name(name: str, module: nn.Module) -> Base:
 
 def _saved_cfg(path: Path) -> dict[str, Any] | None:
     """The description in a checkpoint's folder, or a run's, where it is still there."""
-    for folder in (path / "best", path / "last", path, path.parent):
+    for folder in (*checkpoint_places(path), path.parent):
         if (folder / CONFIG).is_file():
             config = read_json(folder / CONFIG)
             saved = config.get("pretrained_cfg")

@@ -60,9 +60,9 @@ def quantize_checkpoint(
     """
     from zoo.data.text import iterate_texts
     from zoo.data.tokenizers import create_tokenizer
-    from zoo.evaluation.image_classification import load_model
     from zoo.evaluation.language import perplexity
     from zoo.hub import save_pretrained
+    from zoo.loading import load_model
 
     Quantization(to, group_size)
     check_folder(Path(folder).expanduser().absolute(), overwrite)

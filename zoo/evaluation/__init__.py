@@ -11,12 +11,12 @@ from zoo.data import DataConfig
 from zoo.data.text import TextDataConfig
 from zoo.evaluation import image_classification
 from zoo.evaluation.features import FeatureConfig, evaluate_features
-from zoo.evaluation.image_classification import load_model
 from zoo.evaluation.language import evaluate_language, perplexity, predicts_tokens
 from zoo.evaluation.language_results import LanguageResults
 from zoo.evaluation.prediction import Prediction, class_activation_map, predict
 from zoo.evaluation.results import Results
 from zoo.evaluation.targets import LABEL_MAPS
+from zoo.loading import load_model
 
 __all__ = [
     "LABEL_MAPS",

@@ -18,7 +18,7 @@ from zoo.data import preprocessing
 from zoo.errors import ConfigError, ZooError
 from zoo.evaluation.config import EvaluationConfig, LanguageEvaluationConfig
 from zoo.evaluation.features import evaluate_features
-from zoo.evaluation.image_classification import check_image_model, evaluate, load_model
+from zoo.evaluation.image_classification import check_image_model, evaluate
 from zoo.evaluation.language import check_language_model, evaluate_language
 from zoo.evaluation.language_results import LanguageResults
 from zoo.evaluation.plots import plot_models, plot_sizes
@@ -26,6 +26,7 @@ from zoo.evaluation.results import Results, write_csv
 from zoo.evaluation.targets import check_label_map
 from zoo.files import check_writable, make_folder
 from zoo.hub import tokenizer_beside
+from zoo.loading import load_model
 
 __all__ = ["run"]
 

@@ -14,8 +14,8 @@ from zoo.data import DataConfig
 from zoo.data.text import TextDataConfig
 from zoo.errors import ConfigError, ZooError
 from zoo.evaluation.features import FeatureConfig, Method
-from zoo.evaluation.image_classification import looks_like_path, model_task
 from zoo.evaluation.predictions import check_topk
+from zoo.loading import looks_like_path, model_task
 
 __all__ = ["EvaluationConfig", "LanguageEvaluationConfig", "parse_evaluation"]
 

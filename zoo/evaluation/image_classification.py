@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,25 +25,20 @@ from zoo.data import (
     load_split,
     preprocessing,
 )
-from zoo.devices import find_device
-from zoo.errors import ConfigError, DataError, ZooError, did_you_mean
+from zoo.devices import choose_device
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.metrics import Counts
 from zoo.evaluation.predictions import predictions_file
 from zoo.evaluation.results import Results
 from zoo.evaluation.targets import class_names, find_targets, fit_classes
-from zoo.factory import create_model
-from zoo.hub import load_config
-from zoo.registry import get_entry, split_name
 
 __all__ = [
     "Counts",
     "Results",
     "class_names",
     "count",
-    "create_timm_model",
     "evaluate",
     "fit_classes",
-    "load_model",
 ]
 
 Amp = Literal["no", "bf16", "fp16"]
@@ -348,87 +342,3 @@ def check_image_model(model: nn.Module) -> None:
         raise ConfigError(
             f"{type(model).__name__} classifies pixels, not images: call the model of zoo.create_model itself."
         )
-
-
-def load_model(source: str, checkpoint_path: str | None = None, **model_args: Any) -> nn.Module:
-    """A model with weights, from whatever names one.
-
-    `source`: a name in the zoo with the tag of its weights or without (then its default weights, or `checkpoint_path`),
-    `timm/name`, `hf-hub:owner/name`, the folder of a run (its best checkpoint), or a folder in the Hub's layout.
-    Raises ConfigError for a folder that is neither, and what `zoo.create_model` raises.
-    """
-    if source.startswith("timm/"):
-        return create_timm_model(
-            source, pretrained=checkpoint_path is None, checkpoint_path=checkpoint_path or "", **model_args
-        )
-    path = Path(source).expanduser()
-    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
-        folder = _checkpoint_folder(path)
-        if folder is not None:
-            return create_model(f"local-dir:{folder}", checkpoint_path=checkpoint_path, **model_args)
-        if path.is_file():
-            raise ConfigError(
-                f"{source} has no config.json beside it that says what model it is: name the model, and give this file "
-                "as checkpoint_path."
-            )
-        raise ConfigError(f"{source} is neither the folder of a run nor one with config.json and model.safetensors.")
-    if looks_like_path(source):
-        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise ConfigError(f"There is no run or checkpoint {source!r}.{near}")
-    tagged_or_hub = "." in source or ":" in source
-    return create_model(
-        source,
-        pretrained=None if tagged_or_hub or checkpoint_path else True,
-        checkpoint_path=checkpoint_path,
-        **model_args,
-    )
-
-
-def _checkpoint_folder(path: Path) -> Path | None:
-    """The folder in the Hub's layout that a run, such a folder or a file in one means."""
-    folder = path if path.is_dir() else path.parent
-    for candidate in (folder / "best", folder / "last", folder):
-        if (candidate / "config.json").is_file() and (path.is_dir() or candidate == folder):
-            return candidate
-    return None
-
-
-def model_task(source: str) -> str:
-    """What `load_model(source)` is made for, "vision" or "language", without building it.
-
-    Raises what `load_model` raises for a name that does not exist.
-    """
-    if source.startswith("timm/"):
-        return "vision"
-    path = Path(source).expanduser()
-    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
-        folder = _checkpoint_folder(path)
-        source = source if folder is None else f"local-dir:{folder}"
-    if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return get_entry(load_config(source)[0]).task
-    return get_entry(split_name(source)[0]).task
-
-
-def looks_like_path(source: str) -> bool:
-    """Whether the name of a model can only be meant for a path: no other has slashes, save timm's and Hub ids."""
-    return "/" in source and not source.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:"))
-
-
-def create_timm_model(name: str, **args: Any) -> nn.Module:
-    """timm's own model, for a name such as `timm/poolformer_s12`. Raises ConfigError for what timm does not take."""
-    try:
-        model = timm.create_model(name.removeprefix("timm/"), **args)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm does not make {name!r}: {error}") from None
-    cfg = model.pretrained_cfg
-    model.pretrained_cfg = model.default_cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
-    return model
-
-
-def choose_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    """`device` as torch has it: "auto" is the accelerator there is, None where the model lies. Raises ConfigError."""
-    if device is None:
-        return next(model.parameters()).device
-    if device == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return find_device(device)

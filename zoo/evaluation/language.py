@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from zoo.data import DamageReport
 from zoo.data.text import Damaged, FileTexts, TextDataConfig, find_texts, load_texts
 from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
+from zoo.devices import choose_device
 from zoo.errors import ConfigError, DataError, ZooError
-from zoo.evaluation.image_classification import choose_device
 from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
 from zoo.layers.decoder import Decoder, DecoderConfig
 from zoo.layers.token_loss import LOGITS_AT_ONCE, token_losses

@@ -17,11 +17,13 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from zoo.data import UNREADABLE, eval_transform, preprocessing
+from zoo.devices import choose_device
 from zoo.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
-from zoo.evaluation.image_classification import choose_device, load_model, num_classes
+from zoo.evaluation.image_classification import num_classes
 from zoo.evaluation.predictions import check_topk
 from zoo.evaluation.targets import class_names
 from zoo.files import check_writable, make_folder, whole_file
+from zoo.loading import load_model
 
 __all__ = ["Prediction", "class_activation_map", "class_labels", "draw_activation_map", "find_class", "predict"]
 

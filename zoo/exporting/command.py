@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo.data.tokenizers import create_tokenizer
-from zoo.evaluation.image_classification import load_model
 from zoo.exporting.checked import Export, export
 from zoo.files import check_folder
 from zoo.hub import tokenizer_beside
+from zoo.loading import load_model
 
 __all__ = ["run"]
 

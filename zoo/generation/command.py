@@ -14,11 +14,12 @@ import torch
 import zoo
 from zoo.data.text import iterate_texts
 from zoo.data.tokenizers import VOCABULARIES, Tokenizer, as_text, check_fits, create_tokenizer, train_tokenizer
+from zoo.devices import choose_device
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError, ZooError
-from zoo.evaluation.image_classification import choose_device, load_model
 from zoo.files import make_folder
 from zoo.generation.prompts import Generation, prepare
 from zoo.generation.sampling import Sampling
+from zoo.loading import load_model
 from zoo.registry import get_entry
 
 __all__ = ["run_chat", "run_generate", "run_tokenizer"]

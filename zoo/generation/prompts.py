@@ -198,7 +198,7 @@ def _with_tokenizer(model: Any, tokenizer: Tokenizer | str | Path | None, needed
     """The decoder, and the tokenizer where one is given, or is needed and can be found."""
     name = None
     if isinstance(model, str | os.PathLike):
-        from zoo.evaluation.image_classification import load_model
+        from zoo.loading import load_model
 
         name = os.fspath(model)
         model = load_model(name)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from zoo.data import ImageSplit, preprocessing
 from zoo.errors import ConfigError, DataError
-from zoo.evaluation.image_classification import load_model
 from zoo.evaluation.targets import fit_classes
+from zoo.loading import load_model
 from zoo.training.config import DistillConfig
 
 __all__ = ["Distillation", "FeatureStudent", "Teacher", "hard_loss", "soft_loss"]

@@ -25,10 +25,11 @@ from zoo.data import (
     training_loader,
 )
 from zoo.errors import ConfigError
-from zoo.evaluation.image_classification import Counts, check_image_model, count, create_timm_model, load_model
+from zoo.evaluation.image_classification import Counts, check_image_model, count
 from zoo.factory import create_model
 from zoo.files import whole_file
 from zoo.hub import save_pretrained
+from zoo.loading import create_timm_model, load_model, of_run
 from zoo.registry import get_entry
 from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
 from zoo.training.distillation import Distillation
@@ -227,15 +228,6 @@ def _takes_weights(config: ModelConfig) -> bool:
     name = of_run(config.name, "local-dir:")
     wanted = (":" in name or "." in name) if config.pretrained is None else config.pretrained
     return wanted or config.checkpoint_path is not None
-
-
-def of_run(path: str, prefix: str = "") -> str:
-    """`path`, or, where that is the folder of a run or a model, where its weights lie."""
-    folder = Path(path.removeprefix("local-dir:")).expanduser()
-    for candidate in (folder / "best", folder / "last", folder):
-        if (candidate / "config.json").is_file():
-            return f"{prefix}{candidate}"
-    return path
 
 
 def _has_fixed_size(name: str) -> bool:

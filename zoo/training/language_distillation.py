@@ -96,7 +96,7 @@ class LanguageTeacher:
             self.body = model.base_model
         else:
             from zoo.factory import create_model
-            from zoo.training.image_classification import of_run
+            from zoo.loading import of_run
 
             model = create_model(of_run(config.teacher, "local-dir:"), pretrained=True, dtype=dtype)
             if not hasattr(model, "head_weight"):

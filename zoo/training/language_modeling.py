@@ -26,9 +26,9 @@ from zoo.files import whole_file
 from zoo.hub import save_pretrained
 from zoo.layers.decoder import Decoder
 from zoo.layers.token_loss import IGNORED, token_losses
+from zoo.loading import of_run
 from zoo.training.checkpoint import find_checkpoint
 from zoo.training.freezing import freeze
-from zoo.training.image_classification import of_run
 from zoo.training.language_config import LanguageModelConfig, LanguageTrainingConfig
 from zoo.training.language_distillation import LanguageTeacher, Student
 from zoo.training.loop import Run, fit, make_accelerator, prepare_folder

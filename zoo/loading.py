@@ -1,0 +1,95 @@
+"""From what a user names to a model with weights: a name, a run, a folder, a repository, one of timm's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from zoo.errors import ConfigError, did_you_mean
+from zoo.factory import create_model
+from zoo.files import checkpoint_places
+from zoo.hub import load_config
+from zoo.registry import get_entry, split_name
+
+__all__ = ["checkpoint_folder", "create_timm_model", "load_model", "looks_like_path", "model_task", "of_run"]
+
+
+def load_model(source: str, checkpoint_path: str | None = None, **model_args: Any) -> nn.Module:
+    """A model with weights, from whatever names one.
+
+    `source`: a name in the zoo with the tag of its weights or without (then its default weights, or `checkpoint_path`),
+    `timm/name`, `hf-hub:owner/name`, the folder of a run (its best checkpoint), or a folder in the Hub's layout.
+    Raises ConfigError for a folder that is neither, and what `zoo.create_model` raises.
+    """
+    if source.startswith("timm/"):
+        return create_timm_model(
+            source, pretrained=checkpoint_path is None, checkpoint_path=checkpoint_path or "", **model_args
+        )
+    path = Path(source).expanduser()
+    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
+        folder = checkpoint_folder(path)
+        if folder is not None:
+            return create_model(f"local-dir:{folder}", checkpoint_path=checkpoint_path, **model_args)
+        if path.is_file():
+            raise ConfigError(
+                f"{source} has no config.json beside it that says what model it is: name the model, and give this file "
+                "as checkpoint_path."
+            )
+        raise ConfigError(f"{source} is neither the folder of a run nor one with config.json and model.safetensors.")
+    if looks_like_path(source):
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"There is no run or checkpoint {source!r}.{near}")
+    tagged_or_hub = "." in source or ":" in source
+    return create_model(
+        source,
+        pretrained=None if tagged_or_hub or checkpoint_path else True,
+        checkpoint_path=checkpoint_path,
+        **model_args,
+    )
+
+
+def checkpoint_folder(path: Path) -> Path | None:
+    """The folder in the Hub's layout that a run, such a folder or a file in one means; None where there is none."""
+    return next((place for place in checkpoint_places(path) if (place / "config.json").is_file()), None)
+
+
+def of_run(path: str, prefix: str = "") -> str:
+    """`path`, or, where that is the folder of a run or a model, where its weights lie."""
+    folder = Path(path.removeprefix("local-dir:")).expanduser()
+    found = checkpoint_folder(folder) if folder.is_dir() else None
+    return path if found is None else f"{prefix}{found}"
+
+
+def model_task(source: str) -> str:
+    """What `load_model(source)` is made for, "vision" or "language", without building it.
+
+    Raises what `load_model` raises for a name that does not exist.
+    """
+    if source.startswith("timm/"):
+        return "vision"
+    path = Path(source).expanduser()
+    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
+        folder = checkpoint_folder(path)
+        source = source if folder is None else f"local-dir:{folder}"
+    if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return get_entry(load_config(source)[0]).task
+    return get_entry(split_name(source)[0]).task
+
+
+def looks_like_path(source: str) -> bool:
+    """Whether the name of a model can only be meant for a path: no other has slashes, save timm's and Hub ids."""
+    return "/" in source and not source.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:"))
+
+
+def create_timm_model(name: str, **args: Any) -> nn.Module:
+    """timm's own model, for a name such as `timm/poolformer_s12`. Raises ConfigError for what timm does not take."""
+    try:
+        model = timm.create_model(name.removeprefix("timm/"), **args)
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"timm does not make {name!r}: {error}") from None
+    cfg = model.pretrained_cfg
+    model.pretrained_cfg = model.default_cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
+    return model
