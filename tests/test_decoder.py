@@ -521,6 +521,16 @@ def test_input_that_cannot_be(call, message):
         call(make())
 
 
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_a_text_that_began_late_ends_with_the_context(static_shapes):
+    model = make()
+    cache = model.make_cache(1, 8, static_shapes=static_shapes)
+    model(tokens_of(1, 2), cache=cache, positions=torch.tensor([[125, 126]]))
+    model(tokens_of(1, 1), cache=cache)
+    with pytest.raises(ConfigError, match="129 tokens are more than the model's context, 128"):
+        model(tokens_of(1, 1), cache=cache)
+
+
 def test_a_refused_token_leaves_the_memory_as_it_was():
     model = make()
     tokens = tokens_of(1, 8)

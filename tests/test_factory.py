@@ -206,3 +206,14 @@ def test_shared_tensors_stay_shared_and_loaded_ones_stay_loaded(tmp_path):
     assert again.first.weight is again.second.weight
     assert torch.equal(again.fc.weight, state["fc.weight"])
     assert again.fc.shift.item() == 7.0
+
+
+@pytest.mark.parametrize("options", [{"features_only": True}, {"out_indices": (1,)}, {"feature_cls": "list"}], ids=str)
+def test_language_models_have_no_feature_maps(options):
+    with pytest.raises(ConfigError, match="smollm_135m is a language model, which has no feature maps"):
+        zoo.create_model("smollm_135m", device="meta", **options)
+    for argument in ("num_classes", "in_chans"):
+        with pytest.raises(ConfigError, match=f"smollm_135m has no argument '{argument}'"):
+            zoo.create_model("smollm_135m", device="meta", **{argument: 3})
+    with pytest.raises(ConfigError, match="smollm_135m is made for language"):
+        zoo.create_model("smollm_135m", device="meta", task="vision")

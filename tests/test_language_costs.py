@@ -135,6 +135,20 @@ def test_a_module_is_profiled_as_it_is(tmp_path):
         zoo.profile(model, tokens=129)
 
 
+def test_fast_and_quantised_forms_cost_what_the_model_does():
+    model = small(hidden_dim=96, vocab_size=256)
+    plain, params = zoo.profile(model, tokens=20), sum(p.numel() for p in model.parameters())
+    for form, size in (
+        (zoo.optimize_for_inference(model), 4 * params),
+        (zoo.quantize(model), 8.5 / 8 * params),
+        (zoo.quantize(model, "int4"), 4.5 / 8 * params),
+    ):
+        profile = zoo.profile(form, tokens=20)
+        assert (profile.macs, profile.prefill.macs) == (plain.macs, plain.prefill.macs)
+        assert abs(profile.params - params) <= 32 * 7  # norms may be folded
+        assert abs(sum(profile.weight_bytes.values()) - size) <= 4 * 32 * 7
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

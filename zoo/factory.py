@@ -119,6 +119,8 @@ def create_model(
 
             load_checkpoint(model, source, strict=strict, cache_dir=cache_dir, token=token, refresh=refresh)
         return model
+    if entry.task == "language" and (features_only or out_indices is not None or feature_cls is not None):
+        raise ConfigError(f"{entry.name} is a language model, which has no feature maps: leave out features_only=True.")
     if features_only:
         num_classes = 0 if "num_classes" in _parameters(entry.build) else None
     chosen = {"num_classes": num_classes, "in_chans": in_chans}

@@ -425,6 +425,8 @@ class Decoder(nn.Module):
                     f"The cache is another model's: it has {len(cache.layers)} layers, and this one runs "
                     f"{len(config.executed)}. Take model.make_cache()."
                 )
+            if positions is None and cache.positions is not None:
+                self._check_room(cache, count)
             cache.begin(batch_size, count, positions)
             if positions is None and cache.positions is not None:
                 places = cache.index if count == 1 and cache.index is not None else None
@@ -525,6 +527,15 @@ class Decoder(nn.Module):
             )
         if positions is not None and int(positions.max()) >= self.config.context_length:
             raise ConfigError(_too_long(int(positions.max()) + 1, self.config.context_length))
+
+    def _check_room(self, cache: KVCache, count: int) -> None:
+        """Where sequences began late in their context, it may end before the cache does."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or cache.device.type != "cpu":
+            return
+        assert cache.positions is not None
+        end = int(cache.positions.max()) + 1 + count
+        if end > self.config.context_length:
+            raise ConfigError(_too_long(end, self.config.context_length))
 
     def _check_targets(self, targets: Tensor, tokens: Tensor) -> None:
         if targets.shape != tokens.shape:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from typing import Any
 
 import torch
 from torch import nn
 
 from zoo.errors import ConfigError
+from zoo.layers.decoder import Decoder
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.report import Profile, costs_of
 from zoo.profiling.resolve import check_count
@@ -121,6 +123,18 @@ def _attention_macs(profile: Profile) -> int:
     return sum(o.macs for o in profile.operators if o.name == "scaled_dot_product_attention")
 
 
+def _quantized(model: Any) -> dict[str, Any]:
+    """The fields of a profile about weights that no parameters hold, where they are stored in 8 or 4 bits."""
+    if getattr(model, "quantization", None) is None:
+        return {}
+    with torch.device("meta"):
+        params = sum(p.numel() for p in Decoder(model.config).parameters())
+    stored: Counter[str] = Counter()
+    for tensor in model.state_dict().values():
+        stored[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return {"params": params, "trainable_params": 0, "frozen_params": params, "weight_bytes": dict(stored)}
+
+
 def profile_language(
     model: nn.Module,
     name: str,
@@ -151,7 +165,7 @@ def profile_language(
     cache.length = length - 1  # that many are remembered, whatever they were
     return LanguageProfile(
         **shared,
-        **costs(twin, 1, cache=cache),
+        **costs(twin, 1, cache=cache) | _quantized(decoder),
         tokens=length,
         prefill=Profile(**shared, **costs(meta_twin(model), length, logits_to_keep=1)),
         kv_bytes=cache.nbytes,
