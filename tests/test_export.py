@@ -205,6 +205,12 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path):
     assert done.max_error is not None
     assert done.max_error < 1e-4
     assert done.same_top == 1
+    assert done.rounding_error == 0
+    coarse = zoo.export(model, tmp_path / "coarse", to="gguf", dtype="q8_0")
+    assert coarse.max_error is not None
+    assert coarse.rounding_error is not None
+    assert coarse.max_error < 0.1  # llama.cpp rounds activations to 8 bits, too
+    assert 1e-3 < coarse.rounding_error < 0.2
     prompt = tokens_of()[0].tolist()
     ours = zoo.generate(model, prompt, max_new_tokens=24)
     assert zoo.generate(model, prompt, max_new_tokens=24, engine="llama.cpp") == ours

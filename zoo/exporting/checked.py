@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.exporting.gguf import GGUF_DTYPES, write_gguf
+from zoo.exporting.gguf import GGUF_DTYPES, rounded, write_gguf
 from zoo.exporting.layout import decoder_of
 from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, write_onnx
 from zoo.exporting.transformers import write_json, write_tokenizer, write_transformers
@@ -36,14 +36,17 @@ TOLERANCE = {"transformers": 1e-4, "gguf": 1e-3, "onnx": 1e-4}  # of the largest
 class Export:
     """What was written: a folder, its files and their sizes in bytes, and how it was held to the model.
 
-    `max_error` is the largest difference of a logit, relative to the largest logit, and `same_top` the share of places
-    whose first choice is the same; both are None where the program that runs the format is not installed.
+    `max_error` is the largest difference of a logit between that program and the model with its weights rounded as they
+    were written, relative to the largest logit; `rounding_error` is that between the model so rounded and as it is; and
+    `same_top` is the share of places where the program's first choice is that of the model as it is. All are None where
+    the program is not installed.
     """
 
     folder: Path
     files: Mapping[str, int]
     check: str
     max_error: float | None = None
+    rounding_error: float | None = None
     same_top: float | None = None
 
 
@@ -161,17 +164,20 @@ Answer = tuple[str, list[Tensor]] | None  # the program with its version, and it
 
 
 def _compare(answer: Answer, model: nn.Module, to: str, dtype: str) -> dict[str, Any]:
-    """Hold a program's logits to the model's, whose weights are rounded as they were written where that can be."""
+    """Hold a program's logits to the model's, with its weights rounded as they were written."""
     if answer is None:
         package = {"transformers": "transformers", "gguf": "llama-cpp-python", "onnx": "onnxruntime"}[to]
         return {"check": f"Not checked, as {package} is not installed."}
     program, theirs = answer
-    rounded = copy.deepcopy(model).to("cpu", DTYPES.get(dtype, torch.float32)).float()
     inputs = check_input(model)
     with torch.inference_mode():
-        ours = rounded(inputs)
-    error = max(float((logits - ours).abs().max() / ours.abs().max()) for logits in theirs)
-    same = min(float((logits.argmax(-1) == ours.argmax(-1)).float().mean()) for logits in theirs)
+        wanted = copy.deepcopy(model).to("cpu", torch.float32)(inputs)
+        alike = rounded(model, dtype) if to == "gguf" else copy.deepcopy(model).to("cpu", DTYPES[dtype]).float()
+        ours = alike(inputs)
+    scale = ours.abs().max()
+    error = max(float((logits - ours).abs().max() / scale) for logits in theirs)
+    rounding = float((ours - wanted).abs().max() / scale)
+    same = min(float((logits.argmax(-1) == wanted.argmax(-1)).float().mean()) for logits in theirs)
     what = f"logits of {'x'.join(map(str, inputs.shape))} {'tokens' if inputs.ndim == 2 else 'numbers'}"
     if (to == "transformers" or dtype == "f32") and not error <= TOLERANCE[to]:
         raise CheckpointError(
@@ -179,10 +185,12 @@ def _compare(answer: Answer, model: nn.Module, to: str, dtype: str) -> dict[str,
             "written."
         )
     stepwise = ", at once and step by step," if inputs.ndim == 2 else ""
+    cost = f" from those of the model rounded alike, which rounding changes by {rounding:.1e}" if rounding else ""
     return {
-        "check": f"Checked with {program}: {what}{stepwise} differ by {error:.1e} of the largest at most; the first "
-        f"choice is the same in {100 * same:.4g}% of places.",
+        "check": f"Checked with {program}: {what}{stepwise} differ by {error:.1e} of the largest at most{cost}. The "
+        f"first choice is the same in {100 * same:.4g}% of places.",
         "max_error": error,
+        "rounding_error": rounding,
         "same_top": same,
     }
 

@@ -14,6 +14,7 @@ that they run.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -29,7 +30,7 @@ from zoo.exporting.layout import decoder_of, reorder_rotary, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig
 
-__all__ = ["GGUF_DTYPES", "write_gguf"]
+__all__ = ["GGUF_DTYPES", "gguf_architecture", "rounded", "write_gguf"]
 
 # of the matrices, vectors are always f32; and how the format calls the file
 GGUF_DTYPES = {
@@ -104,6 +105,27 @@ def write_gguf(
             writer.write_tensor_data(gguf.quants.quantize(values, kind))
         writer.close()
     return Path(path)
+
+
+def rounded(model: nn.Module, dtype: str) -> Decoder:
+    """A copy of the model in float32 with the weights that a GGUF file of `dtype` holds, to see what rounding costs."""
+    gguf = import_gguf()
+    copied = copy.deepcopy(decoder_of(model, "GGUF")).to("cpu", torch.float32)
+
+    def as_written(weight: Tensor) -> Tensor:
+        kind = _kind(gguf, weight.shape, dtype)
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(weight.contiguous().numpy(), kind), kind))
+
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if name.endswith("kv_b_proj.weight"):  # blocks lie along the columns of its keys' part
+                heads = parameter.unflatten(0, (copied.config.num_heads, -1))
+                keys, values = heads.split((copied.config.nope_head_dim, copied.config.v_head_dim), 1)
+                parts = (as_written(keys.transpose(1, 2)).transpose(1, 2), as_written(values))
+                parameter.copy_(torch.cat(parts, 1).flatten(0, 1))
+            else:
+                parameter.copy_(as_written(parameter))
+    return copied
 
 
 def import_gguf() -> Any:
