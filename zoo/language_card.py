@@ -119,8 +119,10 @@ def _figures(run: RunRecord | None, results: Mapping[str, Any] | None) -> dict[s
 
 
 def _tasks(results: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """The figures of tasks that an evaluation holds."""
-    listed = (results or {}).get("tasks")
+    """The figures of tasks that an evaluation holds; none of one that took some samples alone, to try it out."""
+    if results is None or results.get("limit") is not None:
+        return []
+    listed = results.get("tasks")
     keys = ("task", "metric", "value")
     return [one for one in listed if isinstance(one, Mapping) and all(key in one for key in keys)] if listed else []
 

@@ -128,7 +128,7 @@ def _from_transformers(name: str, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
     except ImportError as error:
         raise MissingDependencyError(
-            f'distill.teacher {TRANSFORMERS}{name} needs transformers: pip install "backbone-zoo[transformers]".'
+            f'distill.teacher {TRANSFORMERS}{name} needs transformers: pip install "backbone-zoo[export]".'
         ) from error
     try:
         return AutoModelForCausalLM.from_pretrained(
