@@ -204,7 +204,7 @@ def test_memory_keeps_no_graph():
     assert not any(tensor.requires_grad for layer in cache.layers for tensor in layer.tensors)
 
 
-@pytest.mark.parametrize("form", ["grouped", "shared", "window", "latent"])
+@pytest.mark.parametrize("form", ["window", "latent"])
 def test_a_step_compiles_to_one_graph_for_all_places(form):
     model = make(form)
     tokens = tokens_of(1, 25)

@@ -97,10 +97,6 @@ def test_every_operator_is_counted(name):
     check_operators(name, 600, batch_size=2, depth=2, layer_map=layer_map)  # beyond the window of MobileLLM-Pro
 
 
-def test_every_operator_of_a_whole_model_is_counted():
-    check_operators("mobilellm_r1_140m", 10)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_operator_of_whole_models_is_counted(name):
@@ -108,15 +104,15 @@ def test_every_operator_of_whole_models_is_counted(name):
 
 
 def test_a_profile_in_words_and_as_json():
-    profile = zoo.profile("mobilellm_125m", tokens=100)
+    profile = zoo.profile("mobilellm_r1_140m", tokens=100)
     facts = json.loads(profile.to_json())
-    assert facts["macs"] == profile.macs == 124_600_320 + 100 * 34_560
-    assert facts["attention_macs"] == 100 * 34_560
-    assert facts["prefill"]["macs"] == 100 * 106_168_320 + 18_432_000 + 100**2 * 34_560
+    assert facts["macs"] == profile.macs == 140_230_656 + 100 * 17_280
+    assert facts["attention_macs"] == 100 * 17_280
+    assert facts["prefill"]["macs"] == 100 * 66_355_200 + 73_875_456 + 100**2 * 17_280
     assert facts["tokens"] == 100
     assert "input_size" not in {*facts, *facts["prefill"]}
     text = profile.table(depth=3)
-    for words in ("1 x 100 tokens", "128,056,320 MACs, of which attention has 3,456,000", "(head)", "rms_norm"):
+    for words in ("1 x 100 tokens", "141,958,656 MACs, of which attention has 1,728,000", "(head)", "rms_norm"):
         assert words in text
     assert "embed_tokens" in text
     assert "embed_tokens" not in profile.table(depth=1)
