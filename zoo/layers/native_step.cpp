@@ -1,9 +1,9 @@
 // One token through a decoder of grouped-query attention, on a CPU: what PyTorch needs some 600 small operators for.
 //
-// A step reads every weight once, so it lasts as long as the memory takes; everything here is arranged for that. Weights
-// are float32, bfloat16, float16 (rows as they are), or 8 or 4 bits with one float16 scale for a group of a row's
+// A step reads every weight once, so it lasts as long as the memory takes; everything here is arranged for that. The
+// weights are float32, bfloat16, float16 (rows as they are), or 8 or 4 bits with one float16 scale for a group of row
 // elements. Activations are float32; before a product with 8 or 4 bits they are rounded to 8 bits by groups of 32, so
-// that it is a product of whole numbers. Threads live as long as the call and wait for each other spinning.
+// that it is a product of whole numbers. Threads are made for each call (some 20 microseconds) and share its work.
 //
 // Vectors are the compiler's own (GCC, Clang), which every processor has; whole-number products have a form for AVX-512
 // VNNI, one for AVX2, and a plain one. The layouts of weights are described in zoo/layers/quantized.py.
@@ -13,8 +13,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -192,58 +194,75 @@ inline void pause() {
 #endif
 }
 
-class Barrier {
+// Work in phases, each of so many items, whose results the next needs. A thread takes items of its own part, a few at a
+// time, then what others have not begun: one that has no processor, or a slow one, keeps nobody waiting for more than
+// what it has in hand. Threads that come when all is done leave without having touched anything.
+class Phases {
   public:
-    void wait(int threads) {
-        if (threads == 1) return;
-        int now = phase.load(std::memory_order_relaxed);
-        if (waiting.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
-            waiting.store(0, std::memory_order_relaxed);
-            phase.store(now + 1, std::memory_order_release);
-            return;
+    Phases(int threads, std::vector<long> items)
+        : threads(threads), items(std::move(items)), counters(this->items.size() * size_t(threads + 1)) {}
+
+    bool is_over() { return of(long(items.size()) - 1)->value.load(std::memory_order_acquire) >= items.back(); }
+
+    // prepare() once, if there is something to do, then work(begin, end) for parts of the items; waits for all of them
+    template <class Prepare, class Work>
+    void run(long phase, int thread, const Prepare& prepare, const Work& work) {
+        const long count = items[size_t(phase)];
+        Counter* counter = of(phase);
+        long finished = 0;
+        bool is_ready = false;
+        for (int k = 0; k < threads; ++k) {
+            const long whose = (thread + k) % threads;
+            const long begin = count * whose / threads, end = count * (whose + 1) / threads;
+            const long step = std::max(1L, (end - begin) / 16);
+            for (;;) {
+                const long from = begin + counter[1 + whose].value.fetch_add(step, std::memory_order_relaxed);
+                if (from >= end) break;
+                if (!is_ready) prepare(), is_ready = true;
+                const long to = std::min(from + step, end);
+                work(from, to);
+                finished += to - from;
+            }
         }
-        for (long spins = 0; phase.load(std::memory_order_acquire) == now; ++spins)
-            if (spins < 20000)
+        if (finished) counter->value.fetch_add(finished, std::memory_order_release);
+        for (long spins = 0; counter->value.load(std::memory_order_acquire) < count; ++spins)
+            if (spins < 2000)
                 pause();
             else
                 std::this_thread::yield();  // somebody else has the other's processor
     }
 
   private:
-    alignas(64) std::atomic<int> waiting{0};
-    alignas(64) std::atomic<int> phase{0};
+    struct alignas(64) Counter {
+        std::atomic<long> value{0};
+    };
+    // how many items are done, and how many of each thread's part are taken
+    Counter* of(long phase) { return counters.data() + phase * (threads + 1); }
+    const int threads;
+    const std::vector<long> items;
+    std::vector<Counter> counters;
 };
 
-// work(thread, threads), on as many threads of those asked for as the system grants
-template <class Work>
-void on_threads(int asked, const Work& work) {
-    std::atomic<int> granted{0};
-    std::vector<std::thread> others;
+// task->run(thread), on as many threads of those asked for as the system grants; it is done when the first has returned
+template <class Task>
+void on_threads(int threads, const std::shared_ptr<Task>& task) {
     try {
-        others.reserve(size_t(std::max(asked - 1, 0)));
-        for (int i = 1; i < asked; ++i)
-            others.emplace_back([&granted, &work, i] {
-                int threads;
-                while (!(threads = granted.load(std::memory_order_acquire))) pause();
-                work(i, threads);
-            });
+        for (int i = 1; i < threads; ++i)
+            std::thread([task, i] {
+                if (!task->phases.is_over()) task->run(i);
+            }).detach();
     } catch (const std::system_error&) {
     }
-    int threads = int(others.size()) + 1;
-    granted.store(threads, std::memory_order_release);
-    work(0, threads);
-    for (auto& thread : others) thread.join();
+    task->run(0);
 }
 
+// rows of the blocks from one to another
 struct Range {
     long begin, end;
 };
 
-// the part of `rows` that is a thread's, in whole blocks
-inline Range part(long rows, int thread, int threads) {
-    long blocks = (rows + BLOCK - 1) / BLOCK;
-    return {std::min(rows, blocks * thread / threads * BLOCK), std::min(rows, blocks * (thread + 1) / threads * BLOCK)};
-}
+inline Range rows_of(long from, long to, long rows) { return {from * BLOCK, std::min(rows, to * BLOCK)}; }
+inline long blocks_of(long rows) { return (rows + BLOCK - 1) / BLOCK; }
 
 // ------------------------------------------------------------------------------------------------------ products
 
@@ -572,97 +591,146 @@ void attend(const float* q, const T* k, const T* v, long count, long width, floa
     }
 }
 
+struct Step {
+    const Model m;
+    const Slot* slots;
+    const long token, place, q_width, kv_width;
+    float* logits;
+    std::vector<float> x, qkv, mixed, wide, hidden;
+    Phases phases;
+
+    Step(const Model& model, const Slot* slots, long token, long place, float* logits, int threads)
+        : m(model), slots(slots), token(token), place(place), q_width(long(m.heads) * m.head_dim),
+          kv_width(long(m.kv_heads) * m.head_dim), logits(logits), x(size_t(m.dim)),
+          qkv(size_t(q_width + 2 * kv_width)), mixed(size_t(q_width)), wide(size_t(2 * m.hidden)),
+          hidden(size_t(m.hidden)), phases(threads, items(m)) {
+        embed(m.embedding, token, x.data());
+    }
+
+    static std::vector<long> items(const Model& m) {
+        std::vector<long> out;
+        for (long l = 0; l < m.executed; ++l)
+            for (long count : {blocks_of((m.heads + 2L * m.kv_heads) * m.head_dim), long(m.kv_heads), long(m.heads),
+                               blocks_of(m.dim), blocks_of(m.hidden), blocks_of(m.dim)})
+                out.push_back(count);
+        out.push_back(blocks_of(m.head.rows));
+        return out;
+    }
+
+    // keys and values of some heads
+    void keep(const Slot& slot, long from, long to) {
+        const long at = slot.is_ring ? place % slot.length : place;
+        const auto keep = slot.kind == F32 ? remember<float> : slot.kind == BF16 ? remember<bf16> : remember<f16>;
+        for (long h = from; h < to; ++h) {
+            float *k = qkv.data() + q_width + h * m.head_dim, *v = k + kv_width;
+            rotate(k, m, place);
+            keep(k, slot.k, h, slot, at, m.head_dim);
+            keep(v, slot.v, h, slot, at, m.head_dim);
+        }
+    }
+
+    void attend_heads(const Slot& slot, long from, long to, float* scores) {
+        const long count = slot.is_ring ? std::min<long>(place + 1, slot.length) : place + 1;
+        for (long h = from; h < to; ++h) {
+            float *q = qkv.data() + h * m.head_dim, *out = mixed.data() + h * m.head_dim;
+            rotate(q, m, place);
+            const long at = h / (m.heads / m.kv_heads) * slot.length * m.head_dim;
+            if (slot.kind == F32)
+                attend(q, (float*)slot.k + at, (float*)slot.v + at, count, m.head_dim, scores, out);
+            else if (slot.kind == BF16)
+                attend(q, (bf16*)slot.k + at, (bf16*)slot.v + at, count, m.head_dim, scores, out);
+            else
+                attend(q, (f16*)slot.k + at, (f16*)slot.v + at, count, m.head_dim, scores, out);
+        }
+    }
+
+    void run(int thread) {
+        std::vector<float> normed((size_t)m.dim), scores((size_t)(place + 17));
+        Rounded rounded;
+        const auto nothing = [] {};
+        for (long l = 0; l < m.executed; ++l) {
+            const Layer& layer = m.layers[l];
+            const Slot& slot = slots[l];
+            const auto norm_for = [&](const Matrix& a, const float* weight) {
+                rms_norm(x.data(), weight, normed.data(), m.dim, m.eps);
+                prepare(a, normed.data(), rounded);
+            };
+            phases.run(6 * l, thread, [&] { norm_for(layer.qkv, layer.attention_norm); }, [&](long from, long to) {
+                product(layer.qkv, normed.data(), rounded, qkv.data(), rows_of(from, to, layer.qkv.rows));
+            });
+            phases.run(6 * l + 1, thread, nothing, [&](long from, long to) { keep(slot, from, to); });
+            phases.run(6 * l + 2, thread, nothing, [&](long from, long to) {
+                attend_heads(slot, from, to, scores.data());
+            });
+            phases.run(6 * l + 3, thread, [&] { prepare(layer.o, mixed.data(), rounded); }, [&](long from, long to) {
+                product(layer.o, mixed.data(), rounded, x.data(), rows_of(from, to, m.dim), true);
+            });
+            phases.run(6 * l + 4, thread, [&] { norm_for(layer.gate_up, layer.mlp_norm); }, [&](long from, long to) {
+                const Range own = rows_of(from, to, m.hidden);
+                product(layer.gate_up, normed.data(), rounded, wide.data(), own);
+                product(layer.gate_up, normed.data(), rounded, wide.data(), {m.hidden + own.begin, m.hidden + own.end});
+                gate(wide.data(), wide.data() + m.hidden, hidden.data(), own.begin, own.end);
+            });
+            const auto round_hidden = [&] { prepare(layer.down, hidden.data(), rounded); };
+            phases.run(6 * l + 5, thread, round_hidden, [&](long from, long to) {
+                product(layer.down, hidden.data(), rounded, x.data(), rows_of(from, to, m.dim), true);
+            });
+        }
+        const auto last = [&] {
+            rms_norm(x.data(), m.norm, normed.data(), m.dim, m.eps);
+            prepare(m.head, normed.data(), rounded);
+        };
+        phases.run(6L * m.executed, thread, last, [&](long from, long to) {
+            product(m.head, normed.data(), rounded, logits, rows_of(from, to, m.head.rows));
+        });
+    }
+};
+
+// y (count, rows) = x (count, cols) A^T, for A in 8 or 4 bits
+struct Linear {
+    const Matrix a;
+    const float* x;
+    float* y;
+    const long count, groups;
+    std::vector<int8_t> q;
+    std::vector<float> scale;
+    std::vector<int32_t> total;
+    Phases phases;
+
+    Linear(const Matrix& a, const float* x, float* y, long count, int threads)
+        : a(a), x(x), y(y), count(count), groups(a.cols / GROUP), q(size_t(count * a.cols)),
+          scale(size_t(count * groups)), total(size_t(count * groups)),
+          phases(threads, {count, blocks_of(a.rows)}) {}
+
+    void run(int thread) {
+        const auto nothing = [] {};
+        phases.run(0, thread, nothing, [&](long from, long to) {
+            round_to_int8(
+                x + from * a.cols, (to - from) * a.cols, q.data() + from * a.cols, scale.data() + from * groups,
+                total.data() + from * groups);
+        });
+        phases.run(1, thread, nothing, [&](long from, long to) {
+            for (long n = from * BLOCK; n < std::min(long(a.rows), to * BLOCK); n += BLOCK) {
+                if (a.kind == INT4)
+                    integer_block<true>(a, n, q.data(), scale.data(), total.data(), y, count);
+                else
+                    integer_block<false>(a, n, q.data(), scale.data(), total.data(), y, count);
+            }
+        });
+    }
+};
+
 }  // namespace
 
 extern "C" {
 
 // The logits of what follows `token`, which becomes number `place` of what the slots remember.
 void zoo_step(const Model* model, const Slot* slots, int64_t token, int64_t place, float* logits, int32_t threads) {
-    const Model& m = *model;
-    const long q_width = long(m.heads) * m.head_dim, kv_width = long(m.kv_heads) * m.head_dim;
-    const auto floats = [](long n) { return std::vector<float>(size_t(n)); };
-    auto x = floats(m.dim), qkv = floats(q_width + 2 * kv_width), mixed = floats(q_width);
-    auto wide = floats(2 * m.hidden), hidden = floats(m.hidden);
-    embed(m.embedding, token, x.data());
-    Barrier barrier;
-    on_threads(threads, [&](int thread, int all_threads) {
-        auto normed = floats(m.dim), scores = floats(place + 17);
-        Rounded rounded;
-        for (long l = 0; l < m.executed; ++l) {
-            const Layer& layer = m.layers[l];
-            const Slot& slot = slots[l];
-            rms_norm(x.data(), layer.attention_norm, normed.data(), m.dim, m.eps);
-            prepare(layer.qkv, normed.data(), rounded);
-            product(layer.qkv, normed.data(), rounded, qkv.data(), part(layer.qkv.rows, thread, all_threads));
-            barrier.wait(all_threads);
-
-            const long at = slot.is_ring ? place % slot.length : place;
-            for (long h = thread; h < m.kv_heads; h += all_threads) {
-                float *k = qkv.data() + q_width + h * m.head_dim, *v = k + kv_width;
-                rotate(k, m, place);
-                auto keep = slot.kind == F32 ? remember<float> : slot.kind == BF16 ? remember<bf16> : remember<f16>;
-                keep(k, slot.k, h, slot, at, m.head_dim);
-                keep(v, slot.v, h, slot, at, m.head_dim);
-            }
-            barrier.wait(all_threads);
-
-            const long count = slot.is_ring ? std::min<long>(place + 1, slot.length) : place + 1;
-            for (long h = thread; h < m.heads; h += all_threads) {
-                float *q = qkv.data() + h * m.head_dim, *out = mixed.data() + h * m.head_dim;
-                rotate(q, m, place);
-                const long from = h / (m.heads / m.kv_heads) * slot.length * m.head_dim;
-                if (slot.kind == F32)
-                    attend(q, (float*)slot.k + from, (float*)slot.v + from, count, m.head_dim, scores.data(), out);
-                else if (slot.kind == BF16)
-                    attend(q, (bf16*)slot.k + from, (bf16*)slot.v + from, count, m.head_dim, scores.data(), out);
-                else
-                    attend(q, (f16*)slot.k + from, (f16*)slot.v + from, count, m.head_dim, scores.data(), out);
-            }
-            barrier.wait(all_threads);
-
-            prepare(layer.o, mixed.data(), rounded);
-            product(layer.o, mixed.data(), rounded, x.data(), part(m.dim, thread, all_threads), true);
-            barrier.wait(all_threads);
-
-            rms_norm(x.data(), layer.mlp_norm, normed.data(), m.dim, m.eps);
-            prepare(layer.gate_up, normed.data(), rounded);
-            const Range own = part(m.hidden, thread, all_threads);
-            product(layer.gate_up, normed.data(), rounded, wide.data(), own);
-            product(layer.gate_up, normed.data(), rounded, wide.data(), {m.hidden + own.begin, m.hidden + own.end});
-            gate(wide.data(), wide.data() + m.hidden, hidden.data(), own.begin, own.end);
-            barrier.wait(all_threads);
-
-            prepare(layer.down, hidden.data(), rounded);
-            product(layer.down, hidden.data(), rounded, x.data(), part(m.dim, thread, all_threads), true);
-            barrier.wait(all_threads);
-        }
-        rms_norm(x.data(), m.norm, normed.data(), m.dim, m.eps);
-        prepare(m.head, normed.data(), rounded);
-        product(m.head, normed.data(), rounded, logits, part(m.head.rows, thread, all_threads));
-    });
+    on_threads(threads, std::make_shared<Step>(*model, slots, token, place, logits, threads));
 }
 
-// y (count, rows) = x (count, cols) A^T, for A in 8 or 4 bits.
 void zoo_linear(const Matrix* matrix, const float* x, float* y, int64_t count, int32_t threads) {
-    const Matrix& a = *matrix;
-    const long groups = a.cols / GROUP;
-    std::vector<int8_t> q(size_t(count * a.cols));
-    std::vector<float> scale(size_t(count * groups));
-    std::vector<int32_t> total(size_t(count * groups));
-    Barrier barrier;
-    on_threads(threads, [&](int thread, int all_threads) {
-        for (long m = count * thread / all_threads; m < count * (thread + 1) / all_threads; ++m)
-            round_to_int8(
-                x + m * a.cols, a.cols, q.data() + m * a.cols, scale.data() + m * groups, total.data() + m * groups);
-        barrier.wait(all_threads);
-        const Range rows = part(a.rows, thread, all_threads);
-        for (long n = rows.begin; n < rows.end; n += BLOCK) {
-            if (a.kind == INT4)
-                integer_block<true>(a, n, q.data(), scale.data(), total.data(), y, count);
-            else
-                integer_block<false>(a, n, q.data(), scale.data(), total.data(), y, count);
-        }
-    });
+    on_threads(threads, std::make_shared<Linear>(*matrix, x, y, count, threads));
 }
 
 }  // extern "C"
