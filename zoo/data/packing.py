@@ -57,7 +57,8 @@ class Tokenizes(Protocol):
     adds_bos: bool
 
     def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]: ...
-    def apply_chat(self, messages: Any, *, add_generation_prompt: bool = True) -> list[int]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def chat_text(self, messages: Any, *, add_generation_prompt: bool = True) -> str: ...
     def save(self, folder: str | Path) -> object: ...
 
 
@@ -112,21 +113,36 @@ def _ends(tokenizer: Tokenizes) -> tuple[list[int], list[int]]:
 
 
 def _encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizes) -> _Encoded:
-    """A conversation as the tokenizer's template writes it; what the assistant says is learned."""
-    ids = tokenizer.apply_chat(messages, add_generation_prompt=False)
-    counted = np.zeros(len(ids), dtype=bool)
+    """A conversation as the tokenizer's template writes it; what the assistant says is learned.
+
+    Each answer is tokenised apart from what is before it, as it is when the model gives it.
+    """
+    whole = tokenizer.chat_text(messages, add_generation_prompt=False)
+    ids: list[int] = []
+    counted: list[bool] = []
+    done = 0
+
+    def add(end: int, learned: bool) -> None:
+        nonlocal done
+        new = tokenizer.encode(whole[done:end])
+        ids.extend(new)
+        counted.extend([learned] * len(new))
+        done = end
+
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = tokenizer.apply_chat(messages[:turn], add_generation_prompt=True)
-        answered = tokenizer.apply_chat(messages[: turn + 1], add_generation_prompt=False)
-        if ids[: len(answered)] != answered or answered[: len(asked)] != asked:
+        asked = tokenizer.chat_text(messages[:turn], add_generation_prompt=True)
+        answered = tokenizer.chat_text(messages[: turn + 1], add_generation_prompt=False)
+        if not (whole.startswith(answered) and answered.startswith(asked)):
             raise DataError(
                 f"The chat template of {tokenizer.name} does not write turn {turn} of a conversation as it writes it "
                 "without those that follow: which tokens are the assistant's cannot be told."
             )
-        counted[len(asked) : len(answered)] = True
-    return _Encoded(np.array(ids, dtype=np.uint32), counted)
+        add(len(asked), False)
+        add(len(answered), True)
+    add(len(whole), False)
+    return _Encoded(np.array(ids, dtype=np.uint32), np.array(counted, dtype=bool))
 
 
 def _separator(tokenizer: Tokenizes | None) -> list[int]:
