@@ -116,6 +116,12 @@ def test_saving_again_replaces_the_tokenizer_and_keeps_the_rest(tmp_path: Path):
     assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
 
 
+def test_a_decoder_saves_and_opens_itself(tmp_path: Path):
+    model = small("youtu_llm_2b", num_kv_heads=None, q_rank=24, kv_rank=32)
+    again = type(model).from_pretrained(model.save_pretrained(tmp_path / "model"))
+    assert torch.equal(again.eval()(tokens()), model(tokens()))
+
+
 def test_what_cannot_be_saved(tmp_path: Path):
     with pytest.raises(ConfigError, match="no classes"):
         zoo.save_pretrained(small(), tmp_path / "model", labels=["a"])

@@ -160,14 +160,14 @@ def check_input(model: nn.Module) -> Tensor:
     return torch.randn(2, *model.pretrained_cfg["input_size"], generator=generator)  # type: ignore[index]
 
 
-Answer = tuple[str, list[Tensor]] | None  # the program with its version, and its logits; None without the program
+# the program with its version, and its logits; or why there are none
+Answer = tuple[str, list[Tensor]] | str
 
 
 def _compare(answer: Answer, model: nn.Module, to: str, dtype: str) -> dict[str, Any]:
     """Hold a program's logits to the model's, with its weights rounded as they were written."""
-    if answer is None:
-        package = {"transformers": "transformers", "gguf": "llama-cpp-python", "onnx": "onnxruntime"}[to]
-        return {"check": f"Not checked, as {package} is not installed."}
+    if isinstance(answer, str):
+        return {"check": f"Not checked, as {answer}."}
     program, theirs = answer
     inputs = check_input(model)
     with torch.inference_mode():
@@ -203,7 +203,7 @@ def _by_transformers(folder: Path, model: Any) -> Answer:
     try:
         from transformers import AutoModelForCausalLM, logging
     except ImportError:
-        return None
+        return "transformers is not installed"
     shows_progress = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -232,7 +232,7 @@ def _by_llama_cpp(path: Path, model: Any) -> Answer:
     try:
         import llama_cpp
     except ImportError:
-        return None
+        return "llama-cpp-python is not installed"
     from zoo.generation.llama_cpp import be_quiet
 
     be_quiet(llama_cpp)
@@ -264,7 +264,7 @@ def _by_onnxruntime(path: Path, model: Any, dtype: torch.dtype) -> Answer:
     try:
         import onnxruntime
     except ImportError:
-        return None
+        return "onnxruntime is not installed"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
@@ -273,7 +273,7 @@ def _by_onnxruntime(path: Path, model: Any, dtype: torch.dtype) -> Answer:
     except Exception as error:  # of the runtime's own kinds
         if dtype == torch.float32:
             raise CheckpointError(f"ONNX Runtime does not open the graph: {error}. Nothing was written.") from error
-        return None  # it has no kernels for this dtype on the processor
+        return f"ONNX Runtime does not compute this model in {str(dtype).removeprefix('torch.')} on a processor"
     inputs = check_input(model)
     if not isinstance(model, Decoder):
         images = inputs.to(dtype).numpy()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError
+from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
 from zoo.layers.token_loss import IGNORED, mean_token_loss
@@ -347,7 +348,7 @@ class DecoderStack(nn.Module):
         self.rotary = RotaryTable(config.context_length, config.rotary_dim, config.rope_theta)
 
 
-class Decoder(nn.Module):
+class Decoder(ZooModelHubMixin, nn.Module):
     """A language model: tokens -> logits of the tokens that come next, or the loss of those that should have."""
 
     def __init__(self, config: DecoderConfig) -> None:
