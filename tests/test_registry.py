@@ -15,6 +15,7 @@ import pytest
 import zoo
 from zoo import index, registry
 from zoo.errors import ConfigError, UnknownModelError
+from zoo.layers.decoder import build_decoder
 from zoo.registry import Entry, ModelInfo, Weights, get_entry, register, split_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -391,6 +392,27 @@ def has_every_verb(name: str, family: str) -> None:
     assert isinstance(model, nn.Sequential)
     assert model[-1].out_features == 7
     assert zoo.profile(name).params == info.params
+
+
+def test_a_language_model_of_ones_own(own_models):
+    sizes = {"vocab_size": 50, "depth": 2, "dim": 16, "num_heads": 2, "hidden_dim": 24, "head_dim": 8}
+    zoo.register(Entry(name="my_lm", build=build_decoder, args=sizes, family="mine", task="language"))
+    assert "my_lm" in zoo.list_models(task="language")
+    info = zoo.model_info("my_lm")
+    assert info.language is not None
+    assert (info.language.vocab_size, info.language.kv_elements) == (50, 2 * 2 * 2 * 8)
+    assert info.macs == 2 * (4 * 16 * 16 + 3 * 16 * 24) + 50 * 16
+    assert info in zoo.search(task="language", family="mine")
+    assert info in zoo.pareto(x="params", y="kv_bytes")
+    assert zoo.profile("my_lm", tokens=4).params == info.params
+    (result,) = zoo.benchmark("my_lm", tokens=4, new_tokens=2, repeats=1, memory=False)
+    assert result.name == "my_lm"
+    model = zoo.create_model("my_lm", depth=1)
+    assert model.config.depth == 1
+    assert model.pretrained_cfg["architecture"] == "my_lm"
+    register_here(name="no_lm", task="language")
+    with pytest.raises(ConfigError, match=r"is built by zoo\.layers\.decoder\.build_decoder, which gives a Decoder"):
+        zoo.model_info("no_lm")
 
 
 def test_register_decorates_a_function(own_models):

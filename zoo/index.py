@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from zoo.errors import ConfigError
 from zoo.files import whole_file
 from zoo.registry import INDEX_PATH, Entry, LanguageFacts, ModelInfo, _entries, get_entry
 
@@ -48,8 +49,14 @@ def _costs_of_image(model: Any) -> dict[str, Any]:
 
 
 def _costs_of_decoder(model: Any) -> dict[str, Any]:
+    from zoo.layers.decoder import Decoder
     from zoo.profiling.tokens import token_costs
 
+    if not isinstance(model, Decoder):
+        raise ConfigError(
+            f"A language model is built by zoo.layers.decoder.build_decoder, which gives a Decoder, not a "
+            f"{type(model).__name__}: register it with another task."
+        )
     costs, config = asdict(token_costs(model)), model.config
     params = sum(parameter.numel() for parameter in model.parameters())
     return {
