@@ -522,6 +522,17 @@ def test_input_that_cannot_be(call, message):
 
 
 @pytest.mark.parametrize("static_shapes", [False, True])
+def test_numbers_of_32_bits_do(static_shapes):
+    model, tokens = make(), tokens_of(1, 6)
+    positions = torch.arange(6)[None]
+    wanted = model(tokens)
+    assert torch.equal(model(tokens.int(), tokens.int()), model(tokens, tokens))
+    cache = model.make_cache(1, 6, static_shapes=static_shapes)
+    steps = zip(tokens.int().split(1, 1), positions.int().split(1, 1), strict=True)
+    assert_close(torch.cat([model(token, cache=cache, positions=place) for token, place in steps], 1), wanted)
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
 def test_a_text_that_began_late_ends_with_the_context(static_shapes):
     model = make()
     cache = model.make_cache(1, 8, static_shapes=static_shapes)

@@ -115,7 +115,7 @@ class KVCache:
                 positions = last + 1 + torch.arange(tokens, device=self.device)
             kept = self._keep_positions()
             if self.index is not None and tokens == 1:
-                kept.index_copy_(1, self.index, positions)
+                kept.index_copy_(1, self.index, positions.to(kept.dtype))
             else:
                 kept[:, self.length : self.length + tokens] = positions
 
