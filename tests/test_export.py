@@ -119,6 +119,16 @@ def test_what_shares_layers_takes_its_unrolled_weights_back_if_they_are_still_th
         zoo.load_checkpoint(again, tmp_path / "out")
 
 
+def test_what_was_written_with_another_pairing_goes_back_into_its_own_model(tmp_path: Path):
+    model = make("mobilellm_pro")
+    zoo.export(model, tmp_path / "out", to="transformers")  # as Qwen3, which pairs by halves, with norms of weights
+    again = make("mobilellm_pro")
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    zoo.load_checkpoint(again, tmp_path / "out")
+    assert torch.equal(again(tokens_of()), model(tokens_of()))
+
+
 def test_a_model_that_transformers_trained_opens_here(tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
-from zoo.exporting.layout import decoder_of, reorder_rotary, sees_windows
+from zoo.exporting.layout import decoder_of, sees_windows
 from zoo.files import whole_file
-from zoo.layers.decoder import Decoder, DecoderConfig
+from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 
 __all__ = ["GGUF_DTYPES", "gguf_architecture", "rounded", "write_gguf"]
 

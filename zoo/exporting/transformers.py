@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.exporting.layout import decoder_of, reorder_rotary, sees_windows
+from zoo.exporting.layout import decoder_of, sees_windows
 from zoo.files import whole_file
-from zoo.layers.decoder import Decoder, DecoderConfig
+from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 from zoo.registry import get_entry, list_models
 from zoo.weights import read_json, write_safetensors
 

@@ -24,7 +24,7 @@ from zoo.layers.init import init_weights
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
 from zoo.layers.token_loss import IGNORED, mean_token_loss
 
-__all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published"]
+__all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "reorder_rotary"]
 
 
 COUNTS = (  # fields of DecoderConfig that are whole numbers from 1 up
@@ -625,8 +625,8 @@ build_decoder.__signature__ = inspect.signature(DecoderConfig)  # type: ignore[a
 def convert_published(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Published checkpoints: rotary tables left out, a tied head checked and left out, both names of the SwiGLU.
 
-    Of those that were exported: shared layers that were written for each run are one again, and weights of one of the
-    norms of queries and keys, which have none here, are left out.
+    Of those that were exported: shared layers that were written for each run are one again, and norms of queries and
+    keys, whose weights are one and which have none here, are left out, the rows that they go with paired as here.
 
     Raises CheckpointError where the head is another matrix than the embedding, and the model has one for both, and
     where the runs of a shared layer differ.
@@ -650,7 +650,24 @@ def convert_published(state: dict[str, Tensor], model: nn.Module) -> dict[str, T
     for key in [key for key in converted if key.endswith((".q_norm.weight", ".k_norm.weight"))]:
         if model.config.qk_norm and bool((converted[key] == 1).all()):
             del converted[key]
+            projection = key.replace("_norm.weight", "_proj.weight")  # where such norms are, rows are paired by halves
+            if model.config.rope_interleaved and projection in converted:
+                width = model.config.head_dim
+                converted[projection] = reorder_rotary(converted[projection], width, width, interleaved=True)
     return _share_layers(converted, model.config)
+
+
+def reorder_rotary(weight: Tensor, head_dim: int, rotary_dim: int, *, interleaved: bool) -> Tensor:
+    """Rows of a projection to heads, (heads x head_dim, in), for the other pairing of rotary positions.
+
+    The last `rotary_dim` of each head's rows are turned. Where they were paired (j, j + rotary_dim / 2) they are, with
+    `interleaved`, to be paired (2j, 2j + 1), and without it the other way round.
+    """
+    heads = weight.unflatten(0, (-1, head_dim))
+    fixed, turned = heads.split((head_dim - rotary_dim, rotary_dim), 1)
+    pairs: Any = (2, -1) if interleaved else (-1, 2)
+    turned = turned.unflatten(1, pairs).transpose(1, 2).flatten(1, 2)
+    return torch.cat((fixed, turned), 1).flatten(0, 1)
 
 
 def _share_layers(state: dict[str, Tensor], config: DecoderConfig) -> dict[str, Tensor]:
