@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -18,29 +20,6 @@ from zoo.layers import native_step
 from zoo.layers.quantized import QuantizedLinear
 
 pytestmark = pytest.mark.skipif(native_step.library() is None, reason="there is no C++ compiler on this machine")
-
-COUNT = """
-import torch, zoo
-from tests.language import small
-torch.manual_seed(0)
-fast = zoo.optimize_for_inference(small())
-with torch.inference_mode():
-    cache = fast.make_cache(1, 16)
-    fast(torch.arange(5)[None], cache=cache)
-    print(float(fast(torch.tensor([[7]]), cache=cache).sum()))
-    print(fast._native is not None)
-"""
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[1],
-    )
 
 
 def steps(model, tokens, **cache):
@@ -146,11 +125,59 @@ def test_compiled_once_for_several_processes_at_a_time(tmp_path):
     assert [path.suffix for path in (tmp_path / "backbone-zoo" / "native").iterdir()] == [".so"]
 
 
-def test_without_a_compiler_pytorch_does_it(tmp_path):
-    here = run(COUNT)
-    (tmp_path / "bin").mkdir()
-    without = run(COUNT, PATH=str(tmp_path / "bin"), CXX="", XDG_CACHE_HOME=str(tmp_path))
-    assert here.returncode == without.returncode == 0, without.stderr
-    assert without.stderr.count("no C++ compiler is installed") == 1
-    assert [out.stdout.split()[1] for out in (here, without)] == ["True", "False"]
-    assert float(here.stdout.split()[0]) == pytest.approx(float(without.stdout.split()[0]), abs=1e-4)
+def test_without_a_compiler_pytorch_does_it(tmp_path, monkeypatch, caplog):
+    fast = zoo.optimize_for_inference(randomised("mobilellm_125m"))
+    tokens = torch.randint(0, 257, (1, 8))
+    native_step._library.cache_clear()
+    try:
+        with torch.inference_mode(), monkeypatch.context() as patch:
+            patch.setenv("PATH", str(tmp_path))
+            patch.delenv("CXX", raising=False)
+            found = steps(fast, tokens)
+            steps(fast, tokens)
+        assert fast._native is None
+        assert caplog.text.count("no C++ compiler is installed") == 1
+    finally:
+        native_step._library.cache_clear()
+    with torch.inference_mode():
+        assert error(found, steps(fast, tokens)) < 1e-5
+    assert fast._native is not None
+
+
+def test_a_compiler_that_fails_is_told_once(tmp_path, monkeypatch, caplog):
+    broken = tmp_path / "c++"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "what is this" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    native_step._library.cache_clear()
+    try:
+        assert native_step.library() is None
+        assert "could not compile native_step.cpp: what is this" in caplog.text
+        assert list((tmp_path / "cache" / "backbone-zoo" / "native").iterdir()) == []  # nothing half-written
+    finally:
+        native_step._library.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ["-mno-avx512f", "-mno-avx512vnni", "-mno-avx"])
+def test_the_forms_for_other_processors(flag, tmp_path, monkeypatch):
+    """What this processor leaves out of its instructions, others lack."""
+    if platform.machine() != "x86_64":
+        pytest.skip("these are flags for x86-64")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native_step, "FLAGS", (*native_step.FLAGS, flag))
+    native_step._library.cache_clear()
+    try:
+        assert native_step.library() is not None
+        fast = zoo.optimize_for_inference(randomised("mobilellm_pro"))
+        tokens = torch.randint(0, 257, (1, 20))
+        with torch.inference_mode():
+            assert error(steps(fast, tokens), fast(tokens)[:, 3:]) < 1e-5
+            for bits, shape in itertools.product((8, 4), ((257, 96), (48, 64))):
+                linear = QuantizedLinear(torch.randn(shape), bits, 32)
+                x = torch.randint(-127, 128, (9, shape[1])).float()
+                x[:, ::32] = 127
+                assert error(linear(x), x.double() @ linear.dequantize(torch.float64).T) < 1e-6
+    finally:
+        native_step._library.cache_clear()

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from zoo.layers.kv_cache import KVCache
 
-__all__ = ["CLayer", "CMatrix", "NativeStep", "address", "float_matrix", "library"]
+__all__ = ["CLayer", "CMatrix", "NativeStep", "address", "float_matrix", "library", "threads"]
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-Wno-psabi")
 SECONDS = 300  # that a compiler may take
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INT8, INT4 = 3, 4
+MOST_THREADS = 16  # more would wait for memory, and are made anew for each call
 
 _logger = logging.getLogger(__name__)
 
@@ -181,6 +182,11 @@ def _compiled() -> Path:
 # ------------------------------------------------------------------------------------------------------------- matrices
 
 
+def threads() -> int:
+    """How many a call works with."""
+    return min(torch.get_num_threads(), MOST_THREADS)
+
+
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -222,7 +228,7 @@ class NativeStep:
             token,
             cache.length,
             logits.data_ptr(),
-            torch.get_num_threads(),
+            threads(),
         )
         return logits
 

@@ -124,7 +124,7 @@ class QuantizedLinear(nn.Module):
             flat = x.reshape(-1, self.in_features).float().contiguous()
             y = flat.new_empty(len(flat), self.out_features)
             matrix = self.native_matrix()
-            native.zoo_linear(ctypes.byref(matrix), flat.data_ptr(), y.data_ptr(), len(flat), torch.get_num_threads())
+            native.zoo_linear(ctypes.byref(matrix), flat.data_ptr(), y.data_ptr(), len(flat), native_step.threads())
             return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
         blocks = max(1, ELEMENTS_AT_ONCE // self.in_features // ROWS)
         parts = [
