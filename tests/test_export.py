@@ -296,6 +296,7 @@ def test_a_matrix_whose_rows_have_no_blocks_stays_in_16_bits(tmp_path: Path):
 
 
 def test_tokenizers_that_llama_cpp_does_not_have_are_errors(bpe: Tokenizer, pieces: Tokenizer, tmp_path: Path):
+    pytest.importorskip("gguf")
     sentencepiece = pytest.importorskip("sentencepiece")
     model = make("mobilellm_125m", vocab_size=600)
     bpe.save(tmp_path / "bpe")

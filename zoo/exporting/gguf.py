@@ -72,8 +72,8 @@ def write_gguf(
             f"There is no GGUF dtype {dtype!r}.{did_you_mean(str(dtype), GGUF_DTYPES)} There are: "
             f"{', '.join(GGUF_DTYPES)}."
         )
-    gguf = import_gguf()
     architecture = gguf_architecture(decoder.config)
+    gguf = import_gguf()
     writer = gguf.GGUFWriter(None, architecture)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     writer.add_name(name or str(cfg.get("architecture") or "decoder"))
