@@ -64,6 +64,13 @@ def launcher() -> Iterator[Launcher]:
     launcher.close()
 
 
+@pytest.fixture(autouse=True)
+def without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these runs; one test looks at it."""
+    if "from_the_command_line" not in request.node.name:
+        monkeypatch.setattr("zoo.training.loop.plot_curves", lambda *_, **__: None)
+
+
 def data_of(home: Path) -> dict[str, Any]:
     return {"path": f"{home}/{{train,val}}.jsonl", "cache_dir": str(home / "cache")}
 
@@ -84,7 +91,7 @@ def test_a_run_from_the_command_line(home: Path, tmp_path: Path, capsys: pytest.
     monkeypatch.syspath_prepend(ROOT)
     import train as script
 
-    flags = plain_flags({"data": data_of(home), "output": {"dir": str(tmp_path / "run")}, "scheduler": {"epochs": 3}})
+    flags = plain_flags({"data": data_of(home), "output": {"dir": str(tmp_path / "run")}, "scheduler": {"epochs": 2}})
     prompts = '--sample.prompts=["The ", "The sea of "]'
     argv = ["train.py", "--config", str(home / "small.yaml"), *flags, prompts, "--sample.max_new_tokens=8"]
     monkeypatch.setattr(sys, "argv", argv)
@@ -93,9 +100,9 @@ def test_a_run_from_the_command_line(home: Path, tmp_path: Path, capsys: pytest.
     assert "parameters without the embedding" not in said
     assert re.search(r"[\d,]+ parameters, [\d,]+ without the embedding; [\d,]+ tokens to an epoch", said)
     assert re.search(r"MFU counts [\d.]+ MFLOP to a token.* of 1 GFLOP/s, stated", said)
-    assert re.search(r"epoch 3/3  train loss [\d.]+  val loss [\d.]+  perplexity [\d.]+  bits per byte [\d.]+", said)
+    assert re.search(r"epoch 2/2  train loss [\d.]+  val loss [\d.]+  perplexity [\d.]+  bits per byte [\d.]+", said)
     assert re.search(r"[\d,]+ tokens/s, MFU \d+%", said)
-    assert re.search(r"Best bits per byte \d\.\d{4} in epoch 3", said)
+    assert re.search(r"Best bits per byte \d\.\d{4} in epoch 2", said)
     run = tmp_path / "run"
     history = rows(run)
     losses = [float(row["val_loss"]) for row in history]
@@ -103,8 +110,9 @@ def test_a_run_from_the_command_line(home: Path, tmp_path: Path, capsys: pytest.
     for row in history:
         assert math.isclose(math.exp(float(row["val_loss"])), float(row["val_perplexity"]))
     samples = (run / "samples.md").read_text()
-    assert re.findall(r"## Epoch (\d)", samples) == ["1", "2", "3"]
-    assert samples.count("> **The sea of **") == 3
+    assert re.findall(r"## Epoch (\d)", samples) == ["1", "2"]
+    assert samples.count("> **The sea of **") == 2
+    assert (run / "curves.png").is_file()
     assert f"bits per byte {float(history[-1]['val_bits_per_byte']):.4f}" in samples
     # what is saved opens as any model does, and says what its tokenizer is
     model: Any = zoo.create_model(f"local-dir:{run / 'best'}", pretrained=True)
@@ -292,7 +300,7 @@ def test_the_distillation_loss_by_hand(top_k: int | None, tau: float, monkeypatc
 
 def test_learning_from_a_teacher(home: Path, tmp_path: Path):
     """From a finished run, alone (alpha 1): what the student says comes near to what the teacher says."""
-    train(configure(home, tmp_path / "teacher", scheduler={"epochs": 3}))
+    train(configure(home, tmp_path / "teacher", scheduler={"epochs": 2}))
     changes: dict[str, Any] = {
         "distill": {"teacher": str(tmp_path / "teacher"), "alpha": 1.0, "top_k": 40},
         "model": {"args": {"dim": 16, "num_heads": 2, "num_kv_heads": 1}},
@@ -301,15 +309,12 @@ def test_learning_from_a_teacher(home: Path, tmp_path: Path):
     run = train(configure(home, tmp_path / "student", **changes))
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"]
     assert run.history[-1]["val_loss"] < 4.5
-    epoch = {**changes["train"], "max_updates": run.history[0]["updates"]}
-    train(configure(home, tmp_path / "again", **{**changes, "train": epoch}))
-    train(configure(home, tmp_path / "again", **changes, resume="auto"))
-    assert_same_checkpoint(tmp_path / "student" / "last", tmp_path / "again" / "last")
     other = {**changes, "model": {"args": {"vocab_size": 300}}}
     with pytest.raises(ConfigError, match=r"has 257 tokens and the student 300; a teacher must know the student's"):
         train(configure(home, tmp_path / "other", **other))
 
 
+@pytest.mark.slow  # a recipe's test takes such a teacher, too
 def test_a_teacher_of_transformers(home: Path, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
