@@ -91,9 +91,8 @@ ALL_COMMANDS = [command for document in DOCUMENTS for command in commands(docume
 
 @pytest.mark.parametrize("command", sorted({command for command, _ in ALL_COMMANDS}))
 def test_commands_exist(command, monkeypatch):
-    from zoo.config import parse_config
     from zoo.evaluation.config import parse_evaluation
-    from zoo.training import TrainingConfig
+    from zoo.training import parse_training_config
 
     program, *arguments = shlex.split(command)
     if program == "torchrun":
@@ -107,7 +106,7 @@ def test_commands_exist(command, monkeypatch):
         assert (ROOT / (arguments[1].replace(".", "/") + ".py")).exists(), f"{command}: no such module"
     elif arguments[:1] == ["train.py"]:
         monkeypatch.chdir(ROOT)
-        parse_config(TrainingConfig, arguments[1:], prog="train.py", description="")
+        parse_training_config(arguments[1:], prog="train.py")
     elif arguments[:1] == ["eval.py"]:
         assert parse_evaluation(arguments[1:]).model
     else:
