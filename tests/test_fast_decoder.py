@@ -139,3 +139,16 @@ def test_generates_what_the_model_generates(native):
     fast = zoo.optimize_for_inference(model)
     for prompts in ([5, 6, 7], [[1, 2, 3], [4] * 9]):
         assert zoo.generate(fast, prompts, max_new_tokens=24) == zoo.generate(model, prompts, max_new_tokens=24)
+
+
+@pytest.mark.parametrize("name", ["mobilellm_125m", "mobilellm_pro", "youtu_llm_2b"])
+@torch.inference_mode()
+def test_followed_by_a_compiler_without_a_break(name):
+    model = randomised(name)
+    fast = zoo.optimize_for_inference(model)
+    followed = torch.compile(fast, backend="eager", fullgraph=True)
+    tokens = torch.randint(0, 257, (1, 13))
+    cache = fast.make_cache(1, 16, static_shapes=True)
+    fast(tokens[:, :12], cache=cache)
+    assert error(followed(tokens), model(tokens)) < 1e-5
+    assert error(followed(tokens[:, 12:], cache=cache), model(tokens)[:, 12:]) < 1e-5

@@ -52,16 +52,11 @@ def _plain(x: Tensor) -> bool:
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
     """x A^T. PyTorch gives one row in float32 to one thread: here each has its part of the matrix."""
-    threads = torch.get_num_threads()
-    if (
-        x.numel() == weight.shape[1]
-        and x.dtype == weight.dtype == torch.float32
-        and threads > 1
-        and len(weight) % threads == 0
-        and _plain(x)
-    ):
-        parts = weight.view(threads, -1, weight.shape[1])
-        return torch.bmm(parts, x.reshape(1, -1, 1).expand(threads, -1, -1)).view(*x.shape[:-1], len(weight))
+    if _plain(x) and x.numel() == weight.shape[1] and x.dtype == weight.dtype == torch.float32:
+        threads = torch.get_num_threads()
+        if threads > 1 and len(weight) % threads == 0:
+            parts = weight.view(threads, -1, weight.shape[1])
+            return torch.bmm(parts, x.reshape(1, -1, 1).expand(threads, -1, -1)).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
 
 
