@@ -135,9 +135,13 @@ class _Parts:
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].clone()
         if norm is not None and self.folds:
             weight = weight * norm.get_parameter("weight")
-        if self.quantization is None:
+        if self.quantization is None or not self.fits(weight):
             return FastLinear(weight)
         return QuantizedLinear(weight, BITS[self.quantization.to], self.quantization.group_size)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether rows are whole groups; a matrix whose rows are not keeps its precision."""
+        return self.quantization is not None and weight.shape[1] % self.quantization.group_size == 0
 
 
 class FastAttention(nn.Module):
@@ -278,7 +282,7 @@ class FastStack(nn.Module):
         stack, config = model.model, make.config
         embedding = stack.embed_tokens.weight.detach()
         self.embed_tokens: nn.Embedding | QuantizedEmbedding
-        if make.quantization is None:
+        if make.quantization is None or not make.fits(embedding):
             self.embed_tokens = nn.Embedding.from_pretrained(embedding.clone())
         else:
             self.embed_tokens = QuantizedEmbedding(embedding, BITS[make.quantization.to], make.quantization.group_size)
@@ -299,6 +303,11 @@ class FastDecoder(Decoder):
         self.model = FastStack(model, make)  # type: ignore[assignment]
         if not model.config.tie_embeddings:
             self.head = make.linear(model.lm_head.weight)
+        if quantization is not None and not any(isinstance(part, QuantizedLinear) for part in self.modules()):
+            raise ConfigError(
+                f"Groups of {quantization.group_size} fit into the rows of no matrix of this model, which are "
+                f"{model.config.dim} and {model.config.hidden_dim} wide: choose a smaller group_size, if there is one."
+            )
         self.grad_checkpointing = False
         self._native: NativeStep | None = None
         self.register_load_state_dict_post_hook(_forget)
