@@ -123,3 +123,17 @@ ours.load_state_dict(theirs.state_dict())
 images = torch.randn(1, 3, 64, 64)
 torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 """)
+
+
+def test_timms_own_stay_timms_by_their_full_name():
+    run("""
+from zoo.loading import create_timm_model
+from zoo.profiling.resolve import build
+cfg = timm.models.get_pretrained_cfg("poolformer_s12").to_dict()
+zoo.register_with_timm(override=True)
+zoo.register_with_timm(override=True)
+for model in (build("timm/poolformer_s12"), create_timm_model("timm/poolformer_s12", num_classes=3)):
+    assert type(model).__module__.startswith("timm."), type(model)
+assert create_timm_model("timm/poolformer_s12").pretrained_cfg["hf_hub_id"] == cfg["hf_hub_id"]
+assert isinstance(timm.create_model("poolformer_s12"), MetaFormer), "and ours are back in their place"
+""")

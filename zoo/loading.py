@@ -8,6 +8,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from zoo.compat.timm import timms_own
 from zoo.errors import ConfigError, did_you_mean
 from zoo.factory import create_model
 from zoo.files import checkpoint_places
@@ -86,10 +87,12 @@ def looks_like_path(source: str) -> bool:
 
 def create_timm_model(name: str, **args: Any) -> nn.Module:
     """timm's own model, for a name such as `timm/poolformer_s12`. Raises ConfigError for what timm does not take."""
+    name = name.removeprefix("timm/")
     try:
-        model = timm.create_model(name.removeprefix("timm/"), **args)
+        with timms_own(name):
+            model = timm.create_model(name, **args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm does not make {name!r}: {error}") from None
+        raise ConfigError(f"timm does not make 'timm/{name}': {error}") from None
     cfg = model.pretrained_cfg
     model.pretrained_cfg = model.default_cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
     return model

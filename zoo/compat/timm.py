@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import timm
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from zoo.factory import build_module, feature_config
@@ -18,6 +19,8 @@ from zoo.registry import Entry, get_entry, list_models
 
 __all__: list[str] = []  # timm's register_model adds the names it registers
 default_cfgs: dict[str, Any] = {}  # where timm's register_model looks for a function's weights
+_Registered = tuple[Callable[..., nn.Module], dict[str, Any]]  # a function, and its weights by full name
+_timms: dict[str, _Registered] = {}  # what ours have taken the place of
 
 
 def register_with_timm(override: bool = False) -> list[str]:
@@ -42,11 +45,42 @@ def _register(entry: Entry) -> None:
     for config in configs.values():
         config.pop("tag")  # timm takes it from the name
     default_cfgs.update(generate_default_cfgs(configs))
+    if timm.is_model(entry.name) and timm.model_entrypoint(entry.name).__module__ != __name__:
+        _timms[entry.name] = _registered(entry.name)
     entrypoint = _entrypoint(entry)
     globals()[entry.name] = entrypoint
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=f"Overwriting {entry.name} in registry")
         register_model(entrypoint)
+
+
+@contextlib.contextmanager
+def timms_own(name: str) -> Iterator[None]:
+    """Let timm build its own model of that name, though the zoo's may have taken its place in timm's registry."""
+    name = name.partition(".")[0]
+    if name not in _timms:
+        yield
+        return
+    ours = _registered(name)
+    _put_back(name, _timms[name])
+    try:
+        yield
+    finally:
+        _put_back(name, ours)
+
+
+def _registered(name: str) -> _Registered:
+    weights = _registry._model_pretrained_cfgs
+    mine = {key: cfg for key, cfg in weights.items() if key == name or key.startswith(f"{name}.")}
+    return timm.model_entrypoint(name), mine
+
+
+def _put_back(name: str, registered: _Registered) -> None:
+    weights = _registry._model_pretrained_cfgs
+    for key in _registered(name)[1]:
+        del weights[key]
+    _registry._model_entrypoints[name], mine = registered
+    weights.update(mine)
 
 
 def _saved_args(cfg: Any) -> dict[str, Any]:

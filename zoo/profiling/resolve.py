@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zoo.compat.timm import timms_own
 from zoo.errors import ConfigError, UnknownModelError, did_you_mean
 from zoo.factory import create_model
 from zoo.registry import list_models
@@ -41,7 +42,7 @@ def _build_with_timm(name: str, device: torch.device | str) -> nn.Module:
     tags = [full.partition(".")[2] for full in timm.list_pretrained(base)] if tag else []
     if tag and tag not in tags:
         raise UnknownModelError(f"timm has no weights {tag!r} of {base}.{did_you_mean(tag, tags)}")
-    with torch.device(device):
+    with torch.device(device), timms_own(name):
         return timm.create_model(name, pretrained=False)
 
 
