@@ -31,6 +31,16 @@ def each_vision_model(everything: bool = False) -> list[Any]:
     ]
 
 
+def each_model(names: list[str]) -> list[Any]:
+    """Parameters for all of `names`, slow but for the smallest of each series, and those that no index knows yet."""
+    known = {info.name: info for info in zoo.search(sort="params")}
+    smallest: dict[str, str] = {}
+    for name in known:
+        smallest.setdefault(series(name), name)
+    quick = set(smallest.values())
+    return [pytest.param(n, marks=() if n in quick or n not in known else pytest.mark.slow) for n in names]
+
+
 def series(name: str) -> str:
     """What comes before a size: `ffnet` of `ffnet40s_bbx_mobile`, `poolformerv2` of `poolformerv2_s12`."""
     return re.sub(r"\d\d+[a-z]*$", "", name.partition("_")[0])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import zoo
+from tests.models import each_model
 from zoo import index, registry
 from zoo.errors import ConfigError, UnknownModelError
 from zoo.layers.decoder import build_decoder
@@ -596,7 +597,7 @@ def test_a_pinned_commit_stands_in_the_cfg(own_models):
 # ---------------------------------------------------------------------------------------------------------------- index
 
 
-@pytest.mark.parametrize("name", index.model_names())
+@pytest.mark.parametrize("name", each_model(index.model_names()))
 def test_the_index_says_what_the_code_generates(name):
     """`python -m zoo.index --check`, model by model: all of a model's costs are counted anew."""
     lines = registry.INDEX_PATH.read_text().splitlines()
