@@ -15,6 +15,7 @@ from zoo.layers.packed import PackedConv2d
 from zoo.registry import get_entry
 
 models = pytest.mark.parametrize("name", each_vision_model())
+few_models = pytest.mark.parametrize("name", each_vision_model(few=True))
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def test_equals_the_model(name):
     close(fast.to(memory_format=torch.channels_last)(batch), model(batch))
 
 
-@models
+@few_models
 @torch.no_grad()
 def test_compiles_and_exports(name):
     model = randomize(create(name))

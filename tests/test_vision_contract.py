@@ -19,7 +19,7 @@ import zoo
 from tests.models import SIZE, create, each_vision_model
 from zoo.registry import get_entry
 
-every_model = pytest.mark.parametrize("name", each_vision_model(everything=True))
+few_models = pytest.mark.parametrize("name", each_vision_model(few=True))
 models = pytest.mark.parametrize("name", each_vision_model())
 
 
@@ -54,7 +54,7 @@ def test_backward_reaches_every_parameter(name):
         assert parameter.grad.isfinite().all(), key
 
 
-@every_model
+@models
 def test_default_configuration(name):
     """pretrained_cfg tells the truth about the model; checked without memory, on the meta device, at its own size."""
     model = zoo.create_model(name, pretrained=False, device="meta").eval()
@@ -177,7 +177,7 @@ def test_prune_intermediate_layers(name):
     assert torch.equal(pruned[1], maps[1])
 
 
-@models
+@few_models
 def test_torchscript(name):
     model = create(name).eval()
     with torch.no_grad():
@@ -186,7 +186,7 @@ def test_torchscript(name):
         torch.testing.assert_close(torch.jit.script(model)(images(2)), expected)
 
 
-@models
+@few_models
 def test_fx(name):
     """FX features are bit-equal, train, and survive scripting, as timm's suite asks."""
     model = create(name).eval()
@@ -206,7 +206,7 @@ def test_fx(name):
     assert len(maps(images())) == 2
 
 
-@models
+@few_models
 def test_export_with_dynamic_batch(name):
     model = create(name).eval()
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -215,7 +215,7 @@ def test_export_with_dynamic_batch(name):
         torch.testing.assert_close(exported(images(size)), model(images(size)), rtol=1e-4, atol=1e-5)
 
 
-@models
+@few_models
 def test_compile_without_graph_breaks(name):
     model = create(name).eval()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -262,7 +262,7 @@ def test_seed_decides_the_initial_weights(name):
     assert all(t.isfinite().all() for t in first.values())
 
 
-@every_model
+@models
 def test_layer_groups(name):
     """Every parameter is in one group, the groups run from the stem to the head, and blocks keep together."""
     model = zoo.create_model(name, pretrained=False, device="meta")
@@ -279,7 +279,7 @@ def test_layer_groups(name):
         assert len(groups) >= len(model.feature_info)
 
 
-@every_model
+@models
 def test_layer_decay_optimizer(name):
     from timm.optim import create_optimizer_v2
 
@@ -295,7 +295,7 @@ def test_layer_decay_optimizer(name):
             assert (group["weight_decay"] == 0) == (parameter.ndim <= 1 or parameter in undecayed)
 
 
-@every_model
+@models
 def test_timm_layout_and_configuration_where_timm_has_the_model(name):
     builder = getattr(timm.models, name, None)  # timm's own, whatever its registry holds by now
     if builder is None:
