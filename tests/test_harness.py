@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import zoo
-from tests.language import small
+from tests.language import random_model, small
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -28,14 +28,6 @@ WORDS = ("the", "cat", "sat", "on", "a", "mat", "while", "many", "dogs", "ran", 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
 )
-
-
-def random_model(name: str = "mobilellm_125m", **args: Any) -> Any:
-    torch.manual_seed(0)
-    model = small(name, **args)
-    for parameter in model.parameters():
-        parameter.data.mul_(4)
-    return model
 
 
 @pytest.fixture(scope="module")

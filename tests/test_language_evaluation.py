@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import zoo
-from tests.language import small
+from tests.language import random_model, small
 from zoo.data.text import TextDataConfig
 from zoo.evaluation import perplexity
 from zoo.evaluation.config import LanguageEvaluationConfig, parse_evaluation
@@ -35,15 +35,6 @@ class NoBos:
 
     def decode(self, ids: Any) -> str:
         return bytes(ids).decode(errors="replace")
-
-
-def random_model(name: str = "mobilellm_125m", **args: Any) -> Any:
-    """Far from uniform, so that no two tokens cost the same."""
-    torch.manual_seed(0)
-    model = small(name, **args)
-    for parameter in model.parameters():
-        parameter.data.mul_(4)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
 from zoo.cards import bibtex, cite, markdown_table, module_docstring
@@ -23,6 +23,7 @@ from zoo.model_card import (
     HUB,
     Base,
     RunRecord,
+    assemble,
     command_without_paths,
     dtypes_of,
     facts_of,
@@ -96,16 +97,7 @@ def render_language_card(
         "Licence": licence_section(license, base, info),
         "Citation": f"```bibtex\n{bibtex(info.paper)}\n```" if info and info.paper else "",
     }
-    parts = [
-        f"# {name}",
-        _summary(cfg, info, data_name, {} if rounded else figures, base),
-        *([note] if note else []),
-        *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
-    ]
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
-    if ModelCard(text, ignore_metadata_errors=False).data.to_dict() != data.to_dict():
-        raise ConfigError("The card's metadata does not read back as it was written: is the dataset's name plain text?")
-    return text
+    return assemble(name, _summary(cfg, info, data_name, {} if rounded else figures, base), note, sections, data)
 
 
 # ------------------------------------------------------------------------------------------------------------- figures

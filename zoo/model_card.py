@@ -225,9 +225,14 @@ def render_model_card(
         "Licence": licence_section(license, base, info),
         "Citation": f"```bibtex\n{bibtex(info.paper)}\n```" if info and info.paper else "",
     }
+    return assemble(name, _summary(cfg, info, about, {} if rounded else figures, base), note, sections, data)
+
+
+def assemble(name: str, summary: str, note: str | None, sections: Mapping[str, str], data: ModelCardData) -> str:
+    """A card of its parts; sections without text are left out. Raises ConfigError for metadata that cannot be read."""
     parts = [
         f"# {name}",
-        _summary(cfg, info, about, {} if rounded else figures, base),
+        summary,
         *([note] if note else []),
         *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
     ]

@@ -242,6 +242,38 @@ class Attention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
+def attend_latent(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    kv_b: nn.Module,
+    visible: Visible,
+    *,
+    remembers: bool,
+) -> Tensor:
+    """Attention over keys and values that `kv_b` makes of latent vectors (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    Queries are (B, heads, S, nope) and (B, heads, S, rope), the memory (B, 1, K, rank) and (B, 1, K, rope); the weight
+    of `kv_b` is (heads * (nope + v_dim), rank). A few tokens over a memory (`remembers`) are computed in the latent
+    space. Gives (B, heads, S, v_dim).
+    """
+    heads, nope = q_nope.shape[1], q_nope.shape[-1]
+    scale = (nope + q_rope.shape[-1]) ** -0.5
+    options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
+    few = torch.compiler.is_exporting() or 4 * q_nope.shape[2] <= latent.shape[2]  # a graph has one of the two ways
+    if remembers and few:
+        up = kv_b.get_parameter("weight").view(heads, -1, latent.shape[-1]).to(q_nope.dtype)
+        q = torch.cat((q_nope @ up[:, :nope], q_rope), -1)
+        k = torch.cat((latent, k_rope), -1)
+        return F.scaled_dot_product_attention(q, k, latent, enable_gqa=True, **options) @ up[:, nope:].mT
+    made = kv_b(latent[:, 0]).unflatten(-1, (heads, -1)).transpose(1, 2)
+    k_nope, v = made.split((nope, made.shape[-1] - nope), -1)
+    q = torch.cat((q_nope, q_rope), -1)
+    k = torch.cat((k_nope, k_rope.expand(-1, heads, -1, -1)), -1)
+    return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention: keys and values are made of one narrow vector a token, which alone is remembered.
 
@@ -280,25 +312,7 @@ class LatentAttention(nn.Module):
         q_rope, k_rope = (rotate(part, rotation, self.interleaved) for part in (q_rope, k_rope))
         if memory is not None and cache is not None:
             latent, k_rope = (seen.to(q.dtype) for seen in memory.update((latent, k_rope), cache))
-        scale = (self.nope + self.rope) ** -0.5
-        options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
-        few = torch.compiler.is_exporting() or 4 * x.shape[1] <= latent.shape[2]  # a graph has one of the two ways
-        if memory is not None and few:
-            up = self.kv_b_proj.weight.view(self.heads, self.nope + self.v_dim, self.rank)
-            q = torch.cat((q_nope @ up[:, : self.nope].to(q.dtype), q_rope), -1)
-            k = torch.cat((latent, k_rope), -1)
-            out = F.scaled_dot_product_attention(q, k, latent, enable_gqa=True, **options)
-            out = out @ up[:, self.nope :].to(q.dtype).mT
-        else:
-            k_nope, v = (
-                self.kv_b_proj(latent[:, 0])
-                .unflatten(-1, (self.heads, -1))
-                .transpose(1, 2)
-                .split((self.nope, self.v_dim), -1)
-            )
-            q = torch.cat((q_nope, q_rope), -1)
-            k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), -1)
-            out = F.scaled_dot_product_attention(q, k, v, **options)
+        out = attend_latent(q_nope, q_rope, latent, k_rope, self.kv_b_proj, visible, remembers=memory is not None)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 

@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.layers import native_step
-from zoo.layers.decoder import Attention, Decoder, DecoderConfig, LatentAttention, RotaryTable, Visible
+from zoo.layers.decoder import (
+    Attention,
+    Decoder,
+    DecoderConfig,
+    LatentAttention,
+    RotaryTable,
+    Visible,
+    attend_latent,
+    rms_normalize,
+)
 from zoo.layers.kv_cache import KVCache, LayerCache
 from zoo.layers.native_step import CLayer, CMatrix, NativeStep, address, float_matrix
 from zoo.layers.quantized import BITS, QuantizedEmbedding, QuantizedLinear
@@ -89,8 +98,7 @@ class FastNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = F.rms_norm(wide, x.shape[-1:], eps=self.eps).to(x.dtype)
+        normed = rms_normalize(x, self.eps)
         return normed if self.weight is None else self.weight * normed
 
 
@@ -192,7 +200,7 @@ class FastLatentAttention(nn.Module):
         super().__init__()
         config = make.config
         self.heads, self.rank = attention.heads, attention.rank
-        self.nope, self.rope, self.v_dim = attention.nope, attention.rope, attention.v_dim
+        self.nope, self.rope = attention.nope, attention.rope
         self.q_rank = attention.q_a_proj.out_features
         kv_a = _side_by_side(
             attention.kv_a_proj_with_mqa.weight, self.rank + self.rope, self.rope, config.rope_interleaved
@@ -221,20 +229,7 @@ class FastLatentAttention(nn.Module):
         q_rope, k_rope = _rotate(q_rope, rotation), _rotate(k_rope, rotation)
         if memory is not None and cache is not None:
             latent, k_rope = (seen.to(q.dtype) for seen in memory.update((latent, k_rope), cache))
-        scale = (self.nope + self.rope) ** -0.5
-        options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
-        up = self.kv_b.weight.view(self.heads, self.nope + self.v_dim, self.rank).to(q.dtype)
-        if memory is not None and 4 * x.shape[1] <= latent.shape[2]:
-            q = torch.cat((q_nope @ up[:, : self.nope], q_rope), -1)
-            k = torch.cat((latent, k_rope), -1)
-            out = F.scaled_dot_product_attention(q, k, latent, enable_gqa=True, **options)
-            out = out @ up[:, self.nope :].mT
-        else:
-            kv = F.linear(latent[:, 0], up.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            k_nope, v = kv.split((self.nope, self.v_dim), -1)
-            q = torch.cat((q_nope, q_rope), -1)
-            k = torch.cat((k_nope, k_rope.expand(-1, self.heads, -1, -1)), -1)
-            out = F.scaled_dot_product_attention(q, k, v, **options)
+        out = attend_latent(q_nope, q_rope, latent, k_rope, self.kv_b, visible, remembers=memory is not None)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
