@@ -273,7 +273,7 @@ def test_chats_teach_their_answers(home: Path, tmp_path: Path):
 @pytest.mark.parametrize("top_k", [None, 7])
 @pytest.mark.parametrize("tau", [1.0, 2.0])
 def test_the_distillation_loss_by_hand(top_k: int | None, tau: float, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("zoo.training.language_distillation.LOGITS_AT_ONCE", 200)  # five tokens at a time
+    monkeypatch.setattr("zoo.layers.token_loss.LOGITS_AT_ONCE", 200)  # five tokens at a time
     torch.manual_seed(0)
     options: dict[str, Any] = {"dtype": torch.float64}
     hidden = torch.randn(23, 8, requires_grad=True, **options)

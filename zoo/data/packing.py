@@ -37,6 +37,7 @@ __all__ = [
     "PackedTokens",
     "StreamLoader",
     "TokenBatch",
+    "document_ends",
     "encode_document",
     "evaluation_batches",
     "prepare_tokens",
@@ -94,7 +95,7 @@ def _encode(documents: Sequence[Document], tokenizer: Tokenizes | None) -> Itera
             continue
         assert tokenizer is not None
         if isinstance(document, str):
-            before, after = _ends(tokenizer)
+            before, after = document_ends(tokenizer)
             yield _Encoded(np.array([*before, *next(ids), *after], dtype=np.uint32), None)
         else:
             yield _encode_chat(typing.cast(list[dict[str, Any]], document), tokenizer)
@@ -104,8 +105,8 @@ def _is_tokenised(document: Document) -> bool:
     return isinstance(document, list) and all(type(item) is int for item in document)
 
 
-def _ends(tokenizer: Tokenizes) -> tuple[list[int], list[int]]:
-    """What is put before and behind a text."""
+def document_ends(tokenizer: Tokenizes) -> tuple[list[int], list[int]]:
+    """The tokens that training puts before and behind a text."""
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     if bos is not None and bos == eos:
         return [bos], []
@@ -147,7 +148,8 @@ def _encode_chat(messages: list[dict[str, Any]], tokenizer: Tokenizes) -> _Encod
 
 def _separator(tokenizer: Tokenizes | None) -> list[int]:
     """What ends the last document where a document's end is the beginning of the next."""
-    return [] if tokenizer is None or not _ends(tokenizer)[0] or _ends(tokenizer)[1] else _ends(tokenizer)[0]
+    before, after = ([], []) if tokenizer is None else document_ends(tokenizer)
+    return [] if after else before
 
 
 # ------------------------------------------------------------------------------------------------------ tokens on disk
@@ -259,7 +261,7 @@ def _tokenizer_fingerprint(tokenizer: Tokenizes | None) -> str:
         return ""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
-        digest = hashlib.sha256(f"{tokenizer.vocab_size} {_ends(tokenizer)}".encode())
+        digest = hashlib.sha256(f"{tokenizer.vocab_size} {document_ends(tokenizer)}".encode())
         for file in sorted(Path(scratch).iterdir()):
             digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()

@@ -19,13 +19,14 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
 from zoo.data import DamageReport
+from zoo.data.packing import document_ends
 from zoo.data.text import Damaged, FileTexts, TextDataConfig, find_texts, load_texts
 from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.devices import choose_device
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
 from zoo.layers.decoder import Decoder, DecoderConfig
-from zoo.layers.token_loss import LOGITS_AT_ONCE, token_losses
+from zoo.layers.token_loss import token_losses, tokens_at_once
 
 __all__ = ["check_language_model", "evaluate_language", "perplexity", "predicts_tokens", "windows"]
 
@@ -300,8 +301,7 @@ class _Counts:
     def windows(
         self, texts: Iterable[str | Sequence[int]], tokenizer: Tokenizer, context: int, stride: int
     ) -> Iterator[Window]:
-        is_known = tokenizer.adds_bos or tokenizer.bos_id == tokenizer.eos_id  # what training puts before a text
-        bos = tokenizer.bos_id if is_known else None
+        before, _ = document_ends(tokenizer)
         for text in texts:
             if isinstance(text, str):
                 ids, size = tokenizer.encode(text, special=False), len(text.encode())
@@ -312,10 +312,10 @@ class _Counts:
                 raise DataError(f"A text is a string, or a list of token numbers, not {type(text).__name__}.")
             if not ids:
                 continue
-            if bos is None:
+            if not before:
                 size -= min(size, len(tokenizer.decode(ids[:1]).encode()))
-            elif ids[0] != bos:
-                ids = [bos, *ids]
+            elif ids[:1] != before:
+                ids = [*before, *ids]
             tokens = np.array(ids, dtype=np.int64)
             number = self.documents
             self.documents += 1
@@ -398,7 +398,7 @@ class Predictor:
         if not quantised:
             return token_losses(features, self.model.head_weight, targets).cpu().double()
         # such a head rounds its inputs, too: it is asked itself, for a part of the logits at a time
-        at_once = max(1, LOGITS_AT_ONCE // self.vocab_size)
+        at_once = tokens_at_once(self.vocab_size)
         parts = zip(features.split(at_once), targets.split(at_once), strict=True)
         losses = [F.cross_entropy(self.model.forward_head(part).float(), t, reduction="none") for part, t in parts]
         return torch.cat(losses).cpu().double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -15,12 +16,11 @@ import zoo
 from zoo.data.text import iterate_texts
 from zoo.data.tokenizers import VOCABULARIES, Tokenizer, as_text, check_fits, create_tokenizer, train_tokenizer
 from zoo.devices import choose_device
-from zoo.errors import CheckpointError, ConfigError, UnknownModelError, ZooError
+from zoo.errors import CheckpointError, ConfigError, ZooError
 from zoo.files import make_folder
 from zoo.generation.prompts import Generation, prepare
 from zoo.generation.sampling import Sampling
-from zoo.loading import load_model
-from zoo.registry import get_entry
+from zoo.loading import load_model, model_task
 
 __all__ = ["run_chat", "run_generate", "run_tokenizer"]
 
@@ -151,8 +151,6 @@ def _load(args: argparse.Namespace, for_chat: bool = False) -> tuple[Any, Tokeni
         _note("The weights are random: what follows means nothing.")
     else:
         model = load_model(args.model, args.checkpoint)
-        if not hasattr(model, "make_cache"):
-            raise ConfigError(f"{args.model} is not a language model.")
         tokenizer = _tokenizer(args)
     check_fits(tokenizer, model)
     if for_chat:
@@ -167,13 +165,12 @@ def _load(args: argparse.Namespace, for_chat: bool = False) -> tuple[Any, Tokeni
 
 
 def _check_language(name: str) -> None:
-    """Say that a model of the zoo is none of language before its weights are fetched."""
-    try:
-        entry = get_entry(name)
-    except UnknownModelError:  # a folder or a repository, which shows when it is loaded
-        return
-    if entry.task != "language":
-        raise ConfigError(f"{entry.name} is made for {entry.task}, not for language.")
+    """Say that a model is none of language before its weights are fetched."""
+    task = "language"
+    with contextlib.suppress(ZooError):  # what cannot be found is said when it is loaded
+        task = model_task(name)
+    if task != "language":
+        raise ConfigError(f"{name} is made for {task}, not for language.")
 
 
 def _tokenizer(args: argparse.Namespace) -> Tokenizer:

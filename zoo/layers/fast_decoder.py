@@ -64,8 +64,8 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if _plain(x) and x.numel() == weight.shape[1] and x.dtype == weight.dtype == torch.float32:
         threads = torch.get_num_threads()
         if threads > 1 and len(weight) % threads == 0:
-            parts = weight.view(threads, -1, weight.shape[1])
-            return torch.bmm(parts, x.reshape(1, -1, 1).expand(threads, -1, -1)).view(*x.shape[:-1], len(weight))
+            parts = weight.view(threads, -1, weight.shape[1]).transpose(1, 2)  # x as row: as column it is 3x slower
+            return torch.bmm(x.reshape(1, 1, -1).expand(threads, -1, -1), parts).view(*x.shape[:-1], len(weight))
     return F.linear(x, weight)
 
 

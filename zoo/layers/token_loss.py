@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["IGNORED", "mean_token_loss", "token_losses"]
+__all__ = ["IGNORED", "mean_token_loss", "token_losses", "tokens_at_once"]
 
 IGNORED = -100  # target of a token that does not count, as in F.cross_entropy
 LOGITS_AT_ONCE = 2**25  # elements; 128 MiB in float32
 
 
-def _tokens_at_once(vocab_size: int) -> int:
+def tokens_at_once(vocab_size: int) -> int:
+    """How many tokens' logits exist together."""
     return max(1, LOGITS_AT_ONCE // vocab_size)
 
 
@@ -31,7 +32,7 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         parts = [
             F.cross_entropy(F.linear(h.to(weight.dtype), weight).float(), t, ignore_index=IGNORED, reduction="none")
             for h, t in zip(
-                hidden.split(_tokens_at_once(len(weight))), targets.split(_tokens_at_once(len(weight))), strict=True
+                hidden.split(tokens_at_once(len(weight))), targets.split(tokens_at_once(len(weight))), strict=True
             )
         ]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
@@ -61,7 +62,7 @@ def _pass(
     to_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if gradients else None
     with torch.autocast(kind, enabled=False):
         cast = weight.to(dtype)
-        size = _tokens_at_once(len(weight))
+        size = tokens_at_once(len(weight))
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             h, t, c = hidden[part].to(dtype), targets[part], counted[part]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError, MissingDependencyError
-from zoo.layers.token_loss import IGNORED, LOGITS_AT_ONCE
+from zoo.layers.token_loss import IGNORED, tokens_at_once
 from zoo.training.language_config import LanguageDistillConfig
 
 __all__ = ["LanguageTeacher", "Student", "distillation_loss"]
@@ -64,7 +64,7 @@ def distillation_loss(
             losses = (1 - alpha) * (log_sum - right) + alpha * tau**2 * divergence + z_loss * log_sum.square()
             return (losses * (t != IGNORED)).sum()
 
-    size = max(1, LOGITS_AT_ONCE // len(weight))
+    size = tokens_at_once(len(weight))
     parts = zip(hidden.split(size), targets.split(size), teacher_hidden.split(size), strict=True)
     total = torch.stack([_again(part, h, weight, t, teacher_h) for h, t, teacher_h in parts]).sum()
     return total / count
