@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before anything reads it
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +58,10 @@ CONTENDERS = {  # name: (weights, how much a logit may be off, of the largest: r
     "llama.cpp bf16": ("bfloat16", 0.1),
     "llama.cpp q8_0": ("int8", 0.1),
     "llama.cpp q4_0": ("int4", 0.8),
+    "llama-cpp-python f32": ("float32", 1e-4),
+    "llama-cpp-python bf16": ("bfloat16", 0.1),
+    "llama-cpp-python q8_0": ("int8", 0.1),
+    "llama-cpp-python q4_0": ("int4", 0.8),
 }
 
 
@@ -149,6 +154,8 @@ class Transformers:
 
 
 class LlamaCpp:
+    """llama.cpp as `zoo.generate(..., engine="llama.cpp")` calls it."""
+
     def __init__(self, model: nn.Module, name: str, length: int) -> None:
         import llama_cpp
 
@@ -171,8 +178,49 @@ class LlamaCpp:
         self.decoding.step()
 
 
+class LlamaCppPython:
+    """llama.cpp as its package calls it, with the memory that ours has."""
+
+    def __init__(self, model: nn.Module, name: str, length: int) -> None:
+        import llama_cpp
+
+        dtype = name.removeprefix("llama-cpp-python ")
+        wide = llama_cpp.GGML_TYPE_F32
+        exact: dict[str, Any] = {"flash_attn": False, "type_k": wide, "type_v": wide}
+        threads = torch.get_num_threads()
+        with tempfile.TemporaryDirectory() as folder:
+            path = write_gguf(model, Path(folder) / "model.gguf", dtype=dtype)
+            self.model = llama_cpp.Llama(
+                str(path),
+                n_ctx=length,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+                **(exact if dtype == "f32" else {}),
+            )
+        self.vocab_size = int(self.model.n_vocab())
+        self.weight_bytes = int(llama_cpp.llama_model_size(self.model.model))
+
+    def prefill(self, tokens: list[int]) -> Tensor:
+        import llama_cpp
+
+        self.model.reset()
+        self.tokens = self.model.generate(tokens, temp=0.0)
+        next(self.tokens)
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(self.model.ctx), shape=(self.vocab_size,))
+        return torch.from_numpy(logits.copy())
+
+    def step(self) -> None:
+        next(self.tokens)
+
+
 def contender(name: str, model: nn.Module, length: int) -> Contender:
-    sides: dict[str, Callable[..., Contender]] = {"zoo": Zoo, "transformers": Transformers, "llama.cpp": LlamaCpp}
+    sides: dict[str, Callable[..., Contender]] = {
+        "zoo": Zoo,
+        "transformers": Transformers,
+        "llama.cpp": LlamaCpp,
+        "llama-cpp-python": LlamaCppPython,
+    }
     return sides[name.partition(" ")[0]](model, name, length)
 
 
@@ -245,7 +293,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """What ours reaches of others: of transformers' best, of llama.cpp, of our own 16 bits."""
+    """What ours reaches of others: of transformers' best, of llama.cpp, of our own 16 bits; and our way to call
+    llama.cpp of its package's.
+    """
     rate = {name: one["decode_tokens_per_second"] for name, one in found.items()}
     out: dict[str, float] = {}
     for name, (weights, _) in CONTENDERS.items():
@@ -261,6 +311,10 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
             ours = [rate[n] for n in rate if n.startswith("zoo") and CONTENDERS[n][0] in sixteen]
             if ours:
                 out[f"{name} / zoo's best in 16 bits"] = round(rate[name] / max(ours), 3)
+    for name in rate:
+        package = name.replace("llama.cpp", "llama-cpp-python")
+        if name.startswith("llama.cpp") and package in rate:
+            out[f"{name} / {package}"] = round(rate[name] / rate[package], 3)
     return out
 
 
@@ -290,7 +344,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
     names = list(found)
     figure = Figure(figsize=(9, 0.38 * len(names) + 1.6), layout="constrained")
     axes = figure.add_subplot()
-    colours = {"zoo": "tab:blue", "transformers": "tab:orange", "llama.cpp": "tab:green"}
+    colours = {
+        "zoo": "tab:blue",
+        "transformers": "tab:orange",
+        "llama.cpp": "tab:green",
+        "llama-cpp-python": "tab:olive",
+    }
     for place, name in enumerate(reversed(names)):
         one = found[name]
         axes.barh(place, one["decode_tokens_per_second"], color=colours[name.partition(" ")[0]])
