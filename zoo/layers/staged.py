@@ -61,8 +61,8 @@ class StagedNet(ZooModelHubMixin, nn.Module):
     """(B, in_chans, H, W) -> (B, num_classes) by a stem, stages of falling resolution, and a head.
 
     The constructor of a subclass makes `stem`, `stages` (whose items have a `grad_checkpointing`) and `head`, and ends
-    with `init_weights(self)`. The class defines `init_module`, and `blocks_of_stages` where parameters of a stage lie
-    elsewhere than in `downsample` and `blocks`.
+    with `init_weights(self)`. The class defines `init_module`, `blocks_of_stages` where parameters of a stage lie
+    elsewhere than in `downsample` and `blocks`, and `make_classifier` and `drop_head_norm` where its head is another.
 
     Args:
         dims: channels of each stage's map.
@@ -119,14 +119,20 @@ class StagedNet(ZooModelHubMixin, nn.Module):
         self.head.set_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
         self.num_classes = num_classes
         if reset_other:
-            self.head.norm = nn.Identity()
-        if num_classes:
-            like = next(self.stem.parameters())
-            self.head.fc = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
-            self.init_module(self.head.fc)
-        else:
-            self.head.fc = nn.Identity()
+            self.drop_head_norm()
+        like = next(self.stem.parameters())
+        self.head.fc = self.make_classifier(num_classes).to(device=like.device, dtype=like.dtype)
+        for module in self.head.fc.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                self.init_module(module)
         self.head.train(self.training)
+
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        """(B, head_hidden_size) -> (B, num_classes), not initialised; for no classes nothing."""
+        return nn.Linear(self.head_hidden_size, num_classes) if num_classes else nn.Identity()
+
+    def drop_head_norm(self) -> None:
+        self.head.norm = nn.Identity()
 
     def forward_intermediates(
         self,

@@ -21,16 +21,16 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, use_fused_attn
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, calculate_drop_path_rates, use_fused_attn
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, per_stage
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale
-from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.layers.packed import Activation, PackedConv2d, may_overwrite
+from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["Attention", "MetaFormer", "Pooling", "RandomMixing", "SepConv", "StarReLU"]
@@ -381,33 +381,7 @@ class MlpHead(nn.Module):
         return self.fc2(self.drop(self.norm(F.relu(self.fc1(x)).square())))
 
 
-class Head(nn.Module):
-    """Pooling and norm (in either order), then the classifier. (B, C, H, W) -> (B, num_classes)."""
-
-    def __init__(self, global_pool: str, norm: nn.Module, norm_first: bool, drop: float, fc: nn.Module) -> None:
-        super().__init__()
-        self.norm_first = norm_first
-        self.norm = norm
-        self.drop = nn.Dropout(drop)
-        self.fc = fc
-        self.set_pool(global_pool)
-
-    def set_pool(self, global_pool: str) -> None:
-        if global_pool not in POOLS:
-            raise ConfigError(f"global_pool is {global_pool!r}, but must be one of {', '.join(map(repr, POOLS))}.")
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.global_pool(self.norm(x)) if self.norm_first else self.norm(self.global_pool(x))
-        x = self.flatten(x)
-        return x if pre_logits else self.fc(self.drop(x))
-
-
-POOLS = ("avg", "max", "avgmax", "")
-
-
-class MetaFormer(ZooModelHubMixin, nn.Module):
+class MetaFormer(StagedNet):
     """A four-stage network of MetaFormer blocks. (B, in_chans, H, W) -> (B, num_classes).
 
     The defaults are those of PoolFormerV2. Any number of stages works.
@@ -472,50 +446,24 @@ class MetaFormer(ZooModelHubMixin, nn.Module):
         patch_conv_init: Literal["normal", "default"] = "normal",
         img_size: int | tuple[int, int] = 224,
     ) -> None:
-        super().__init__()
-        depths, dims = _widths("depths", depths), _widths("dims", dims)
-        if len(depths) != len(dims):
-            raise ConfigError(f"depths has {len(depths)} stages and dims has {len(dims)}: they must be equally many.")
-        mixers = _per_stage("token_mixers", token_mixers, len(depths))
-        res_scales = _per_stage("res_scale_init", res_scale_init, len(depths))
+        depths, dims = check_widths(depths=depths, dims=dims)
+        mixers = per_stage("token_mixers", token_mixers, len(depths))
+        res_scales = per_stage("res_scale_init", res_scale_init, len(depths))
         norms = {"group": GroupNorm, "layer": LayerNorm}
         choose("norm", norm, norms)
         choose("patch_conv_init", patch_conv_init, {"normal": True, "default": True})
         act = choose("mlp_act", mlp_act, ACTIVATIONS)
-        for what, count, least in (
-            ("in_chans", in_chans, 1),
-            ("num_classes", num_classes, 0),
-            ("stem_kernel_size", stem_kernel_size, 1),
-            ("stem_stride", stem_stride, 1),
-        ):
-            if not isinstance(count, int) or count < least:
-                raise ConfigError(f"{what} must be a whole number from {least} up, not {count!r}.")
-        if num_classes and global_pool == "":
-            raise ConfigError('global_pool="" leaves a map, which no classifier takes: use it with num_classes=0.')
-        for what, rate in (
-            ("drop_rate", drop_rate),
-            ("proj_drop_rate", proj_drop_rate),
-            ("drop_path_rate", drop_path_rate),
-        ):
-            if not isinstance(rate, int | float) or not 0 <= rate < 1:
-                raise ConfigError(f"{what} must be a number from 0 up to, but not, 1; it is {rate!r}.")
-        for what, value in (("mlp_ratio", mlp_ratio), ("norm_eps", norm_eps), ("mlp_head_eps", mlp_head_eps)):
-            if not isinstance(value, int | float) or not value > 0:
-                raise ConfigError(f"{what} must be a number above zero, not {value!r}.")
+        check_counts(1, stem_kernel_size=stem_kernel_size, stem_stride=stem_stride)
+        check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
+        check_above_zero(mlp_ratio=mlp_ratio, norm_eps=norm_eps, mlp_head_eps=mlp_head_eps)
         for what, scales in (("layer_scale_init", (layer_scale_init,)), ("res_scale_init", res_scales)):
             if not all(scale is None or isinstance(scale, int | float) for scale in scales):
                 raise ConfigError(f"{what} must be numbers or None, not {scales!r}.")
-
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = dims[-1]
+        super().__init__(dims, tuple(stem_stride * 2**i for i in range(len(dims))), in_chans, num_classes)
         self.drop_rate = drop_rate
         self.mlp_head = mlp_head
         self.mlp_head_eps = mlp_head_eps
         self.patch_conv_init = patch_conv_init
-        self.feature_info = [
-            {"num_chs": dim, "reduction": stem_stride * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
 
         self.stem = Stem(in_chans, dims[0], stem_kernel_size, stem_stride, downsample_norm)
         grid = _grid_after(self.stem.conv, _pair(img_size))
@@ -555,16 +503,21 @@ class MetaFormer(ZooModelHubMixin, nn.Module):
 
         head_norm = GroupNorm(dims[-1], norm_eps) if head_norm_first else LayerNorm(dims[-1], 1e-6)
         self.head = Head(
-            global_pool, head_norm, head_norm_first, 0.0 if mlp_head else drop_rate, self._make_classifier(num_classes)
+            dims[-1],
+            num_classes,
+            global_pool,
+            norm=head_norm,
+            norm_first=head_norm_first,
+            drop_rate=0.0 if mlp_head else drop_rate,
         )
+        if mlp_head:
+            self.head.fc = self.make_classifier(num_classes)
         init_weights(self)
 
-    def _make_classifier(self, num_classes: int) -> nn.Module:
-        if num_classes == 0:
-            return nn.Identity()
-        if self.mlp_head:
+    def make_classifier(self, num_classes: int) -> nn.Module:
+        if self.mlp_head and num_classes:
             return MlpHead(self.num_features, num_classes, self.mlp_head_eps, self.drop_rate)
-        return nn.Linear(self.num_features, num_classes)
+        return super().make_classifier(num_classes)
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the tensors that `module` itself holds, as the authors' code does."""
@@ -580,111 +533,6 @@ class MetaFormer(ZooModelHubMixin, nn.Module):
                 name = type(module).__name__
                 raise ConfigError(f"{name} holds weights: give it a reset_parameters() that initialises them.")
             reset()
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Norms, scales and biases are one-dimensional, which timm's optimizers leave undecayed anyway."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups in depth order, for layer-wise learning-rate decay: stages (`coarse`) or blocks."""
-        blocks: Any = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade computation for memory: recompute each block's activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
-        """A fresh classifier of another width (0: none), and another pooling; `reset_other` drops the head's norm."""
-        if not isinstance(num_classes, int) or num_classes < 0:
-            raise ConfigError(f"num_classes must be a whole number from 0 up, not {num_classes!r}.")
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        if num_classes > 0 and pool == "":
-            raise ConfigError('global_pool="" leaves a map, which no classifier takes: use it with num_classes=0.')
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.head.set_pool(global_pool)
-        if reset_other:
-            self.head.norm = nn.Identity()
-        reference = self.stem.conv.weight
-        self.head.fc = self._make_classifier(num_classes).to(device=reference.device, dtype=reference.dtype)
-        for module in self.head.fc.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                self.init_module(module)
-        self.head.train(self.training)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | tuple[int, ...] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Maps of the stages in `indices` (the last n if a number, all if None), and the final map.
-
-        `norm` normalises the final stage's map with the head's norm where that norm works on maps.
-        """
-        if output_fmt != "NCHW":
-            raise ConfigError(f"MetaFormer's features are maps: output_fmt must be 'NCHW', not {output_fmt!r}.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take:
-                final = norm and i == len(self.stages) - 1
-                intermediates.append(self.head.norm(x) if final else x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop the stages behind the last one in `indices`, and the head; returns the indices of those kept."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "", reset_other=prune_norm or shortened)
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, dims[-1], H/32, W/32), not normalised."""
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, dims[-1], H/32, W/32) -> (B, num_classes); `pre_logits` gives (B, dims[-1])."""
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-def _widths(what: str, values: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-        raise ConfigError(f"{what} must be a sequence of whole numbers, one for each stage, not {values!r}.")
-    if not all(isinstance(v, int) and v > 0 for v in values):
-        raise ConfigError(f"{what} must be whole numbers above zero, not {tuple(values)!r}.")
-    return tuple(values)
-
-
-def _per_stage(what: str, value: Any, stages: int) -> tuple[Any, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return (value,) * stages
-    if len(value) != stages:
-        raise ConfigError(f"{what} has {len(value)} items for {stages} stages: give one for each, or one for all.")
-    return tuple(value)
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

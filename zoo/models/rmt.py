@@ -22,20 +22,19 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d, calculate_drop_path_rates, trunc_normal_, use_fused_attn
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_, use_fused_attn
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.layers.arguments import check_above_zero, check_counts, check_pool, check_rates, check_widths, per_stage
+from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, per_stage
 from zoo.layers.folding import fold_batch_norm, fold_scale
-from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
+from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["RMT", "ManhattanAttention"]
@@ -357,7 +356,7 @@ class FastBlock(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-class Head(nn.Module):
+class RetentionHead(Head):
     """Projection, batch norm, SiLU, pooling and the classifier. (B, C, H, W) -> (B, num_classes)
 
     With `token_label`, every token is classified besides, and half of the largest of its logits is added.
@@ -366,22 +365,11 @@ class Head(nn.Module):
     def __init__(
         self, dim: int, hidden: int, num_classes: int, global_pool: str, drop: float, token_label: bool
     ) -> None:
-        super().__init__()
+        super().__init__(hidden, num_classes, global_pool, norm=nn.BatchNorm2d(hidden), norm_first=True, drop_rate=drop)
         self.token_label = token_label
         self.proj: nn.Module = nn.Linear(dim, hidden)
-        self.norm: nn.Module = nn.BatchNorm2d(hidden)
         self.act: nn.Module = nn.SiLU()
-        self.drop = nn.Dropout(drop)
-        self.set_pool(global_pool)
-        self.set_classifier(dim, hidden, num_classes)
-
-    def set_pool(self, global_pool: str) -> None:
-        self.global_pool = SelectAdaptivePool2d(pool_type=global_pool)
-        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
-
-    def set_classifier(self, dim: int, hidden: int, num_classes: int) -> None:
-        self.fc = nn.Linear(hidden, num_classes) if num_classes else nn.Identity()
-        self.aux = nn.Linear(dim, num_classes) if num_classes and self.token_label else None
+        self.aux = nn.Linear(dim, num_classes) if num_classes and token_label else None
 
     def drop_projection(self) -> None:
         self.proj, self.norm, self.act = nn.Identity(), nn.Identity(), nn.Identity()
@@ -410,7 +398,7 @@ class Head(nn.Module):
         return self
 
 
-class RMT(ZooModelHubMixin, nn.Module):
+class RMT(StagedNet):
     """A four-stage network of blocks with Manhattan self-attention. (B, in_chans, H, W) -> (B, num_classes)
 
     The defaults are those of RMT-T. Any number of stages and any input size works; a map's width enters the phases of
@@ -436,6 +424,9 @@ class RMT(ZooModelHubMixin, nn.Module):
     Raises ConfigError for values that cannot be.
     """
 
+    if TYPE_CHECKING:
+        head: RetentionHead
+
     def __init__(
         self,
         in_chans: int = 3,
@@ -455,18 +446,15 @@ class RMT(ZooModelHubMixin, nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         depths, dims, num_heads = check_widths(depths=depths, dims=dims, num_heads=num_heads)
         for dim, heads in zip(dims, num_heads, strict=True):
             if dim % (2 * heads) or dim // heads < 4:
                 raise ConfigError(
                     f"Each head turns pairs of channels, at least two: {dim} channels do not give {heads} heads that."
                 )
-        check_counts(1, in_chans=in_chans, head_hidden_size=head_hidden_size)
-        check_counts(0, num_classes=num_classes)
+        check_counts(1, head_hidden_size=head_hidden_size)
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_above_zero(mlp_ratio=mlp_ratio, decay_init=decay_init, decay_range=decay_range)
-        check_pool(global_pool, num_classes)
         stages = len(depths)
         mlp_ratios = per_stage("mlp_ratio", mlp_ratio, stages)
         decay_ranges = per_stage("decay_range", decay_range, stages)
@@ -475,14 +463,9 @@ class RMT(ZooModelHubMixin, nn.Module):
         if not all(scale is None or isinstance(scale, int | float) for scale in layer_scales):
             raise ConfigError(f"layer_scale_init must be numbers or None, not {layer_scales!r}.")
 
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.num_features = dims[-1]
+        super().__init__(dims, tuple(4 * 2**i for i in range(stages)), in_chans, num_classes)
         self.head_hidden_size = head_hidden_size
         self.drop_rate = drop_rate
-        self.feature_info = [
-            {"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
-        ]
         self.stem = Stem(in_chans, dims[0])
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         self.stages = nn.Sequential()
@@ -495,7 +478,7 @@ class RMT(ZooModelHubMixin, nn.Module):
                 num_heads[i], dim // num_heads[i], float(decay_init), float(decay_ranges[i]), decompositions[i]
             )
             self.stages.append(RetentionStage(Downsample(dims[i - 1], dim) if i else nn.Identity(), positions, blocks))
-        self.head = Head(dims[-1], head_hidden_size, num_classes, global_pool, drop_rate, token_label)
+        self.head = RetentionHead(dims[-1], head_hidden_size, num_classes, global_pool, drop_rate, token_label)
         init_weights(self)
 
     def init_module(self, module: nn.Module) -> None:
@@ -506,43 +489,20 @@ class RMT(ZooModelHubMixin, nn.Module):
         else:  # convolutions keep PyTorch's initialisation
             module.reset_parameters()  # type: ignore[operator]
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """None by name: layer scales, with four axes as published, are decayed as they were."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Parameter groups in depth order, for layer-wise learning-rate decay: stages (`coarse`) or blocks."""
-        blocks: Any = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
-        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade computation for memory: recompute each block's activations in the backward pass."""
-        for stage in self.stages:
-            stage.grad_checkpointing = enable  # type: ignore[assignment]
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
+    def drop_head_norm(self) -> None:
+        """The projection, which the norm is of, goes with it."""
+        self.head.drop_projection()
+        self.head_hidden_size = self.num_features
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, reset_other: bool = False) -> None:
         """A fresh classifier of another width (0: none), another pooling; `reset_other` drops the projection."""
-        check_counts(0, num_classes=num_classes)
-        check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
-        self.num_classes = num_classes
-        if global_pool is not None:
-            self.head.set_pool(global_pool)
-        if reset_other:
-            self.head.drop_projection()
-            self.head_hidden_size = self.num_features
-        reference = self.stem.conv1.weight
-        self.head.set_classifier(self.num_features, self.head_hidden_size, num_classes)
-        self.head.to(device=reference.device, dtype=reference.dtype).train(self.training)
-        for part in (self.head.fc, self.head.aux):
-            if isinstance(part, nn.Linear):
-                self.init_module(part)
+        super().reset_classifier(num_classes, global_pool, reset_other)
+        if self.head.token_label:
+            like = next(self.stem.parameters())
+            self.head.aux = None
+            if num_classes:
+                self.head.aux = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+                self.init_module(self.head.aux)
 
     def forward_intermediates(
         self,
@@ -557,37 +517,13 @@ class RMT(ZooModelHubMixin, nn.Module):
 
         `norm` changes nothing: the only norm behind the last stage is that of the projection to another width.
         """
-        if output_fmt != "NCHW":
-            raise ConfigError(f"RMT's features are maps: output_fmt must be 'NCHW', not {output_fmt!r}.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        x = self.stem(x)
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        return super().forward_intermediates(x, indices, False, stop_early, output_fmt, intermediates_only)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages behind the last one in `indices`, and the head; returns the indices of those kept."""
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last < len(self.stages) - 1
-        self.stages = self.stages[: last + 1]
-        if shortened:
-            self.num_features = int(self.feature_info[last]["num_chs"])
-        if prune_head or shortened:
-            self.reset_classifier(0, "", reset_other=True)
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, dims[-1], H/32, W/32)"""
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, dims[-1], H/32, W/32) -> (B, num_classes); `pre_logits` gives (B, head_hidden_size)."""
-        return self.head(x, pre_logits=pre_logits)
+        return super().prune_intermediate_layers(indices, prune_norm=True, prune_head=prune_head)
 
     @torch.jit.ignore
     def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -599,9 +535,6 @@ class RMT(ZooModelHubMixin, nn.Module):
             raise ConfigError("Only a model with token_label=True classifies its tokens.")
         x = self.forward_features(x)
         return self.head.image(x), self.head.tokens(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
