@@ -190,6 +190,42 @@ def test_layers_shared_between_parts_stay():
     close(fast(torch.ones(1, 4, 2, 2)), model(torch.ones(1, 4, 2, 2)))
 
 
+class Rectified(nn.Module):
+    """Convolution, batch norm, ReLU; what else the parts are used for is `kind`."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        match self.kind:
+            case "used twice":
+                return self.act(y) + y
+            case "called twice":
+                return self.act(y) - self.act(x)
+        return self.act(y)
+
+
+@pytest.mark.parametrize("kind", ["alone", "used twice", "called twice", "hooked"])
+@torch.no_grad()
+def test_relu_is_joined_to_the_convolution_that_feeds_it_alone(kind):
+    model = randomize(Rectified(kind))
+    seen = []
+    if kind == "hooked":
+        model.act.register_forward_hook(lambda module, args, output: seen.append(args[0].clone()))
+    fast = zoo.optimize_for_inference(model)
+    assert isinstance(fast.conv, PackedConv2d)
+    assert isinstance(fast.act, nn.Identity if kind == "alone" else nn.ReLU)
+    batch = torch.randn(2, 4, 8, 8)
+    close(fast(batch), model(batch))
+    if kind == "hooked":
+        close(seen[0], seen[1])
+
+
 # -------------------------------------------------------------------------------------------------------------- folding
 
 

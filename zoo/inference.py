@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import fx, nn
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo.errors import ConfigError
 from zoo.layers.folding import fold_batch_norm
 from zoo.layers.init import has_meta
+from zoo.layers.packed import PackedConv2d
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,7 +29,8 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     weights are loaded before, and published from the model as trained.
 
     A part of a model brings its fast form along: `fast_form(self) -> nn.Module`. Whatever has none keeps its form, but
-    for batch norms, which are folded into the convolutions before them.
+    for batch norms, which are folded into the convolutions before them, and convolutions, which on a CPU run with their
+    weights as oneDNN wants them (kept beside the weights, from the first call on) and with the ReLU behind them.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.
@@ -43,32 +46,38 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
         model = copy.deepcopy(model)
     model.eval().requires_grad_(False)
     with torch.no_grad():
-        fast = _replace(model)
+        fast = _replace_modules(model, _fast_form)
         _fold_batch_norms(fast)
+        fast = _pack_convolutions(fast)
     fast.__dict__["optimized_for_inference"] = True
     return fast.eval().requires_grad_(False)  # type: ignore[return-value]
 
 
-def _replace(module: nn.Module) -> nn.Module:
-    """`module`, or its fast form, with every part that brings one replaced, from the outside in."""
+def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """`model`, with each part for which `change` gives another replaced by that, from the outside in."""
     done: dict[nn.Module, nn.Module] = {}  # a part that is used in two places stays one
 
     def replace(module: nn.Module) -> nn.Module:
         if module not in done:
             done[module] = module
-            if hasattr(type(module), "fast_form"):
-                fast = done[module] = module.fast_form()  # type: ignore[operator]
+            changed = change(module)
+            if changed is not None:
+                done[module] = changed
                 for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # timm's feature wrapper "hook" lives on these
-                    getattr(fast, hooks).update(getattr(module, hooks))
+                    getattr(changed, hooks).update(getattr(module, hooks))
             else:
-                for name, child in module.named_children():
-                    module._modules[name] = replace(child)
+                for name, child in module._modules.items():
+                    module._modules[name] = None if child is None else replace(child)
         return done[module]
 
-    return replace(module)
+    return replace(model)
 
 
-# ---------------------------------------------------------------------------------------------------------- batch norms
+def _fast_form(module: nn.Module) -> nn.Module | None:
+    return module.fast_form() if hasattr(type(module), "fast_form") else None  # type: ignore[operator]
+
+
+# --------------------------------------------------------------------------------- convolutions and what is behind them
 
 
 class _Children(fx.Tracer):
@@ -80,25 +89,40 @@ class _Children(fx.Tracer):
 
 def _fold_batch_norms(model: nn.Module) -> None:
     """Fold each batch norm that one convolution alone feeds, and that feeds on nothing else."""
+    _join(model, _is_norm, lambda conv, norm: (fold_batch_norm(conv, norm), _behind(norm)))
+
+
+def _pack_convolutions(model: nn.Module) -> nn.Module:
+    """Convolutions with packed weights, and with the ReLU that is all they feed."""
+    _join(model, lambda act: type(act) is nn.ReLU, lambda conv, act: (PackedConv2d(conv, "relu"), nn.Identity()))
+    return _replace_modules(model, lambda conv: PackedConv2d(conv) if _is_conv(conv) else None)
+
+
+def _join(
+    model: nn.Module,
+    is_second: Callable[[nn.Module], bool],
+    join: Callable[[nn.Conv2d, Any], tuple[nn.Module, nn.Module]],
+) -> None:
+    """Put what `join` makes of them in the place of each convolution and of the module that alone it feeds."""
     uses = Counter(
         id(child) for module in model.modules() for child in module._modules.values() if child is not None
     )  # `modules` gives each once
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
-            _fold_along(module.graph, module, uses)
+            _join_along(module.graph, module, uses, is_second, join)
             continue
         children = [child for child in module._modules.values() if child is not None]
-        if any(map(_is_conv, children)) and any(map(_is_norm, children)):
+        if any(map(_is_conv, children)) and any(map(is_second, children)):
             try:
                 parameters = list(inspect.signature(module.forward).parameters.values())
                 defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
                 graph = _Children().trace(module, concrete_args=defaults)
             except Exception:  # a forward that fx cannot follow: it stays as it is
                 continue
-            _fold_along(graph, module, uses)
+            _join_along(graph, module, uses, is_second, join)
 
 
-def _is_conv(module: nn.Module | None) -> bool:
+def _is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return type(module) is nn.Conv2d
 
 
@@ -106,25 +130,42 @@ def _is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
 
 
-def _fold_along(graph: fx.Graph, owner: nn.Module, uses: Counter[int]) -> None:
-    """Fold what `graph`, the forward of `owner`, shows to be convolution, then batch norm, and nothing between."""
+def _join_along(
+    graph: fx.Graph,
+    owner: nn.Module,
+    uses: Counter[int],
+    is_second: Callable[[nn.Module], bool],
+    join: Callable[[nn.Conv2d, Any], tuple[nn.Module, nn.Module]],
+) -> None:
+    """Join what `graph`, the forward of `owner`, shows to follow one the other, with nothing between that does a thing.
+
+    Modules that are used elsewhere, too, or have hooks, are left alone.
+    """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     attributes = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+
+    def called(node: Any) -> nn.Module | None:
+        return owner.get_submodule(str(node.target)) if isinstance(node, fx.Node) and node.op == "call_module" else None
+
+    def is_alone(node: fx.Node, part: nn.Module) -> bool:
+        name = str(node.target)
+        return calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not part._forward_hooks
+
     for node in graph.nodes:
-        before = node.args[0] if node.op == "call_module" and node.args else None
-        if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
+        second = called(node)
+        if second is None or not is_second(second) or not node.args:
             continue
-        names = str(before.target), str(node.target)
-        conv, norm = (owner.get_submodule(name) for name in names)
-        alone = all(
-            calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not part._forward_hooks
-            for name, part in zip(names, (conv, norm), strict=True)
-        )
-        if _is_conv(conv) and _is_norm(norm) and alone:
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(norm, _BatchNorm)
-            owner.set_submodule(names[0], fold_batch_norm(conv, norm))
-            owner.set_submodule(names[1], _behind(norm))
+        before = node.args[0]
+        while _does_nothing(called(before)) and len(before.users) == 1 and before.args:
+            before = before.args[0]
+        first = called(before)
+        if _is_conv(first) and len(before.users) == 1 and is_alone(before, first) and is_alone(node, second):
+            for place, made in zip((before, node), join(first, second), strict=True):
+                owner.set_submodule(str(place.target), made)
+
+
+def _does_nothing(module: nn.Module | None) -> bool:
+    return type(module) is nn.Identity and not module._forward_hooks
 
 
 def _behind(norm: nn.Module) -> nn.Module:

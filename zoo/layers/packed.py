@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Activation = Literal["none", "relu", "gelu"]
+_OPERATORS = torch.ops.mkldnn
 _ONEDNN = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, op)
+    hasattr(_OPERATORS, op)
     for op in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
 )
+if _ONEDNN:
+    _CONVOLVE = _OPERATORS._convolution_pointwise.default  # looked up at each call it takes a third longer to call
 
 
 def may_overwrite(x: Tensor) -> bool:
@@ -122,9 +125,7 @@ def _packed_conv2d(
 ) -> Tensor:
     packed = _pack(weight, (padding, stride, dilation, groups), x.shape)
     algorithm = "none" if act == "gelu" else ""
-    return torch.ops.mkldnn._convolution_pointwise(
-        x, packed, bias, padding, stride, dilation, groups, act, [], algorithm
-    )
+    return _CONVOLVE(x, packed, bias, padding, stride, dilation, groups, act, [], algorithm)
 
 
 def _packed_conv2d_add_(
