@@ -11,7 +11,7 @@ import zoo
 from tests.models import SIZE, create, each_vision_model
 from zoo.errors import ConfigError
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
-from zoo.layers.packed import PackedConv2d
+from zoo.layers.packed import PackedConv2d, PackedLinear
 from zoo.registry import get_entry
 
 models = pytest.mark.parametrize("name", each_vision_model())
@@ -196,8 +196,8 @@ class Rectified(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.kind = kind
-        self.conv = nn.Conv2d(4, 4, 3, padding=1)
-        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(64, 64, 3, padding=1)
+        self.norm = nn.BatchNorm2d(64)
         self.act = nn.ReLU()
 
     def forward(self, x):
@@ -220,10 +220,26 @@ def test_relu_is_joined_to_the_convolution_that_feeds_it_alone(kind):
     fast = zoo.optimize_for_inference(model)
     assert isinstance(fast.conv, PackedConv2d)
     assert isinstance(fast.act, nn.Identity if kind == "alone" else nn.ReLU)
-    batch = torch.randn(2, 4, 8, 8)
+    batch = torch.randn(2, 64, 8, 8)
     close(fast(batch), model(batch))
     if kind == "hooked":
         close(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@torch.no_grad()
+def test_gelu_is_joined_to_the_linear_layer_before_it(approximate):
+    model = randomize(nn.Sequential(nn.Linear(256, 512), nn.GELU(approximate), nn.Linear(512, 8)))
+    fast = zoo.optimize_for_inference(model)
+    assert [type(part) for part in fast] == [
+        PackedLinear,
+        nn.Identity if approximate == "none" else nn.GELU,
+        nn.Linear,  # small: a packed one would take longer to call
+    ]
+    for shape in ((2, 256), (2, 5, 256), (0, 256), (256,)):
+        tokens = torch.randn(shape)
+        torch.testing.assert_close(fast(tokens), model(tokens), rtol=1e-5, atol=1e-5)
+    close(torch.compile(fast)(torch.ones(3, 256)), model(torch.ones(3, 256)))
 
 
 # -------------------------------------------------------------------------------------------------------------- folding

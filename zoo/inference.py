@@ -9,15 +9,17 @@ from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
 import torch
+from timm.layers import GELU
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
 from zoo.layers.folding import fold_batch_norm
 from zoo.layers.init import has_meta
-from zoo.layers.packed import PackedConv2d
+from zoo.layers.packed import PackedConv2d, PackedLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+PACKED_CONV2D, PACKED_LINEAR = 2**15, 2**17  # elements of a weight from which on packing saves more than calling costs
 
 
 def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
@@ -29,8 +31,9 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     weights are loaded before, and published from the model as trained.
 
     A part of a model brings its fast form along: `fast_form(self) -> nn.Module`. Whatever has none keeps its form, but
-    for batch norms, which are folded into the convolutions before them, and convolutions, which on a CPU run with their
-    weights as oneDNN wants them (kept beside the weights, from the first call on) and with the ReLU behind them.
+    for batch norms, which are folded into the convolutions before them, and for convolutions, which work in
+    channels_last. Large convolutions and linear layers run on a CPU with their weights as oneDNN wants them (kept
+    beside the weights, from the first call on), and with the ReLU or GELU behind them.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.
@@ -48,7 +51,7 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     with torch.no_grad():
         fast = _replace_modules(model, _fast_form)
         _fold_batch_norms(fast)
-        fast = _pack_convolutions(fast)
+        fast = _pack(fast)
     fast.__dict__["optimized_for_inference"] = True
     return fast.eval().requires_grad_(False)  # type: ignore[return-value]
 
@@ -89,37 +92,62 @@ class _Children(fx.Tracer):
 
 def _fold_batch_norms(model: nn.Module) -> None:
     """Fold each batch norm that one convolution alone feeds, and that feeds on nothing else."""
-    _join(model, _is_norm, lambda conv, norm: (fold_batch_norm(conv, norm), _behind(norm)))
+    _join(model, _is_conv, _is_norm, lambda conv, norm: (fold_batch_norm(conv, norm), _behind(norm)))
 
 
-def _pack_convolutions(model: nn.Module) -> nn.Module:
-    """Convolutions with packed weights, and with the ReLU that is all they feed."""
-    _join(model, lambda act: type(act) is nn.ReLU, lambda conv, act: (PackedConv2d(conv, "relu"), nn.Identity()))
-    return _replace_modules(model, lambda conv: PackedConv2d(conv) if _is_conv(conv) else None)
+def _pack(model: nn.Module) -> nn.Module:
+    """Large layers with packed weights and with the activation that is all they feed, small ones in channels_last."""
+    _join(model, _is_large_conv, _activation, lambda conv, act: (PackedConv2d(conv, _activation(act)), nn.Identity()))
+    _join(model, _is_large_linear, _activation, lambda fc, act: (PackedLinear(fc, _activation(act)), nn.Identity()))
+    return _replace_modules(model, _packed_form)
+
+
+def _packed_form(module: nn.Module) -> nn.Module | None:
+    if _is_large_conv(module):
+        return PackedConv2d(module)
+    if _is_conv(module):
+        module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+    return PackedLinear(module) if _is_large_linear(module) else None
+
+
+def _is_large_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return _is_conv(module) and module.weight.numel() >= PACKED_CONV2D
+
+
+def _is_large_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear and module.weight.numel() >= PACKED_LINEAR
+
+
+def _activation(module: nn.Module) -> Any:
+    """What `module` is called where it can be joined to a layer."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    return "gelu" if type(module) in (nn.GELU, GELU) and getattr(module, "approximate", "none") == "none" else None
 
 
 def _join(
     model: nn.Module,
-    is_second: Callable[[nn.Module], bool],
-    join: Callable[[nn.Conv2d, Any], tuple[nn.Module, nn.Module]],
+    is_first: Callable[[nn.Module], bool],
+    is_second: Callable[[nn.Module], Any],
+    join: Callable[[Any, Any], tuple[nn.Module, nn.Module]],
 ) -> None:
-    """Put what `join` makes of them in the place of each convolution and of the module that alone it feeds."""
+    """Put what `join` makes of them in the place of each first module and of the second that alone it feeds."""
     uses = Counter(
         id(child) for module in model.modules() for child in module._modules.values() if child is not None
     )  # `modules` gives each once
     for module in model.modules():
         if isinstance(module, fx.GraphModule):
-            _join_along(module.graph, module, uses, is_second, join)
+            _join_along(module.graph, module, uses, is_first, is_second, join)
             continue
         children = [child for child in module._modules.values() if child is not None]
-        if any(map(_is_conv, children)) and any(map(is_second, children)):
+        if any(map(is_first, children)) and any(map(is_second, children)):
             try:
                 parameters = list(inspect.signature(module.forward).parameters.values())
                 defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
                 graph = _Children().trace(module, concrete_args=defaults)
             except Exception:  # a forward that fx cannot follow: it stays as it is
                 continue
-            _join_along(graph, module, uses, is_second, join)
+            _join_along(graph, module, uses, is_first, is_second, join)
 
 
 def _is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
@@ -134,8 +162,9 @@ def _join_along(
     graph: fx.Graph,
     owner: nn.Module,
     uses: Counter[int],
-    is_second: Callable[[nn.Module], bool],
-    join: Callable[[nn.Conv2d, Any], tuple[nn.Module, nn.Module]],
+    is_first: Callable[[nn.Module], bool],
+    is_second: Callable[[nn.Module], Any],
+    join: Callable[[Any, Any], tuple[nn.Module, nn.Module]],
 ) -> None:
     """Join what `graph`, the forward of `owner`, shows to follow one the other, with nothing between that does a thing.
 
@@ -159,7 +188,9 @@ def _join_along(
         while _does_nothing(called(before)) and len(before.users) == 1 and before.args:
             before = before.args[0]
         first = called(before)
-        if _is_conv(first) and len(before.users) == 1 and is_alone(before, first) and is_alone(node, second):
+        if first is None or not is_first(first) or len(before.users) != 1:
+            continue
+        if is_alone(before, first) and is_alone(node, second):
             for place, made in zip((before, node), join(first, second), strict=True):
                 owner.set_submodule(str(place.target), made)
 

@@ -1,12 +1,14 @@
-"""Convolutions for inference: on a CPU through oneDNN with weights in its own layout, activation and sum included.
+"""Convolutions and linear layers for inference: on a CPU through oneDNN with weights in its own layout, activation and
+sum included.
 
 `F.conv2d` brings the weights into that layout at every call, which for small maps and batches takes longer than the
-convolution. Where that is not to be had (on a GPU, in an exported graph, where gradients are asked for, in dtypes that
-oneDNN lacks) these are plain convolutions.
+convolution; `F.linear` computes without. Where that layout is not to be had (on a GPU, in an exported graph, where
+gradients are asked for, in dtypes that oneDNN lacks) these are plain layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -18,10 +20,16 @@ Activation = Literal["none", "relu", "gelu"]
 _OPERATORS = torch.ops.mkldnn
 _ONEDNN = torch.backends.mkldnn.is_available() and all(
     hasattr(_OPERATORS, op)
-    for op in ("_convolution_pointwise", "_convolution_pointwise_", "_reorder_convolution_weight")
+    for op in (
+        "_convolution_pointwise",
+        "_convolution_pointwise_",
+        "_reorder_convolution_weight",
+        "_linear_pointwise",
+        "_reorder_linear_weight",
+    )
 )
-if _ONEDNN:
-    _CONVOLVE = _OPERATORS._convolution_pointwise.default  # looked up at each call it takes a third longer to call
+if _ONEDNN:  # looked up at each call they take a third longer to call
+    _CONVOLVE, _MULTIPLY = _OPERATORS._convolution_pointwise.default, _OPERATORS._linear_pointwise.default
 
 
 def may_overwrite(x: Tensor) -> bool:
@@ -56,7 +64,7 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self._packs(x):
             x = super().forward(x)
-            return x if self.act == "none" else F.relu(x) if self.act == "relu" else F.gelu(x)
+            return _activate(x, self.act)
         convolve = torch.ops.zoo.packed_conv2d if torch.compiler.is_compiling() else _packed_conv2d
         return convolve(x, self.weight, self.bias, *self._geometry(), self.act)
 
@@ -83,14 +91,45 @@ class PackedConv2d(nn.Conv2d):
             _ONEDNN
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
-            and x.device.type == self.weight.device.type == "cpu"
-            and x.dtype == self.weight.dtype
-            and x.dtype in (torch.float32, torch.bfloat16)
             and x.ndim == 4
-            and not (_needs_gradients(x) or _needs_gradients(self.weight))
-            and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
-            and not torch.is_autocast_enabled("cpu")
+            and _takes_packed(x, self.weight)
         )
+
+
+class PackedLinear(nn.Linear):
+    """`linear`, then an activation. (..., in_features) -> (..., out_features).
+
+    It shares its weights with `linear`. A packed copy of them is kept beside them from the first call on.
+    """
+
+    def __init__(self, linear: nn.Linear, act: Activation = "none") -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (_ONEDNN and x.ndim > 1 and _takes_packed(x, self.weight)):
+            return _activate(super().forward(x), self.act)
+        multiply = torch.ops.zoo.packed_linear if torch.compiler.is_compiling() else _packed_linear
+        return multiply(x, self.weight, self.bias, self.act)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.act == "none" else f", act={self.act}")
+
+
+def _activate(x: Tensor, act: Activation) -> Tensor:
+    return x if act == "none" else F.relu(x) if act == "relu" else F.gelu(x)
+
+
+def _takes_packed(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not (_needs_gradients(x) or _needs_gradients(weight))
+        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _needs_gradients(x: Tensor) -> bool:
@@ -98,19 +137,42 @@ def _needs_gradients(x: Tensor) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
-# A compiler sees these as two operators, since packed weights can be neither traced nor copied.
+# A compiler sees each as one operator, since packed weights can be neither traced nor copied.
 
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight: (its state, itself as oneDNN wants it)
 
 
-def _pack(weight: Tensor, geometry: tuple[list[int], list[int], list[int], int], shape: torch.Size) -> Tensor:
+def _packed_once(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
     """The weight in the layout that oneDNN chooses for its first input; packed anew where the weight changed."""
     state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
     known = _packed.get(weight)
     if known is None or known[0] != state:
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *geometry, list(shape))
-        known = _packed[weight] = state, packed
+        known = _packed[weight] = state, pack(weight.detach())
     return known[1]
+
+
+def _pack_conv2d(weight: Tensor, geometry: tuple[list[int], list[int], list[int], int], shape: torch.Size) -> Tensor:
+    return _packed_once(weight, lambda w: _OPERATORS._reorder_convolution_weight(w, *geometry, list(shape)))
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    packed = _packed_once(weight, lambda w: _OPERATORS._reorder_linear_weight(w, rows))
+    return _MULTIPLY(x, packed, bias, act, [], "none" if act == "gelu" else "")
+
+
+@torch.library.custom_op(
+    "zoo::packed_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, str act) -> Tensor",
+)
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    return _packed_linear(x, weight, bias, act)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _packed_conv2d(
@@ -123,7 +185,7 @@ def _packed_conv2d(
     groups: int,
     act: str,
 ) -> Tensor:
-    packed = _pack(weight, (padding, stride, dilation, groups), x.shape)
+    packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
     algorithm = "none" if act == "gelu" else ""
     return _CONVOLVE(x, packed, bias, padding, stride, dilation, groups, act, [], algorithm)
 
@@ -138,8 +200,8 @@ def _packed_conv2d_add_(
     dilation: list[int],
     groups: int,
 ) -> None:
-    packed = _pack(weight, (padding, stride, dilation, groups), x.shape)
-    torch.ops.mkldnn._convolution_pointwise_(
+    packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
+    _OPERATORS._convolution_pointwise_(
         y, x, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None
     )
 
@@ -198,8 +260,8 @@ def _conv2d_add_op(
     groups: int,
 ) -> Tensor:
     x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
-    packed = _pack(weight, (padding, stride, dilation, groups), x.shape)
-    return torch.ops.mkldnn._convolution_pointwise.binary(
+    packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
+    return _OPERATORS._convolution_pointwise.binary(
         x, y, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None
     )
 
