@@ -127,7 +127,8 @@ def compare(
 ) -> Report:
     """Train what `configurations` gives for each seed; `results.json` and pictures are written anew after each run.
 
-    With `go_on`, runs that the results hold already are left as they are.
+    With `go_on`, runs that the results hold already are left as they are; several commands may then run at once, each
+    with other models or seeds.
     """
     arguments.results.mkdir(parents=True, exist_ok=True)
     gpu = torch.cuda.is_available()
@@ -142,8 +143,11 @@ def compare(
         "runs": {},
     }
     path = arguments.results / "results.json"
-    if go_on and path.is_file():
-        report["runs"] = json.loads(path.read_text())["runs"]
+
+    def known() -> dict[str, dict[str, Any]]:
+        return json.loads(path.read_text())["runs"] if go_on and path.is_file() else {}
+
+    report["runs"] = known()
     for seed in arguments.seeds:  # seeds outside: a comparison that is cut short has as many of each
         with tempfile.TemporaryDirectory() as folder:
             for name, config in configurations(seed, Path(folder)).items():
@@ -154,10 +158,12 @@ def compare(
                 recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
                 recipe.pop("output")
                 recipe["model"].pop("checkpoint_path")
+                report["runs"] |= known()
                 report["runs"][f"{name}/seed{seed}"] = found | {"config": recipe}
                 report["summary"] = summarize(report["runs"], describe)
                 with whole_file(path) as file:
                     file.write((json.dumps(report, indent=1) + "\n").encode())
                 draw(report, arguments.results)
                 print(f"{name} seed {seed}: top-1 {found['last_top1']:.2f}%, {found['seconds']:.0f} s", flush=True)
+    report["summary"] = summarize(report["runs"], describe)
     return report
