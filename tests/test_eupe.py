@@ -5,6 +5,7 @@ import torch
 
 import zoo
 from tests import golden
+from zoo.errors import ConfigError
 from zoo.models.eupe import LICENSE, encode
 from zoo.registry import get_entry
 
@@ -86,6 +87,8 @@ def test_dense_features_by_name():
     assert [m.shape[1:] for m in model(images)] == [(96, 16, 24), (192, 8, 12), (384, 4, 6), (768, 2, 3)]
     assert zoo.create_model("eupe_vitt16", pretrained=False, num_classes=7)(images).shape == (2, 7)
     assert zoo.create_model("eupe_vitt16", pretrained=False)(images).shape == (2, 192)
+    with pytest.raises(ConfigError, match="'list' takes eupe_vitt16 apart"):
+        zoo.create_model("eupe_vitt16", pretrained=False, features_only=True, feature_cls="list")
 
 
 def test_heads_of_the_distillation_are_left_out():

@@ -49,15 +49,16 @@ def progress(run: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ kill -9
 
 
-def test_killed_twenty_times(launcher: Launcher, recipe: Path, tmp_path: Path):
-    """kill -9 at twenty random moments: no checkpoint that was once whole is lost, and the end is an unbroken run's."""
+@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_many_times(launcher: Launcher, recipe: Path, tmp_path: Path, times: int):
+    """kill -9 at random moments: no checkpoint that was once whole is lost, and the end is an unbroken run's."""
     changes = {**EVERYTHING, "data": {"workers": 1, "batch_size": 32}, "scheduler": {"epochs": 8}}
     changes["train"] = {**changes["train"], "save_interval_updates": 3}
     argv = flags(recipe, **changes)
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     moments = random.Random(0)
     updates = kills = 0
-    while kills < 20:
+    while kills < times:
         job = launcher.start(tmp_path, *argv, "--output.dir", broken, "--resume", "auto", pause=0.01)
         if moments.random() < 0.8:  # let it come further; else it dies wherever it is: in its start, or in saving
             while job.is_running() and (not broken.exists() or saved_updates(broken) <= updates):
@@ -73,7 +74,7 @@ def test_killed_twenty_times(launcher: Launcher, recipe: Path, tmp_path: Path):
             assert checkpoint is not None
             assert read_state(checkpoint)["progress"]["updates"] >= updates
             assert (checkpoint / "model.safetensors").is_file()
-    assert updates > 20
+    assert updates > times
     for output in (broken, whole):
         launcher.run(tmp_path, *argv, "--output.dir", output, "--resume", "auto")
     assert_same_checkpoint(broken / "last", whole / "last")

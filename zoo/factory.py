@@ -374,8 +374,14 @@ def _as_timm_model(
         if feature_cls is not None:
             options["feature_cls"] = feature_cls
     model_args = model._model_args
-    wrapped = build_model_with_cfg(
-        lambda **_: model, entry.name, False, pretrained_cfg=cfg, feature_cfg=feature_config(model), **options
-    )
+    try:
+        wrapped = build_model_with_cfg(
+            lambda **_: model, entry.name, False, pretrained_cfg=cfg, feature_cfg=feature_config(model), **options
+        )
+    except AssertionError as error:
+        raise ConfigError(
+            f"feature_cls={feature_cls!r} takes {entry.name} apart, and finds no feature maps: {error}. Choose "
+            "getter or hook."
+        ) from None
     wrapped._model_args = model_args
     return wrapped
