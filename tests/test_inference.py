@@ -210,19 +210,21 @@ class Rectified(nn.Module):
         return self.act(y)
 
 
-@pytest.mark.parametrize("kind", ["alone", "used twice", "called twice", "hooked"])
+@pytest.mark.parametrize("kind", ["alone", "used twice", "called twice", "hooked", "hooked before"])
 @torch.no_grad()
 def test_relu_is_joined_to_the_convolution_that_feeds_it_alone(kind):
     model = randomize(Rectified(kind))
     seen = []
     if kind == "hooked":
         model.act.register_forward_hook(lambda module, args, output: seen.append(args[0].clone()))
+    if kind == "hooked before":
+        model.act.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     fast = zoo.optimize_for_inference(model)
     assert isinstance(fast.conv, PackedConv2d)
     assert isinstance(fast.act, nn.Identity if kind == "alone" else nn.ReLU)
     batch = torch.randn(2, 64, 8, 8)
     close(fast(batch), model(batch))
-    if kind == "hooked":
+    if kind.startswith("hooked"):
         close(seen[0], seen[1])
 
 

@@ -178,7 +178,7 @@ def _join_along(
 
     def is_alone(node: fx.Node, part: nn.Module) -> bool:
         name = str(node.target)
-        return calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not part._forward_hooks
+        return calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not _has_hooks(part)
 
     for node in graph.nodes:
         second = called(node)
@@ -196,7 +196,11 @@ def _join_along(
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
-    return type(module) is nn.Identity and not module._forward_hooks
+    return type(module) is nn.Identity and not _has_hooks(module)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _behind(norm: nn.Module) -> nn.Module:
