@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
-from zoo.layers.folding import fold_batch_norm
+from zoo.layers.folding import fold_batch_norm, has_hooks
 from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear
 
@@ -178,7 +178,7 @@ def _join_along(
 
     def is_alone(node: fx.Node, part: nn.Module) -> bool:
         name = str(node.target)
-        return calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not _has_hooks(part)
+        return calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not has_hooks(part)
 
     for node in graph.nodes:
         second = called(node)
@@ -196,11 +196,7 @@ def _join_along(
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
-    return type(module) is nn.Identity and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Identity and not has_hooks(module)
 
 
 def _behind(norm: nn.Module) -> nn.Module:

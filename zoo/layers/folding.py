@@ -15,6 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether something watches or changes what one of `modules` computes, so that it must be called as it is."""
+    kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return any(getattr(module, kind) for module in modules for kind in kinds)
+
+
 def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """(weight, bias), each (C,) in float64, of the `x * weight + bias` that a batch norm is at inference.
 

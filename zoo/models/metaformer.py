@@ -27,10 +27,11 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, per_stage
-from zoo.layers.folding import as_conv2d, fold_affine, fold_scale
+from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
 from zoo.layers.packed import Activation, PackedConv2d, may_overwrite
 from zoo.layers.staged import Head, StagedNet
+from zoo.layers.stochastic_depth import is_per_sample, stochastic_add, trains_eagerly
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["Attention", "MetaFormer", "Pooling", "RandomMixing", "SepConv", "StarReLU"]
@@ -65,6 +66,10 @@ class GroupNorm(nn.GroupNorm):
         nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """`scale * self(x)`, (C,) the scale."""
+        return F.group_norm(x, 1, self.weight * scale, None if self.bias is None else self.bias * scale, self.eps)
 
 
 class Scale(nn.Module):
@@ -157,6 +162,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+    def takes_scale(self) -> bool:
+        """Whether the last layer is what it was made as."""
+        return type(self.fc2) in (nn.Conv2d, nn.Linear) and not has_hooks(self.fc2)
+
+    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        """`scale * self(x)`, (dim,) the scale: a product of weights in place of one of maps."""
+        x, fc2 = self.drop1(self.act(self.fc1(x))), self.fc2
+        bias = None if fc2.bias is None else fc2.bias * scale
+        if isinstance(fc2, nn.Linear):
+            return self.drop2(F.linear(x, fc2.weight * scale[:, None], bias))
+        return self.drop2(F.conv2d(x, fc2.weight * scale[:, None, None, None], bias))
 
 
 # --------------------------------------------------------------------------------------------------------- token mixers
@@ -307,10 +324,29 @@ class MetaFormerBlock(nn.Module):
         self.drop_path2 = drop()
         self.layer_scale2 = scale(layer_scale_init)
         self.res_scale2 = scale(res_scale_init)
+        self.per_sample = is_per_sample(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting() and self.per_sample and trains_eagerly(self, x):
+            x = stochastic_add(self.res_scale1(x), x, self.mix, self.drop_path1)
+            return stochastic_add(self.res_scale2(x), x, self.transform, self.drop_path2)
         x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x))))
         return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The first branch, for training."""
+        norm, mixer, scale = self.norm1, self.token_mixer, self.layer_scale1
+        linear = type(mixer) is Pooling and not has_hooks(norm, scale)  # in each channel
+        if linear and type(norm) is GroupNorm and isinstance(scale, Scale):
+            return mixer(norm.scaled(x, scale.scale))
+        return scale(mixer(norm(x)))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """The second branch, for training."""
+        x, mlp, scale = self.norm2(x), self.mlp, self.layer_scale2
+        if isinstance(scale, Scale) and isinstance(mlp, Mlp) and mlp.takes_scale() and not has_hooks(mlp, scale):
+            return mlp.scaled(x, scale.scale)
+        return scale(mlp(x))
 
 
 class Stem(nn.Module):

@@ -57,6 +57,7 @@ from zoo.config import to_plain, to_yaml
 from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.files import make_folder, whole_file
+from zoo.layers.products import FastProducts
 from zoo.sparsity import apply_masks, load_masks, save_masks
 from zoo.training.checkpoint import (
     STATE,
@@ -329,6 +330,8 @@ class _Loop:
         self.sparse = self._make_sparse(saved)
         if self.sparse is not None:
             self.sparse.attach(optimizer)
+        plainly = device.type == "cpu" and not (train.torchcompile or train.grad_checkpointing)
+        self.products = FastProducts if plainly else contextlib.nullcontext
         forward = torch.compile(learner) if train.torchcompile else learner
         self.learner: nn.Module = forward if self.sharded else accelerator.prepare_model(forward)  # type: ignore[assignment]
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -420,7 +423,7 @@ class _Loop:
         """One optimizer step over the batches of `group`; the sum of their losses."""
         progress, total = self.progress, self._zero()
         for i, batch in enumerate(group):
-            with self._gradients_stay_here(unless=i == len(group) - 1):
+            with self._gradients_stay_here(unless=i == len(group) - 1), self.products():
                 with self.accelerator.autocast():
                     loss = self.task.loss(self.learner, batch, progress.epoch)
                 self.accelerator.backward(loss / len(group))

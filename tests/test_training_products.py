@@ -1,0 +1,125 @@
+"""Training's products by oneDNN are PyTorch's up to rounding, and step aside where they are not wanted."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import zoo
+from zoo.layers.products import FastProducts
+
+SHAPES = [(64, 256, 24), (256, 64, 24), (320, 1280, 14), (1280, 320, 14), (512, 2048, 7), (96, 40, 33)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With more PyTorch itself takes oneDNN for convolutions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_onednn(y: Tensor) -> bool:
+    """Whether `FastProducts` made `y`, or the map that `y` is a view of."""
+    assert y.grad_fn is not None
+    return "_Linear" in y.grad_fn.name() or any("_Linear" in fn.name() for fn, _ in y.grad_fn.next_functions if fn)
+
+
+def gradients(function, *tensors: Tensor, upstream: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    y = function(*leaves)
+    y.backward(upstream)
+    return [y.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.shape == exact.shape
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize(("ins", "outs", "side"), SHAPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_pointwise_convolutions(ins, outs, side, bias):
+    x = tensor(2, ins, side, side).to(memory_format=torch.channels_last)
+    tensors = [x, tensor(outs, ins, 1, 1, seed=1), *([tensor(outs, seed=2)] if bias else [])]
+    upstream = tensor(2, outs, side, side, seed=3).to(memory_format=torch.channels_last)
+    with FastProducts():
+        found = gradients(F.conv2d, *tensors, upstream=upstream)
+        assert by_onednn(F.conv2d(*(t.requires_grad_() for t in tensors)))
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    assert_close(found, gradients(F.conv2d, *(t.double() for t in tensors), upstream=upstream.double()))
+
+
+@pytest.mark.parametrize(("ins", "outs", "side"), SHAPES)
+def test_linear_layers(ins, outs, side):
+    layer = nn.Linear(ins, outs)
+    for x in (tensor(2, side * side, ins), tensor(side * side, ins), tensor(ins, 2 * side * side).t()):
+        parameters = layer.weight.detach(), layer.bias.detach()
+        upstream = torch.ones(()).expand(*x.shape[:-1], outs)  # no memory of its own, as from a sum
+        with FastProducts():
+            found = gradients(F.linear, x, *parameters, upstream=upstream)
+            assert by_onednn(layer(x))
+        exact = gradients(F.linear, x.double(), *(p.double() for p in parameters), upstream=upstream.double())
+        assert_close(found, exact)
+
+
+def test_weights_that_need_no_gradient_get_none_and_gradients_can_be_differentiated():
+    layer, x = nn.Linear(256, 256), tensor(64, 256).requires_grad_()
+    layer.bias.requires_grad_(False)
+    with FastProducts():
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        first.square().sum().backward()
+    assert layer.bias.grad is None
+    found = layer.weight.grad
+    layer.weight.grad = None
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    first.square().sum().backward()
+    torch.testing.assert_close(found, layer.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_what_it_leaves_alone():
+    image, wide = tensor(2, 256, 16, 16).to(memory_format=torch.channels_last), nn.Conv2d(256, 256, 1)
+    rows, layer = tensor(64, 256), nn.Linear(256, 256)
+    with FastProducts():
+        assert by_onednn(wide(image))
+        assert not by_onednn(wide(image.contiguous()))  # planes, one for each channel
+        assert not by_onednn(wide(image.repeat(8, 1, 1, 1)))  # PyTorch's is oneDNN's then
+        assert not by_onednn(nn.Conv2d(256, 256, 3)(image))
+        assert not by_onednn(nn.Conv2d(256, 256, 1, stride=2)(image))
+        assert not by_onednn(nn.Conv2d(256, 256, 1, padding=1)(image))
+        assert not by_onednn(nn.Conv2d(256, 256, 1, groups=2)(image))
+        assert by_onednn(layer(rows))
+        assert not by_onednn(layer(rows[:2]))  # soon done
+        assert not by_onednn(layer.double()(rows.double()))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not by_onednn(layer.float()(rows))
+        with torch.no_grad():
+            assert layer(rows).grad_fn is None
+    assert not by_onednn(layer(rows))
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "caformer_s18", "emo_test", "sret_test"])
+def test_a_model_gets_the_same_gradients(name):
+    model = zoo.create_model(name, pretrained=False, num_classes=10).train().to(memory_format=torch.channels_last)
+    images = tensor(2, 3, 64, 64).to(memory_format=torch.channels_last)
+    found = []
+    for context in (FastProducts(), contextlib.nullcontext()):
+        model.zero_grad()
+        torch.manual_seed(0)
+        with context:
+            model(images).square().mean().backward()
+        found.append({key: p.grad.clone() for key, p in model.named_parameters()})
+    ours, plain = found
+    largest = max(grad.abs().max() for grad in plain.values())
+    for key, grad in plain.items():
+        assert (ours[key] - grad).abs().max() <= 1e-3 * max(grad.abs().max(), 1e-2 * largest), key

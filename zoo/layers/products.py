@@ -1,0 +1,124 @@
+"""Faster linear layers and pointwise convolutions in training on a CPU: their matrix products by oneDNN.
+
+PyTorch multiplies float32 matrices with MKL, and takes MKL for 1x1 convolutions too where one thread has few images.
+oneDNN's products, which PyTorch keeps for layers packed for inference, are faster on most shapes of these layers;
+`benchmarks/train_step.py` says what that brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FastProducts"]
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+SMALLEST = 2**20  # multiplications: below, calling takes longer than what is gained
+
+
+class FastProducts(TorchFunctionMode):
+    """Within it, `F.linear` and 1x1 `F.conv2d` on maps in channels_last are differentiable products by oneDNN.
+
+    Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled or traced
+    code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run again outside.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if not kwargs:
+            if func is F.linear and _suits(*args[:2]):
+                return linear(*args)
+            if func is F.conv2d and _is_pointwise(*args) and _suits(*args[:2]):
+                return pointwise_conv2d(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    channels = weight.shape[1]
+    return (
+        _AVAILABLE
+        and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == weight.device.type == "cpu"
+        and weight.requires_grad
+        and torch.is_grad_enabled()
+        and x.numel() // channels * weight.numel() >= SMALLEST
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    )
+
+
+def _is_pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> bool:
+    return (
+        weight.shape[2:] == (1, 1)
+        and groups == 1
+        and stride in (1, (1, 1))
+        and padding in (0, (0, 0))
+        and x.ndim == 4
+        and len(x) < 16
+        and torch.get_num_threads() == 1  # else PyTorch takes oneDNN's convolution, which is as fast
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`. (..., in_features) -> (..., out_features)"""
+    return _Linear.apply(x, weight, bias)
+
+
+def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.conv2d` by 1x1 kernels. (B, C, H, W) -> (B, C', H, W), both in channels_last."""
+    return _Linear.apply(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _multiply(_rows(x), weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        grads, rows = _rows(grad), _rows(x)
+        again = torch.is_grad_enabled()  # to be differentiated once more, which oneDNN's product cannot be
+        to_x = (grads @ weight if again else _multiply(grads, weight.t())).unflatten(0, x.shape[:-1]) if of_x else None
+        to_weight = (grads.t() @ rows if again else _multiply_long(grads, rows)) if of_weight else None
+        return to_x, to_weight, grads.sum(dim=0) if of_bias else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+def _multiply_long(grads: Tensor, rows: Tensor) -> Tensor:
+    """`grads.t() @ rows`, a sum over many rows: (rows, N), (rows, K) -> (N, K)."""
+    outs, ins = grads.shape[1], rows.shape[1]
+    return _multiply(grads.t(), rows.t()) if outs >= 256 and ins >= 512 else grads.t() @ rows  # MKL splits long sums
