@@ -39,9 +39,9 @@ def is_per_sample(module: nn.Module) -> bool:
 
 def stochastic_add(shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:
     """`shortcut + drop_path(branch(x))`, drawing the same random numbers; `branch` must be per sample."""
-    if type(drop_path) is not DropPath or not drop_path.drop_prob or has_hooks(drop_path):
+    if not isinstance(drop_path, DropPath) or not drop_path.drop_prob or has_hooks(drop_path):
         return shortcut + drop_path(branch(x))
-    keep = 1 - drop_path.drop_prob
+    keep = 1.0 - float(drop_path.drop_prob)
     mask = x.new_empty(len(x)).bernoulli_(keep)
     scale = 1 / keep if keep > 0 and drop_path.scale_by_keep else 1.0
     kept = mask.nonzero().flatten()
