@@ -5,9 +5,9 @@
 Each model is its family's own architecture with fewer and narrower layers, about 10 million MACs for an image. Images
 are 32x32; a family whose stem cannot be made finer gets them enlarged to 64x64, and its MACs are counted there. Nothing
 is tuned for any of them: the recipe is `configs/vision/cifar10_poolformer_s12.yaml` without RandAugment, so that this
-compares how much families learn in a short run, not what they reach. Left out are EUPE, VoVNet and SN-Net, whose
-builders take no widths. Runs that the results hold already are not made again. Figures, curves and a picture go to
-benchmarks/results/families_cifar10/.
+compares how much families learn in a short run, not what they reach. Left out is SN-Net, which is made of networks that
+are trained already. Runs that the results hold already are not made again, so that several commands with different
+--models may share the work. Figures, curves and a picture go to benchmarks/results/families_cifar10/.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ MODELS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ffnet": ("ffnet_test", 32, {"dims": (16, 24, 40, 56), "neck_dims": (8, 12, 24, 48), "head_hidden_size": 64}),
     "resnetrs": ("resnetrs50", 32, {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48)}),
     "fbnetv3": ("fbnetv3_b", 64, {"blocks": FBNETV3}),
+    "vovnet": ("vovnet_test", 64, {}),
+    "eupe": ("eupe_test", 32, {"patch_size": 4, "embed_dim": 56, "depth": 3, "num_heads": 2}),
 }
 
 

@@ -5,6 +5,7 @@ intermediates, tracing, FX) and those of ours (export, compile, precision, layou
 """
 
 import copy
+import inspect
 import math
 import sys
 
@@ -89,6 +90,30 @@ def test_default_configuration(name):
     assert model(batch).shape == pre_logits.shape
     model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0, global_pool="").eval()
     assert model(batch).shape == unpooled
+
+
+def test_every_family_has_a_tiny_model():
+    tiny = {info.family for info in zoo.search(task="vision", max_params=1_500_000) if info.name.endswith("_test")}
+    assert tiny == {info.family for info in zoo.search(task="vision")}
+
+
+@pytest.mark.parametrize("name", zoo.list_models("*_test", task="vision"))
+def test_a_few_steps_of_training_lower_the_loss(name):
+    torch.manual_seed(0)
+    stochastic = "drop_path_rate" in inspect.signature(get_entry(name).build).parameters
+    model = create(name, num_classes=4, **({"drop_path_rate": 0.05} if stochastic else {})).train()
+    model.set_grad_checkpointing()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    labels = torch.arange(16) % 4
+    losses = []
+    for _ in range(25):
+        loss = torch.nn.functional.cross_entropy(model(images(16)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
 
 
 @models

@@ -88,72 +88,77 @@ def list_maps_by_calling(model: nn.Module) -> None:
     model.default_feature_cls = "getter"  # type: ignore[assignment]
 
 
-def _entry(name: str, timm_name: str, hub: str, params: float, reduction: int, convert: Any, **fields: Any) -> None:
-    """Register one encoder; `params` in millions, as the authors state them."""
+def _encoder(name: str, timm_name: str, convert: Any, **fields: Any) -> None:
+    vit = convert is convert_vit
+    facts: dict[str, Any] = {
+        "compact": "One small encoder, distilled from a proxy that learned from several large ones.",
+        "input_size": (3, 256, 256),
+    }
+    args = {"num_classes": 0, **({"global_pool": "token"} if vit else {}), **fields.pop("args", {})}
+    register(
+        Entry(
+            name=name,
+            build=timm_builder(timm_name, adapt=list_maps_by_calling if vit else None),
+            args=args,
+            family="eupe",
+            paper=PAPER,
+            code_license=LICENSE,
+            code_url="https://github.com/facebookresearch/EUPE",
+            convert=convert,
+            first_conv="patch_embed.proj" if vit else "stem.0",
+            classifier="head" if vit else "head.fc",
+            **(facts | fields),
+        )
+    )
+
+
+def _entry(name: str, timm_name: str, hub: str, convert: Any, params: float, macs: float, note: str) -> None:
+    """Register one published encoder; `params` in millions and `macs` in billions, as the authors state them."""
+    side = 256 // (16 if convert is convert_vit else 32)
     layout: dict[str, Any] = {
         "license": LICENSE,
         "dataset": "lvd-1689m",
         "num_classes": 0,
         "input_size": (3, 256, 256),
-        "pool_size": (256 // reduction, 256 // reduction),
+        "pool_size": (side, side),
         "crop_pct": 1.0,
     }
-    note = "Noncommercial research only; whoever passes the weights on must do so under the same licence."
-    vit = reduction == 16
-    register(
-        Entry(
-            name=name,
-            build=timm_builder(timm_name, adapt=list_maps_by_calling if vit else None),
-            args={"num_classes": 0, **({"global_pool": "token"} if vit else {})},
-            family="eupe",
-            paper=PAPER,
-            compact="One small encoder, distilled from a proxy that learned from several large ones.",
-            code_license=LICENSE,
-            code_url="https://github.com/facebookresearch/EUPE",
-            reported=Reported(
-                params=round(params * 1e6), macs=fields.pop("macs"), input_size=(3, 256, 256), source="arXiv 2603.22387"
+    terms = "Noncommercial research only; whoever passes the weights on must do so under the same licence."
+    _encoder(
+        name,
+        timm_name,
+        convert,
+        reported=Reported(
+            params=round(params * 1e6), macs=round(macs * 1e9), input_size=(3, 256, 256), source="arXiv 2603.22387"
+        ),
+        weights=(
+            Weights(tag="eupe_lvd1689m", hub_id=f"timm/{timm_name}.eupe_lvd1689m", note=terms, **layout),
+            Weights(
+                tag="meta_lvd1689m",
+                hub_id=f"facebook/EUPE-{hub}",
+                filename=f"EUPE-{hub}.pt",
+                note=f"The authors' own file. {terms}",
+                **layout,
             ),
-            weights=(
-                Weights(tag="eupe_lvd1689m", hub_id=f"timm/{timm_name}.eupe_lvd1689m", note=note, **layout),
-                Weights(
-                    tag="meta_lvd1689m",
-                    hub_id=f"facebook/EUPE-{hub}",
-                    filename=f"EUPE-{hub}.pt",
-                    note=f"The authors' own file. {note}",
-                    **layout,
-                ),
-            ),
-            convert=convert,
-            input_size=(3, 256, 256),
-            **fields,
-        )
+        ),
+        note=note,
     )
 
 
 VIT_NOTE = "The authors' figure for the ViTs is FLOPs, two to a MAC; theirs also count the key biases, which are zero."
-for letter, size, params, flops in (("t", "tiny", 6, 4e9), ("s", "small", 21, 12e9), ("b", "base", 86, 47e9)):
-    _entry(
-        f"eupe_vit{letter}16",
-        f"vit_{size}_patch16_dinov3_qkvb",
-        f"ViT-{letter.upper()}",
-        params,
-        16,
-        convert_vit,
-        macs=round(flops / 2),
-        first_conv="patch_embed.proj",
-        classifier="head",
-        note=VIT_NOTE,
-    )
-for size, params, macs in (("tiny", 29, 5e9), ("small", 50, 11e9), ("base", 89, 20e9)):
-    _entry(
-        f"eupe_convnext_{size}",
-        f"convnext_{size}",
-        f"ConvNeXt-{size[0].upper()}",
-        params,
-        32,
-        convert_convnext,
-        macs=round(macs),
-        first_conv="stem.0",
-        classifier="head.fc",
-        note="The authors count the classifier that ConvNeXt has on ImageNet; the encoder has none.",
-    )
+CONVNEXT_NOTE = "The authors count the classifier that ConvNeXt has on ImageNet; the encoder has none."
+for letter, size, params, flops in (("t", "tiny", 6, 4), ("s", "small", 21, 12), ("b", "base", 86, 47)):
+    timm_name = f"vit_{size}_patch16_dinov3_qkvb"
+    _entry(f"eupe_vit{letter}16", timm_name, f"ViT-{letter.upper()}", convert_vit, params, flops / 2, VIT_NOTE)
+for size, params, macs in (("tiny", 29, 5), ("small", 50, 11), ("base", 89, 20)):
+    hub = f"ConvNeXt-{size[0].upper()}"
+    _entry(f"eupe_convnext_{size}", f"convnext_{size}", hub, convert_convnext, params, macs, CONVNEXT_NOTE)
+_encoder(
+    "eupe_test",
+    "vit_tiny_patch16_dinov3_qkvb",
+    convert_vit,
+    args={"embed_dim": 64, "depth": 4, "num_heads": 2},
+    compact="A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+    pool_size=(4, 4),
+)

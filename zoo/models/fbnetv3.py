@@ -98,6 +98,7 @@ def fbnetv3(
     *,
     blocks: Sequence[Sequence[str]] = SMALL,
     stem_size: int = 16,
+    head_size: int = 1984,
     published_padding: Sequence[Sequence[int]] = (),
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -110,6 +111,7 @@ def fbnetv3(
         global_pool: "avg", or "" for none (only without a classifier).
         blocks: the stages, in the notation of timm's `decode_arch_def`.
         stem_size: width of the first convolution.
+        head_size: width of the layer before the classifier.
         published_padding: pairs of (stage, pixels): how many pixels pad the first depthwise convolution of that stage,
             where that is not half its kernel.
         drop_rate: dropout before the classifier.
@@ -122,7 +124,7 @@ def fbnetv3(
         num_classes=num_classes,
         in_chans=in_chans,
         stem_size=stem_size,
-        num_features=1984,
+        num_features=head_size,
         head_bias=False,
         act_layer=parts.resolve_act_layer({}, "hard_swish"),
         norm_layer=nn.BatchNorm2d,
@@ -164,6 +166,28 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 # ------------------------------------------------------------------------------------------------------------- variants
 
+
+def _entry(name: str, args: dict[str, Any], **fields: Any) -> None:
+    facts: dict[str, Any] = {
+        "compact": "Inverted residuals with squeeze-and-excitation, searched together with their training recipe."
+    }
+    register(
+        Entry(
+            name=name,
+            build=fbnetv3,
+            family="fbnetv3",
+            args=args,
+            paper=PAPER,
+            code_license="cc-by-nc-4.0",
+            code_url="https://github.com/facebookresearch/mobile-vision",
+            convert=convert,
+            first_conv="conv_stem",
+            classifier="classifier",
+            **(facts | fields),
+        )
+    )
+
+
 # variant: stem, padding of the authors, their job, size, resize, MACs (M) at that size, top-1, top-5 (%)
 for variant, stem_size, padding, job, size, resize, macs, top1, top5 in (
     ("a", 16, ((3, 1), (5, 0)), "f235707940", 224, 242, 356.60, 79.574, 94.712),
@@ -194,24 +218,30 @@ for variant, stem_size, padding, job, size, resize, macs, top1, top5 in (
         note="Noncommercial: code and weights are under CC BY-NC 4.0.",
     )
     args: dict[str, Any] = {"blocks": BLOCKS[variant], "stem_size": stem_size}
-    register(
-        Entry(
-            name=name,
-            build=fbnetv3,
-            family="fbnetv3",
-            args=args if timms else {**args, "published_padding": padding},
-            paper=PAPER,
-            compact="Inverted residuals with squeeze-and-excitation, searched together with their training recipe.",
-            code_license="cc-by-nc-4.0",
-            code_url="https://github.com/facebookresearch/mobile-vision",
-            weights=(*timms, published),
-            convert=convert,
-            input_size=(timms or (published,))[0].input_size,
-            first_conv="conv_stem",
-            classifier="classifier",
-            note=(
-                f"The authors state {macs:g}M MACs at {size}x{size}, counting more than convolutions and linear layers."
-                + (" timm's weights pad two convolutions more than the authors' do." if timms and padding else "")
-            ),
-        )
+    _entry(
+        name,
+        args if timms else {**args, "published_padding": padding},
+        weights=(*timms, published),
+        input_size=(timms or (published,))[0].input_size,
+        note=(
+            f"The authors state {macs:g}M MACs at {size}x{size}, counting more than convolutions and linear layers."
+            + (" timm's weights pad two convolutions more than the authors' do." if timms and padding else "")
+        ),
     )
+_entry(
+    "fbnetv3_test",
+    {
+        "blocks": (
+            ("ds_r1_k3_s1_e1_c8",),
+            ("ir_r1_k5_s2_e4_c16",),
+            ("ir_r1_k5_s2_e4_c24_se0.25",),
+            ("ir_r1_k5_s2_e4_c32",),
+            ("ir_r1_k3_s1_e4_c40_se0.25",),
+            ("ir_r1_k5_s2_e4_c48_se0.25",),
+            ("cn_r1_k1_s1_c96",),
+        ),
+        "head_size": 128,
+    },
+    compact="A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+)

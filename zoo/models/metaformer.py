@@ -912,13 +912,14 @@ def _entry(
     name: str,
     args: dict[str, Any],
     compact: str,
-    params: float,
-    macs: float,
-    weights: tuple[Weights, ...],
+    params: float | None = None,
+    macs: float = 0.0,
+    weights: tuple[Weights, ...] = (),
     **fields: Any,
 ) -> None:
-    """Register one variant; `params` in millions and `macs` in billions, as the authors state them."""
+    """Register one variant; `params` in millions and `macs` in billions, where the authors state them."""
     baselines = not name.startswith("poolformer_")
+    readme = README_BASELINES if baselines else README_V1
     register(
         Entry(
             name=name,
@@ -929,9 +930,9 @@ def _entry(
             compact=compact,
             code_license="apache-2.0",
             code_url=f"https://github.com/sail-sg/{'metaformer' if baselines else 'poolformer'}",
-            reported=Reported(
-                params=round(params * 1e6), macs=round(macs * 1e9), source=README_BASELINES if baselines else README_V1
-            ),
+            reported=None
+            if params is None
+            else Reported(params=round(params * 1e6), macs=round(macs * 1e9), source=readme),
             weights=weights,
             convert=convert,
             first_conv="stem.conv",
@@ -1097,3 +1098,14 @@ for family, mixers, compact, large_variants in (
                 )
             ),
         )
+_entry(
+    "caformer_test",
+    {
+        **CONV_OR_ATTENTION,
+        "token_mixers": ("sepconv", "sepconv", "attention", "attention"),
+        "depths": (1, 1, 1, 1),
+        "dims": (16, 32, 64, 96),
+    },
+    "A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+)

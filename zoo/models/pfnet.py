@@ -589,3 +589,11 @@ for size, args in PITS.items():
         pool_size=(8, 8) if size == "b" else None,
         weights=(_weights("naver_in1k", "1S9JJM2WGtDtpo-6Me7Ak74nJOlOeBKeH", 80.8),) if size == "s" else (),
     )
+_register(
+    "pfnet_test",
+    PiTMax,
+    {"depths": (2, 2, 2), "dims": (32, 64, 128), "num_heads": (2, 4, 8), "patch_size": 8, "stride": 4, "img_size": 64},
+    "A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+    pool_size=(4, 4),
+)

@@ -9,6 +9,8 @@ The model is timm's `ResNet`, which has the deep stem, the convolution in place 
 shortcuts and the squeeze-and-excitation of the paper's section 3; the weights are the authors', as timm ported them.
 """
 
+from typing import Any
+
 from zoo.layers.from_timm import timm_builder, timm_weights
 from zoo.registry import Entry, Paper, register
 
@@ -19,23 +21,41 @@ PAPER = Paper(
     arxiv="2103.07579",
 )
 
+
+def _entry(name: str, timm_name: str, **fields: Any) -> None:
+    facts: dict[str, Any] = {
+        "compact": "A ResNet that is scaled by depth and image size, with squeeze-and-excitation, and trained anew."
+    }
+    register(
+        Entry(
+            name=name,
+            build=timm_builder(timm_name),
+            family="resnetrs",
+            paper=PAPER,
+            code_license="apache-2.0",
+            code_url="https://github.com/tensorflow/tpu/tree/master/models/official/resnet/resnet_rs",
+            first_conv="conv1.0",
+            classifier="fc",
+            **(facts | fields),
+        )
+    )
+
+
 # layers: top-1 (%) at the size that the weights were trained at
 for layers, top1 in {50: 77.858, 101: 80.706, 152: 82.900, 200: 83.884, 270: 83.596, 350: 84.304, 420: 84.240}.items():
     name = f"resnetrs{layers}"
     weights = timm_weights(name, {"tf_in1k": top1})
-    register(
-        Entry(
-            name=name,
-            build=timm_builder(name),
-            family="resnetrs",
-            paper=PAPER,
-            compact="A ResNet that is scaled by depth and image size, with squeeze-and-excitation, and trained anew.",
-            code_license="apache-2.0",
-            code_url="https://github.com/tensorflow/tpu/tree/master/models/official/resnet/resnet_rs",
-            weights=weights,
-            input_size=weights[0].input_size,
-            first_conv="conv1.0",
-            classifier="fc",
-            note="timm trained these weights later than the others, and longer." if layers == 200 else "",
-        )
+    _entry(
+        name,
+        name,
+        weights=weights,
+        input_size=weights[0].input_size,
+        note="timm trained these weights later than the others, and longer." if layers == 200 else "",
     )
+_entry(
+    "resnetrs_test",
+    "resnetrs50",
+    args={"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48)},
+    compact="A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+)

@@ -338,3 +338,19 @@ for name, dims, weights in (
             note="The name is the authors'; it has 386 thousand parameters." if name == "460k" else "",
         )
     )
+register(
+    Entry(
+        name="simplenet_test",
+        build=SimpleNet,
+        family="simplenet",
+        args={"dims": ((16,), (16, 32), (32, 32), (32, 48), (96, 64)), "pointwise": (7, 8)},
+        paper=PAPER,
+        compact="A tiny one for tests and trials, not of the paper.",
+        code_license="mit",
+        code_url=REPOSITORY,
+        convert=convert,
+        input_size=(3, 64, 64),
+        first_conv="stem.0.conv",
+        classifier="head.fc",
+    )
+)

@@ -681,3 +681,9 @@ for size, reported, link, top1 in (
         compact="Small 7x7 depthwise kernels, taught by a network of large ones.",
         note="ConvNeXt with a batch norm behind the depthwise convolution, as the authors' code has it.",
     )
+_entry(
+    "slak_test",
+    {"depths": (1, 1, 2, 1), "dims": (16, 24, 32, 48), "kernel_sizes": (11, 9, 7, 5), "small_kernel_size": 3},
+    compact="A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+)

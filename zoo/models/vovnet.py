@@ -21,6 +21,7 @@ not offered here by name: `checkpoint_path` takes them in their own layout.
 """
 
 import re
+from typing import Any
 
 from timm.layers import EffectiveSEModule
 from timm.models.vovnet import OsaBlock
@@ -91,16 +92,17 @@ NO_CLASSIFIER = "The authors' ImageNet files hold the backbone alone, trained fo
 NO_FILE = "The authors' files lie on Dropbox, which cannot be fetched by name; checkpoint_path takes them."
 
 
-def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note: str = "", **fixed: object) -> None:
+def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note: str = "", **fixed: Any) -> None:
     adapt = fixed.pop("adapt", None)
+    facts: dict[str, Any] = {"compact": "The outputs of a module's convolutions are concatenated once, at its end."}
+    facts |= {key: fixed.pop(key) for key in ("compact", "input_size") if key in fixed}
     v1 = paper is V1_PAPER
     register(
         Entry(
             name=name,
-            build=timm_builder(timm_name, adapt=adapt, **fixed),  # type: ignore[arg-type]
+            build=timm_builder(timm_name, adapt=adapt, **fixed),
             family="vovnet",
             paper=paper,
-            compact="The outputs of a module's convolutions are concatenated once, at its end.",
             code_license="unstated" if v1 else "cc-by-nc-4.0",
             code_url=f"https://github.com/{'stigma0617/VoVNet.pytorch' if v1 else 'youngwanLEE/vovnet-detectron2'}",
             weights=timm_weights(name, top1) if name == timm_name else (),
@@ -108,6 +110,7 @@ def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note
             first_conv="stem.0.conv",
             classifier="head.fc",
             note=note,
+            **facts,
         )
     )
 
@@ -145,3 +148,14 @@ _entry(
 for size, claim in ((39, "76.77"), (57, "77.73")):
     note = f"The authors claim {claim}% top-1 at 224x224. {NO_FILE}"
     _entry(f"vovnet{size}", f"vovnet{size}a", V1_PAPER, {}, note, residual=True)
+_entry(
+    "vovnet_test",
+    "ese_vovnet19b_slim",
+    V2_PAPER,
+    {},
+    compact="A tiny one for tests and trials, not of the paper.",
+    input_size=(3, 64, 64),
+    stem_chs=[16, 16, 32],
+    stage_conv_chs=[16, 24, 32, 40],
+    stage_out_chs=[32, 48, 64, 96],
+)
