@@ -31,12 +31,20 @@ import zoo
 from zoo.config import run_command
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.files import whole_file
-from zoo.profiling.measure import Settings, Subject
+from zoo.profiling.measure import Settings, Subject, peak_memory
 from zoo.registry import ModelInfo, get_entry
 
 RESULTS = Path(__file__).parent / "results" / "vision_zoo.json"
 LARGEST = 60_000_000  # parameters
 FAST, PLAIN, TIMM = "fast", "plain", "timm"
+CPU: dict[str, Any] = {
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "channels_last": False,
+    "compile": False,
+    "mode": "inference",
+}
+FORMS = {PLAIN: Settings(**CPU), FAST: Settings(**CPU, optimize=True)}
 
 
 def models(patterns: list[str], families: list[str]) -> list[ModelInfo]:
@@ -51,19 +59,9 @@ def models(patterns: list[str], families: list[str]) -> list[ModelInfo]:
 
 def contenders(info: ModelInfo) -> dict[str, Subject]:
     """The same architecture, ready to run."""
-    cpu: dict[str, Any] = {
-        "device": torch.device("cpu"),
-        "dtype": torch.float32,
-        "channels_last": False,
-        "compile": False,
-    }
-    plain = Settings(**cpu, mode="inference")
-    subjects = {
-        PLAIN: plain.prepare(info.name, None),
-        FAST: Settings(**cpu, mode="inference", optimize=True).prepare(info.name, None),
-    }
+    subjects = {which: settings.prepare(info.name, None) for which, settings in FORMS.items()}
     if info.name in timm.list_models(info.name):
-        theirs = plain.prepare(f"timm/{info.name}", subjects[PLAIN].input_size)
+        theirs = FORMS[PLAIN].prepare(f"timm/{info.name}", subjects[PLAIN].input_size)
         subjects[TIMM] = theirs
     return subjects
 
@@ -89,25 +87,29 @@ def measure(info: ModelInfo, batch_size: int, repeats: int, warmup: int) -> dict
     return found
 
 
-def row(info: ModelInfo, batch_sizes: list[int], arguments: argparse.Namespace) -> dict[str, Any]:
-    """All that is measured of one model, beside what the index says of it."""
-    peak = {}
-    if arguments.memory:
-        options: dict[str, Any] = {"optimize": True, "warmup": 0, "repeats": 1, "batch_sizes": batch_sizes}
-        peak = {result.batch_size: result.peak_memory for result in zoo.benchmark(info.name, **options)}
-    batches = {}
+def row(
+    info: ModelInfo, batch_sizes: list[int], known: dict[str, dict[str, Any]], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """All that is measured of one model, beside what the index says of it; of batches `known`, what they lack."""
+    batches = {size: dict(batch) for size, batch in known.items()}
     for batch_size in batch_sizes:
-        timed = measure(info, batch_size, arguments.repeats, arguments.warmup)
-        throughput = {which: round(1000 * batch_size / found["wall_ms"], 2) for which, found in timed.items()}
-        batches[str(batch_size)] = {"times": timed, "throughput": throughput, "peak_memory": peak.get(batch_size)}
-        batches[str(batch_size)]["repeats"] = arguments.repeats
+        batch = batches.setdefault(str(batch_size), {})
+        if not (arguments.missing and "times" in batch):
+            timed = measure(info, batch_size, arguments.repeats, arguments.warmup)
+            throughput = {which: round(1000 * batch_size / found["wall_ms"], 2) for which, found in timed.items()}
+            batch |= {"times": timed, "throughput": throughput, "repeats": arguments.repeats}
+    unmeasured = [n for n in batch_sizes if not (arguments.missing and batches[str(n)].get("peak_memory"))]
+    if arguments.memory and unmeasured:
+        subject = FORMS[FAST].prepare(info.name, None)
+        for batch_size in unmeasured:
+            batches[str(batch_size)]["peak_memory"] = peak_memory(subject, batch_size)
     return {
         "family": info.family,
         "params": info.params,
         "macs": info.macs,
         "input_size": list(info.input_size),
         "top1": info.top1,
-        "batches": batches,
+        "batches": dict(sorted(batches.items(), key=lambda item: int(item[0]))),
     }
 
 
@@ -192,11 +194,7 @@ def main() -> None:
         wanted = models(arguments.patterns, arguments.families)
         for info in track(wanted, description="Measuring", transient=True):
             known = report["models"].get(info.name, {}).get("batches", {})
-            sizes = [n for n in arguments.batch_sizes if not (arguments.missing and str(n) in known)]
-            if not sizes:
-                continue
-            found = row(info, sizes, arguments)
-            report["models"][info.name] = found | {"batches": known | found["batches"]}
+            report["models"][info.name] = row(info, arguments.batch_sizes, known, arguments)
             with whole_file(arguments.results) as file:
                 file.write((json.dumps(report, indent=1) + "\n").encode())
     if not report["models"]:
