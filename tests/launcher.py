@@ -96,7 +96,8 @@ class Launcher:
         return job.text()
 
     def close(self) -> None:
-        self.server.communicate()
+        """Ask the server to end: what this process forked meanwhile may hold the pipe open."""
+        self.server.communicate(json.dumps(None) + "\n")
 
 
 def _torchrun_environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -111,7 +112,7 @@ def _free_port() -> int:
 
 
 def serve() -> int:
-    """Fork as asked until there are no more questions. In the forked process: the exit status of `train.py`."""
+    """Fork as asked until asked to end. In the forked process: the exit status of `train.py`."""
     import docstring_parser  # noqa: F401
     import jsonargparse  # noqa: F401
     import matplotlib.figure  # noqa: F401
@@ -126,6 +127,8 @@ def serve() -> int:
 
     for line in sys.stdin:
         question = json.loads(line)
+        if question is None:
+            break
         answer: int | None
         if "argv" in question:
             answer = os.fork()

@@ -107,7 +107,7 @@ def assert_regularised_as_published(config: dict[str, Any]) -> None:
 
 
 def test_every_variant_has_a_recipe():
-    variants = {info.name: info for info in zoo.search(family="metaformer")}
+    variants = {info.name: info for info in zoo.search(family="metaformer") if info.name != "caformer_test"}
     recipes = {path.stem for path in SCRATCH.glob("*.yaml")}
     assert recipes & set(variants) == set(variants) == set(DROP)
     at_384 = {name for name, info in variants.items() if any(w.tag == "sail_in1k_384" for w in info.weights)}

@@ -48,7 +48,7 @@ def test_what_has_no_rate_or_is_watched_is_called():
     drop_path.register_forward_hook(lambda *_: calls.append(1))
     stochastic_add(x, x, branch, drop_path)
     assert calls
-    for none in (nn.Identity(), DropPath(0.0)):
+    for none in (nn.Identity(), DropPath(0.0), DropPath(0.9).eval()):
         assert torch.equal(stochastic_add(x, x, branch, none), x + branch(x))
 
 

@@ -39,7 +39,7 @@ def is_per_sample(module: nn.Module) -> bool:
 
 def stochastic_add(shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:
     """`shortcut + drop_path(branch(x))`, drawing the same random numbers; `branch` must be per sample."""
-    if not isinstance(drop_path, DropPath) or not drop_path.drop_prob or has_hooks(drop_path):
+    if not (isinstance(drop_path, DropPath) and drop_path.training and drop_path.drop_prob) or has_hooks(drop_path):
         return shortcut + drop_path(branch(x))
     keep = 1.0 - float(drop_path.drop_prob)
     mask = x.new_empty(len(x)).bernoulli_(keep)

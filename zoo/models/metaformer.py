@@ -327,9 +327,10 @@ class MetaFormerBlock(nn.Module):
         self.per_sample = is_per_sample(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting() and self.per_sample and trains_eagerly(self, x):
-            x = stochastic_add(self.res_scale1(x), x, self.mix, self.drop_path1)
-            return stochastic_add(self.res_scale2(x), x, self.transform, self.drop_path2)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile what stood behind an `and`)
+            if self.per_sample and trains_eagerly(self, x):
+                x = stochastic_add(self.res_scale1(x), x, self.mix, self.drop_path1)
+                return stochastic_add(self.res_scale2(x), x, self.transform, self.drop_path2)
         x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x))))
         return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
 
