@@ -100,6 +100,7 @@ def test_what_it_leaves_alone():
         assert not by_onednn(nn.Conv2d(256, 256, 1, groups=2)(image))
         assert by_onednn(layer(rows))
         assert not by_onednn(layer(rows[:2]))  # soon done
+        torch.testing.assert_close(F.linear(rows, layer.weight[0]), rows @ layer.weight[0])  # a vector is a weight, too
         assert not by_onednn(layer.double()(rows.double()))
         with torch.autocast("cpu", torch.bfloat16):
             assert not by_onednn(layer.float()(rows))

@@ -212,7 +212,7 @@ def results_section(infos: Sequence[ModelInfo]) -> str:
         report = json.loads(path.read_text(encoding="utf-8"))
         for found in _runs(report):
             if found.get("model") in names:
-                cells = (f"`{found['model']}`", report["what"], _mean(found), str(found["seeds"]), str(found["epochs"]))
+                cells = (_trained(found), report["what"], _mean(found), str(found["seeds"]), str(found["epochs"]))
                 rows.append((*cells, report["device"], f"`{report['command']}`"))
     if not rows:
         return ""
@@ -232,6 +232,12 @@ def _runs(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         for run in report.get("runs", {}).values()
         if "last_top1" in run
     ]
+
+
+def _trained(found: Mapping[str, Any]) -> str:
+    """The model; with its parameters where the benchmark states them, since its widths are not the published ones."""
+    size = f", made smaller: {found['parameters'] / 1e6:.2f}M parameters" if "parameters" in found else ""
+    return f"`{found['model']}`{size}"
 
 
 def _mean(found: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ SMALLEST = 2**20  # multiplications: below, calling takes longer than what is ga
 
 
 class FastProducts(TorchFunctionMode):
-    """Within it, `F.linear` and 1x1 `F.conv2d` on maps in channels_last are differentiable products by oneDNN.
+    """Within it, `F.linear`, and where PyTorch would take MKL 1x1 `F.conv2d`, are differentiable products by oneDNN.
 
     Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled or traced
     code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run again outside.
@@ -44,16 +44,16 @@ class FastProducts(TorchFunctionMode):
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    channels = weight.shape[1]
     return (
         _AVAILABLE
+        and weight.ndim > 1
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and weight.requires_grad
         and torch.is_grad_enabled()
-        and x.numel() // channels * weight.numel() >= SMALLEST
+        and x.numel() // weight.shape[1] * weight.numel() >= SMALLEST
         and not torch.is_autocast_enabled("cpu")
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     )
