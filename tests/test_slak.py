@@ -17,8 +17,10 @@ from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError, DownloadError
 from zoo.models.slak import SLaK, arguments_of, timm_convnext_state_dict
 from zoo.training import TrainingConfig
+from zoo.training.loop import make_scheduler
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "vision" / "imagenet1k"
+TRAINING_CASES = golden.load("slak", "sparse_training")["cases"]
 
 # the small configuration of the golden files
 SMALL: dict[str, Any] = {
@@ -337,14 +339,36 @@ def test_stochastic_depth_grows_to_its_rate():
 
 
 def test_weight_decay_and_tensors_are_the_authors():
-    """95 decayed tensors and 213 others, of 470; without decomposition 362 tensors, without batch norms 200."""
+    """The groups as their code makes them; 470 tensors, without decomposition 362, without batch norms 200."""
     model = zoo.create_model("slak_tiny", pretrained=False, device="meta")
     groups = param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay())
-    assert {group["weight_decay"]: len(group["params"]) for group in groups} == {0.05: 95, 0.0: 213}
+    found = [
+        {
+            "weight_decay": group["weight_decay"],
+            "tensors": len(group["params"]),
+            "parameters": sum(p.numel() for p in group["params"]),
+        }
+        for group in groups
+    ]
+    expected = TRAINING_CASES["weight_decay_groups"]["values"]
+    assert sorted(found, key=str) == sorted(expected, key=str)
     assert len(model.state_dict()) == 470
     for arguments, count in (({"decompose": False}, 362), ({"batch_norm": False}, 200)):
         model = zoo.create_model("slak_tiny", pretrained=False, device="meta", **arguments)
         assert len(model.state_dict()) == count
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_learning_rate_is_the_authors(size):
+    """Of the recipes, over all 300 epochs; theirs reaches the peak at the last update of the warm-up, not after it."""
+    recipe = load_config(TrainingConfig, CONFIGS / f"slak_{size}.yaml")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.optimizer.lr)
+    scheduler, epochs = make_scheduler(optimizer, recipe.scheduler, updates_per_epoch=312)
+    assert scheduler is not None
+    assert epochs == 300
+    for update, expected in TRAINING_CASES["lr"]["values"].items():
+        scheduler.step_update(int(update))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=2e-4), update
 
 
 @pytest.mark.parametrize(("size", "last"), [((32, 32), (1, 1)), ((37, 130), (1, 4)), ((96, 64), (3, 2))])

@@ -523,6 +523,34 @@ def test_schedules(name: str, cooldown: int):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected), t
 
 
+@pytest.mark.parametrize("warmup", [0.3, 2])
+@pytest.mark.parametrize("cooldown", [0, 2])
+@pytest.mark.parametrize("name", ["cosine", "constant", "wsd"])
+def test_shapes_that_begin_after_the_warm_up(name: str, cooldown: int, warmup: float):
+    """The whole shape fits between the warm-up and the last epoch, and the run is as long as without."""
+    settings = {"warmup_epochs": warmup, "warmup_lr": START, "min_lr": LOW, "cooldown_epochs": cooldown}
+    config = SchedulerConfig(sched=name, epochs=10, warmup_prefix=True, decay_epochs=4, **settings)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler, epochs = make_scheduler(optimizer, config, updates_per_epoch=10)
+    assert scheduler is not None
+    assert epochs == (10 if name == "constant" else 10 + cooldown)
+    rates = []
+    for update in range(10 * epochs + 1):
+        scheduler.step_update(update)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(START)
+    assert rates[round(10 * warmup)] == pytest.approx(PEAK)
+    if name == "cosine":
+        assert rates[round(5 * (warmup + 10))] == pytest.approx((PEAK + LOW) / 2, rel=0.02)
+    if name != "constant":
+        assert rates[-1] == pytest.approx(LOW)
+
+
+def test_a_warm_up_of_the_whole_schedule_leaves_nothing_to_begin_after_it():
+    with pytest.raises(ConfigError, match="leaves nothing after a warm-up of all 10 epochs"):
+        SchedulerConfig(epochs=10, warmup_epochs=10, warmup_prefix=True)
+
+
 def test_the_learning_rate_column_follows_the_schedule(recipe: Path, tmp_path: Path):
     """Its column holds the rate that each epoch ended with; a run with cooldown is so much longer."""
     scheduler = {"sched": "wsd", "epochs": 5, "warmup_epochs": 1, "decay_epochs": 2, "min_lr": 1e-5}

@@ -161,6 +161,8 @@ class SchedulerConfig:
             after its warm-up, "none" leaves the rate alone.
         epochs: length of the schedule, with its warm-up.
         warmup_epochs: of linear warm-up.
+        warmup_prefix: the shape begins where the warm-up ends; otherwise it begins with it, and the warm-up hides its
+            first part. `epochs` counts the warm-up either way.
         warmup_lr: learning rate at the start of the warm-up.
         min_lr: learning rate at the end.
         cooldown_epochs: more epochs at `min_lr` after that; "constant" has none.
@@ -172,6 +174,7 @@ class SchedulerConfig:
     sched: Literal["cosine", "constant", "wsd", "step", "multistep", "poly", "tanh", "none"] = "cosine"
     epochs: int = 300
     warmup_epochs: float = 5
+    warmup_prefix: bool = False
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     cooldown_epochs: int = 0
@@ -186,6 +189,8 @@ class SchedulerConfig:
             raise ConfigError(
                 f"scheduler.warmup_epochs ({self.warmup_epochs:g}) is longer than epochs ({self.epochs})."
             )
+        if self.warmup_prefix and self.warmup_epochs == self.epochs:
+            raise ConfigError(f"scheduler.warmup_prefix leaves nothing after a warm-up of all {self.epochs} epochs.")
         if bool(self.decay_milestones) != (self.sched == "multistep"):
             raise ConfigError(
                 "scheduler.decay_milestones, such as [100, 190], belong to scheduler.sched multistep, which needs them."
