@@ -13,7 +13,8 @@ All that is compared takes turns in one process. Figures are medians: `ms` of th
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. `limit_ms` is the larger
 of arithmetic (taps that meet a pixel, not the padding, two operations each) over the fastest matrix product measured
 here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy;
-an FFT, which whole kernels get on large maps, needs less arithmetic than that.
+an FFT, which whole kernels get on large maps, needs less arithmetic than that. `share_of_bandwidth` is the traffic's
+time over ours. The models have first shown that they give the same logits.
 """
 
 from __future__ import annotations
@@ -34,15 +35,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from vision_inference import wake_layer_scales
 
 import zoo
 from zoo.config import run_command
+from zoo.errors import ZooError
 from zoo.files import whole_file
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 from zoo.models.slak import DepthwiseConv2d
 from zoo.plots import check_picture
 
 RESULTS = Path(__file__).parent / "results" / "large_kernel.json"
+TOLERANCE = 1e-4  # of the largest logit, between the forms of slak_tiny
 STAGES = ((124, 56), (249, 28), (499, 14), (998, 7))  # channels and side of slak_tiny's maps at 224x224
 KERNELS = {"k51": (51, 49, 47, 13), "k31": (31, 29, 27, 13), "k61": (61, 59, 57, 13)}
 SMALL = 5
@@ -178,8 +182,11 @@ def compare_operator(
         arithmetic, traffic = passes * operations / peaks["gflops"] / 1e6, maps * map_bytes / peaks["gb_per_s"] / 1e6
         found[name] = {
             **times,
+            "arithmetic_ms": round(arithmetic, 4),
+            "traffic_ms": round(traffic, 4),
             "limit_ms": round(max(arithmetic, traffic), 4),
             "limited_by": "arithmetic" if arithmetic > traffic else "traffic",
+            "share_of_bandwidth": {f: round(traffic / cost(times[f"ours_{f}"]), 3) for f in FORMATS},
             "speedup": {f: round(cost(times[f"conv2d_{f}"]) / cost(times[f"ours_{f}"]), 2) for f in FORMATS},
         }
     return found
@@ -206,7 +213,7 @@ def with_convolutions(model: nn.Module, kind: type[nn.Conv2d]) -> nn.Module:
 
 def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str]) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = zoo.create_model("slak_tiny", pretrained=False).to(clock.device).train(training)
+    model = wake_layer_scales(zoo.create_model("slak_tiny", pretrained=False)).to(clock.device).train(training)
     models = {
         "plain_nchw": with_convolutions(model, NchwConv2d),
         "plain_channels_last": with_convolutions(model, nn.Conv2d).to(memory_format=torch.channels_last),
@@ -218,7 +225,7 @@ def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str
     images = torch.randn(batch_size, 3, 224, 224, device=clock.device)
     labels = torch.randint(1000, (batch_size,), device=clock.device)
 
-    def infer(name: str) -> object:
+    def infer(name: str) -> Tensor:
         x = images.contiguous(memory_format=torch.channels_last) if name == "plain_channels_last" else images
         with torch.inference_mode():
             return models[name](x)
@@ -234,6 +241,14 @@ def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str
         return optimizers[name].zero_grad()
 
     step = train if training else infer
+    if not training:
+        expected, *others = (infer(name) for name in models)
+        for name, found in zip(list(models)[1:], others, strict=True):
+            error = ((found - expected).abs().max() / expected.abs().max()).item()
+            if not error < TOLERANCE:
+                raise ZooError(
+                    f"{name} computes something else than the plain model: off by {error:.1e} of the largest."
+                )
     times = clock.compare({name: functools.partial(step, name) for name in models})
     best = "ours" if training else "ours_optimized"
     speedup = {name: round(cost(times[name]) / cost(times[best]), 2) for name in models if name != best}

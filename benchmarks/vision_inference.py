@@ -58,10 +58,20 @@ class Absent(Exception):
     """A contender that this model, dtype or machine does not have."""
 
 
+@torch.no_grad()
+def wake_layer_scales(model: nn.Module) -> nn.Module:
+    """Layer scales of about 1, as training leaves them: at their initial 1e-6 no block could be seen in the logits."""
+    for name, parameter in model.named_parameters():
+        if parameter.squeeze().ndim == 1 and not name.endswith("bias") and parameter.abs().max() < 1e-3:
+            parameter.uniform_(0.5, 1.5)
+    return model
+
+
 def ours(name: str, dtype: torch.dtype) -> nn.Module:
     """Our model as timm computes it, with random weights."""
     torch.manual_seed(0)
-    return zoo.create_model(name, pretrained=False, **get_entry(name).timm_args).eval().requires_grad_(False).to(dtype)
+    model = zoo.create_model(name, pretrained=False, **get_entry(name).timm_args).eval().requires_grad_(False)
+    return wake_layer_scales(model).to(dtype)
 
 
 def contender(which: str, name: str, model: nn.Module, images: Tensor) -> Run:

@@ -160,6 +160,13 @@ def test_what_does_not_fit(edges, bias, message):
         depthwise_conv2d(torch.randn(1, 3, 8, 8), torch.randn(edges), None if bias is None else torch.randn(bias))
 
 
+def test_an_image_without_its_batch():
+    with pytest.raises(ConfigError, match=r"x \(B, C, H, W\) .*, not \(2, 8\)"):
+        depthwise_conv2d(torch.randn(2, 8), torch.randn(2, 1, 5, 5))
+    with pytest.raises(ConfigError, match=r"x \(B, C, H, W\) .*, not \(2, 8, 8\)"):
+        large_kernel_sum(torch.randn(2, 8, 8), torch.randn(2, 1, 5, 3), torch.randn(2, 1, 3, 5), None)
+
+
 def test_a_sum_of_nothing():
     with pytest.raises(ConfigError, match="at least one"):
         large_kernel_sum(torch.randn(1, 3, 8, 8), None, None, None)

@@ -66,13 +66,13 @@ def large_kernel_sum(
 
 def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     """The sum of the convolutions of `x` with `weights`, by the way that suits the device and who is looking."""
-    height, width = x.shape[2:]
     if torch.jit.is_tracing() or x.is_meta:  # costs are those of the convolutions as they stand
         return _plain(x, weights, bias)
     if not torch.compiler.is_compiling() and _is_transformed():
         return _plain(x, weights, bias)
     for weight in weights:
         _check(x, weight, bias)
+    height, width = x.shape[2:]
     if torch.compiler.is_exporting():
         # sizes that are plain numbers will not change, others must not be asked
         if type(height) is int and type(width) is int and not torch.compiler.is_dynamo_compiling():

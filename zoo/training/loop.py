@@ -868,7 +868,7 @@ def make_scheduler(
         scheduler, epochs = create_scheduler_v2(
             optimizer,
             sched=config.sched,
-            num_epochs=config.epochs - (config.warmup_epochs if config.warmup_prefix else 0),  # type: ignore[arg-type]
+            num_epochs=config.epochs - (config.warmup_epochs if config.warmup_prefix else 0),
             warmup_prefix=config.warmup_prefix,
             decay_epochs=config.decay_epochs,
             decay_milestones=list(config.decay_milestones),
