@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive python benchmarks/vision_zoo.py --missing
 
-Measured are the plain model, its fast form (`zoo.optimize_for_inference`) and, where timm has a model of that name,
+Measured are the plain model, its fast form (`zoo.optimize_for_inference`) and, where timm has that architecture,
 timm's, all with random weights: they take turns, the order turning round. Recorded are medians, of wall-clock time and
 of the process's CPU time summed over threads, which depends little on what else runs, and the peak memory of the fast
 form in a process of its own. Figures join those of earlier runs in the results file, so that the long table can be made
@@ -32,10 +32,11 @@ from zoo.config import run_command
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.files import whole_file
 from zoo.profiling.measure import Settings, Subject, peak_memory
-from zoo.registry import ModelInfo
+from zoo.registry import ModelInfo, get_entry
 
 RESULTS = Path(__file__).parent / "results" / "vision_zoo.json"
 LARGEST = 60_000_000  # parameters
+SAME = {"resnet50_pf": "resnet50"}  # timm's names of models that neither share a name nor weights with it
 FAST, PLAIN, TIMM = "fast", "plain", "timm"
 CPU: dict[str, Any] = {
     "device": torch.device("cpu"),
@@ -57,12 +58,18 @@ def models(patterns: list[str], families: list[str]) -> list[ModelInfo]:
     return sorted(kept, key=lambda info: (info.family, info.params, info.name))
 
 
+def in_timm(name: str) -> str | None:
+    """timm's name of the same architecture; None where timm has none."""
+    hub_ids = [weights.hub_id or "" for weights in get_entry(name).weights]
+    names = [id.removeprefix("timm/").partition(".")[0] for id in hub_ids if id.startswith("timm/")]
+    return next((known for known in (name, *names, SAME.get(name, "")) if timm.is_model(known)), None)
+
+
 def contenders(info: ModelInfo) -> dict[str, Subject]:
     """The same architecture, ready to run."""
     subjects = {which: settings.prepare(info.name, None) for which, settings in FORMS.items()}
-    if info.name in timm.list_models(info.name):
-        theirs = FORMS[PLAIN].prepare(f"timm/{info.name}", subjects[PLAIN].input_size)
-        subjects[TIMM] = theirs
+    if theirs := in_timm(info.name):
+        subjects[TIMM] = FORMS[PLAIN].prepare(f"timm/{theirs}", subjects[PLAIN].input_size)
     return subjects
 
 
