@@ -673,6 +673,49 @@ def test_channels_that_die_out_are_cut_off(recipe: Path, tmp_path: Path):
     torch.testing.assert_close(shrunk(images), last(images), rtol=1e-5, atol=1e-5)
 
 
+def metaformer() -> nn.Module:
+    """Four stages of one block, in each of which the hidden channels of the MLP can go."""
+    torch.manual_seed(0)
+    args: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 10}
+    model: Any = zoo.create_model("poolformer_s12", **args)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("frozen", "layers"),
+    [
+        ((), ("stages.2",)),
+        (("stages.0", "stages.1", "stages.3"), "all"),
+        (("stages.3",), ("stages.2", "stages.3")),
+        (("stages.0", "stages.1", "stages.3.blocks.0.mlp.fc1.bias"), "all"),
+        ((), ("stages.2", "*.fc1")),
+    ],
+    ids=["pattern", "frozen", "both", "a frozen bias", "readers not chosen"],
+)
+def test_only_channels_of_layers_that_are_chosen_and_not_frozen_die_out(frozen: tuple[str, ...], layers: Any):
+    model = metaformer()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen or ("-",)))
+    sparse = make(model, 8, method="chase", density=0.5, update_interval=2, stop=1.0, layers=layers)
+    sparse.start()
+    sparse.attach(adamw(model))
+    untouched = {name: p.detach().clone() for name, p in model.named_parameters() if name not in sparse.masks}
+    for update in range(1, 9):
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        sparse.step(update, lambda: None)
+        model.zero_grad()
+    assert {name: len(gone) for name, gone in sparse.retired.items()} == {"stages.2.blocks.0.mlp.fc1": 19}  # of 64
+    chosen = set(zoo.sparsity.sparse_parameters(model, layers))
+    assert all(name in chosen and model.get_parameter(name).requires_grad for name in sparse.masks)
+    assert all(torch.equal(model.get_parameter(name), before) for name, before in untouched.items())
+
+
+def test_channels_of_which_none_may_die_out():
+    with pytest.raises(ConfigError, match="dead_channels: all channels that can go touch frozen weights or layers"):
+        make(metaformer(), method="chase", density=0.5, update_interval=5, layers=("*.fc1",)).start()
+
+
 def hidden_layers(model: nn.Module) -> list[Any]:
     return [module for name, module in model.named_modules() if name.endswith(".fc1")]
 

@@ -298,7 +298,8 @@ class SparsityConfig:
         lr_density_power: a layer of density d takes steps d ** -power as long: 0 as they are, 1 as muP asks for sparse
             layers (Dey et al. 2024, arXiv 2405.15743).
         dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`. At
-            the end of the run they are cut off.
+            the end of the run they are cut off. Only channels whose layers, those that make and those that read them,
+            are all chosen and not frozen.
     """
 
     method: Literal["static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm", "chase"] | None = None

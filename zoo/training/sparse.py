@@ -160,17 +160,28 @@ class SparseTraining:
 
     def _find_channels(self) -> None:
         """The groups of channels that may die out, each of whose layers gets a mask. Raises ConfigError for none."""
-        self.channels = channel_groups(self.model)
-        if not self.channels:
+        groups = channel_groups(self.model)
+        if not groups:
             raise ConfigError(
                 f"sparsity.dead_channels: {type(self.model).__name__} has no channels that can go: leave it out."
             )
-        parameters = dict(self.model.named_parameters())
+        self.channels = {name: group for name, group in groups.items() if self._may_lose(group)}
+        if not self.channels:
+            raise ConfigError(
+                "sparsity.dead_channels: all channels that can go touch frozen weights or layers that sparsity.layers "
+                "does not choose. Choose or unfreeze the layers before and after them, or leave it out."
+            )
         for name in (part.tensor for group in self.channels.values() for part in group.slices if part.role != "own"):
             if name not in self.masks:
-                self.parameters[name] = parameters[name]
-                self.masks[name] = torch.ones_like(parameters[name], dtype=torch.bool)
-                self.final[name] = parameters[name].numel()
+                self.masks[name] = torch.ones_like(self.parameters[name], dtype=torch.bool)
+                self.final[name] = self.parameters[name].numel()
+
+    def _may_lose(self, group: ChannelGroup) -> bool:
+        """Whether the layers that make and read a group's channels are chosen, and nothing of theirs is frozen."""
+        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return all(
+            part.tensor not in frozen if part.role == "own" else part.tensor in self.parameters for part in group.slices
+        )
 
     def _shapes(self) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in self.parameters.items()}
