@@ -228,7 +228,7 @@ def test_every_layer_keeps_exactly_its_share_after_every_update(config: dict[str
 
     check(0)
     learn(sparse, model, optimizer, 60, check)
-    assert bool(moved) == sparse.falls or sparse.rule.growth != "none"
+    assert bool(moved) == (sparse.falls or sparse.rule.growth != "none")
     if sparse.rule.density is not None:
         total = sum(parameter.numel() for parameter in sparse.parameters.values())
         assert abs(sparse.density - sparse.rule.density) * total < 1 or config["method"] == "slak"
