@@ -27,7 +27,7 @@ from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, confi
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError
 from zoo.models import slak
-from zoo.sparsity import apply_masks, follows_n_m, load_masks, masks_of
+from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of
 from zoo.training import ImageClassification, Interrupted, TrainingConfig, train
 from zoo.training.checkpoint import read_state
 from zoo.training.config import SparsityConfig
@@ -53,7 +53,7 @@ def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.BatchNorm2d(8),
         nn.GELU(),
@@ -63,6 +63,8 @@ def network(seed: int = 0) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(16, 10),
     )
+    model.pretrained_cfg = {"input_size": (3, 8, 8)}  # type: ignore[assignment]
+    return model
 
 
 def make(model: nn.Module, updates: int = 100, **config: Any) -> SparseTraining:
@@ -193,12 +195,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "gmp": {"density": 0.15, "update_interval": 7},
     "granet": {"density": 0.15, "update_interval": 7, "masks": "magnitude"},
     "nm": {"growth": "gradient", "update_interval": 5},
+    "chase": {"density": 0.5, "update_interval": 4},
 }
 OPTIONS = [
     {"method": "rigl", "density": 0.5, "update_interval": 3, "growth": "random", "prune": "magnitude_per_sign"},
     {"method": "set", "density": 0.25, "growth": "momentum", "optimizer_state": "dense", "distribution": "uniform"},
     {"method": "rigl", "density": 0.2, "update_interval": 3, "optimizer_state": "compact", "prune_schedule": "linear"},
     {"method": "granet", "density": 0.2, "update_interval": 4, "distribution": "snip", "optimizer_state": "compact"},
+    {"method": "chase", "density": 0.45, "update_interval": 3, "dead_channels": 0.5, "growth": "random"},
 ]
 
 
@@ -210,6 +214,7 @@ def test_every_layer_keeps_exactly_its_share_after_every_update(config: dict[str
     sparse = make(model, 60, **config)
     sparse.start(saliency(model))
     before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    first = sum(sparse.targets(0).values())
     optimizer = adamw(model)
     sparse.attach(optimizer)
     moved = set()
@@ -217,6 +222,7 @@ def test_every_layer_keeps_exactly_its_share_after_every_update(config: dict[str
     def check(update: int) -> None:
         last = max([u for u in range(update + 1) if u == 0 or sparse.is_due(u)])
         expected = sparse.targets(last)
+        assert sparse.falls or sum(expected.values()) == first
         for name, mask in sparse.masks.items():
             weight = model.get_parameter(name).detach()
             assert int(mask.count_nonzero()) == expected[name], (update, name)
@@ -671,6 +677,39 @@ def test_channels_that_die_out_are_cut_off(recipe: Path, tmp_path: Path):
     assert hidden == [width - int(0.4 * width) for width in whole]
     images = torch.randn(3, 1, 16, 16)
     torch.testing.assert_close(shrunk(images), last(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+def test_what_finds_no_room_in_its_layer_appears_in_others(growth: str):
+    model = network()
+    sparse = make(model, 20, method="chase", density=0.4, update_interval=4, dead_channels=0.5, growth=growth)
+    sparse.start()
+    first = {name: int(mask.count_nonzero()) for name, mask in sparse.masks.items()}
+    sparse.attach(optimizer := adamw(model))
+    learn(sparse, model, optimizer, 20)
+    after = {name: int(mask.count_nonzero()) for name, mask in sparse.masks.items()}
+    assert sum(after.values()) == sum(first.values())
+    assert first["4.weight"] > 4 * 8 >= after["4.weight"]
+    assert first["0.weight"] < after["0.weight"]
+    for name, gone in channel_positions(model, sparse.channels, sparse.retired).items():
+        assert name not in sparse.masks or not (sparse.masks[name] & gone).any()
+
+
+def test_more_weights_than_living_channels_hold():
+    model = network()
+    sparse = make(model, 20, method="chase", density=0.9, update_interval=4, dead_channels=0.5)
+    sparse.start()
+    room = 4 * 27 + 4 * 25 + 8 * 4 + 10 * 8
+    total = 8 * 27 + 8 * 25 + 16 * 8 + 10 * 16
+    assert (
+        f"are to live have room for {room} weights, not {round(0.9 * total)}: they end dense, at 45.45%."
+        in sparse.describe()
+    )
+    sparse.attach(optimizer := adamw(model))
+    learn(sparse, model, optimizer, 20)
+    closed = channel_positions(model, sparse.channels, sparse.retired)
+    assert all(torch.equal(mask, ~closed[name]) for name, mask in sparse.masks.items())
+    assert sparse.density == pytest.approx(room / total)
 
 
 def metaformer() -> nn.Module:

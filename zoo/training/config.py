@@ -299,7 +299,8 @@ class SparsityConfig:
             layers (Dey et al. 2024, arXiv 2405.15743).
         dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`. At
             the end of the run they are cut off. Only channels whose layers, those that make and those that read them,
-            are all chosen and not frozen.
+            are all chosen and not frozen. Their weights go to other channels, of their layer first, so that the density
+            stays, unless it is more than the living channels hold: these end dense then.
     """
 
     method: Literal["static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm", "chase"] | None = None

@@ -3,7 +3,8 @@
 A mask says of every weight of a layer whether it is kept (True) or zero. Masks begin at a density for each layer
 (uniform, Erdos-Renyi, SNIP); every so many updates those that are smallest leave, and as many appear elsewhere: SET,
 RigL and SLaK differ in when and where (`zoo.training.sparse_methods`). The number of weights that a layer keeps is
-exact after every update.
+exact after every update. Where channels die out (Chase), it is that of the model: what finds no room in a layer's
+living channels appears in other layers, and where these are all dense, no more is kept.
 
 In a training loop of one's own:
 
@@ -370,6 +371,7 @@ class SparseTraining:
                 kept = self._grow(name, kept, free, moving, update, gradients)
             fresh[name] = kept
         if self.channels:
+            self.agree(list(fresh.values()))  # which channels go is read from them
             fresh = self._retire(fresh, update, gradients)
         self.agree(list(fresh.values()))
         for name, mask in fresh.items():
@@ -423,8 +425,34 @@ class SparseTraining:
         self.retired = {
             name: sorted(self.retired.get(name, []) + going.get(name, [])) for name in {**self.retired, **going}
         }
+        masks = self._refill(masks, update, gradients)
         self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         return masks
+
+    def _refill(self, masks: dict[str, Tensor], update: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Grow what found no room in its own layer in the others, in proportion to their room."""
+        closed = channel_positions(self.model, self.channels, self.retired)
+        free = {
+            name: ~(mask | closed[name].to(mask.device)) if name in closed else ~mask for name, mask in masks.items()
+        }
+        room = {name: int(positions.count_nonzero()) for name, positions in free.items()}
+        missing = sum(self.final.values()) - sum(int(mask.count_nonzero()) for mask in masks.values())
+        if not missing:
+            return masks
+        share = min(1.0, missing / max(sum(room.values()), 1))
+        more = counts({name: (places,) for name, places in room.items()}, dict.fromkeys(room, share))
+        return {
+            name: self._grow(name, mask, free[name], more[name], update, gradients) if more[name] else mask
+            for name, mask in masks.items()
+        }
+
+    def _room(self) -> int:
+        """How many weights of the layers with masks are left when all channels that are to die out did."""
+        dying = weakest_channels(self.model, self.channels, self.rule.dead_channels, self.masks)
+        closed = channel_positions(self.model, self.channels, dying)
+        return sum(
+            m.numel() - int(closed[name].count_nonzero() if name in closed else 0) for name, m in self.masks.items()
+        )
 
     def _momentum(self, name: str) -> Tensor:
         """How far the optimizer would move each weight: |m| / (sqrt(v) + 1e-8), or |m| where it keeps no v."""
@@ -513,6 +541,12 @@ class SparseTraining:
             f"Sparse: {len(self.masks)} of {len(self.parameters)} chosen layers; {self.density:.2%} of their "
             f"{total:,} weights kept."
         )
+        kept, room = sum(self.kept.values()), self._room() if self.channels else total
+        if kept > room:
+            text += (
+                f" The channels that are to live have room for {room:,} weights, not {kept:,}: they end dense, at "
+                f"{self.density - (kept - room) / total:.2%}."
+            )
         empty = [name for name, kept in self.final.items() if kept == 0]
         if empty:
             text += f" Nothing is left of {', '.join(empty[:3])}{' and others' * (len(empty) > 3)}: raise the density?"
