@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import zoo
+from tests.language import small
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.sparsity import apply_masks, follows_n_m, masks_of, n_m_mask, sparse_parameters
 from zoo.sparsity.channels import (
@@ -325,6 +326,11 @@ def test_a_layer_without_room_becomes_dense():
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_language_models_take_no_images():
+    with pytest.raises(ConfigError, match="Decoder takes tokens: which channels can go is found for models that take"):
+        channel_groups(small("mobilellm_125m"))
 
 
 def test_mistakes_are_named():

@@ -28,9 +28,10 @@ from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError
 from zoo.models import slak
 from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of
-from zoo.training import ImageClassification, Interrupted, TrainingConfig, train
+from zoo.training import ImageClassification, Interrupted, LanguageTrainingConfig, TrainingConfig, train
 from zoo.training.checkpoint import read_state
 from zoo.training.config import SparsityConfig
+from zoo.training.language_config import TextDataConfig
 from zoo.training.loop import make_accelerator
 from zoo.training.parallel import Peers
 from zoo.training.sparse import SparseTraining, largest, snip_scores
@@ -547,6 +548,14 @@ def test_snip_lets_drop_path_rest_and_leaves_the_model_alone():
 def test_configurations_that_make_no_sense(config: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         SparsityConfig(**config)
+
+
+@pytest.mark.parametrize("sparsity", [{"method": "chase"}, {"method": "rigl", "dead_channels": 0.2}])
+def test_channels_of_language_models_do_not_die_out(sparsity: dict[str, Any]):
+    data, sparsity = TextDataConfig(name="pydoc"), {"density": 0.4, **sparsity}
+    with pytest.raises(ConfigError, match=r"dead_channels, which method chase sets, is for models that take images"):
+        LanguageTrainingConfig(data=data, sparsity=SparsityConfig(**sparsity))
+    LanguageTrainingConfig(data=data, sparsity=SparsityConfig(**sparsity | {"dead_channels": 0}))
 
 
 def test_masks_that_would_never_move():

@@ -79,8 +79,8 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
     """The groups of channels that `model`, which is left as it is, can lose, by name and in the order of its layers.
 
     `input_size` is (channels, height, width), by default what the model's `pretrained_cfg` says. Runs the model a few
-    times on one image. Raises MissingDependencyError without Torch-Pruning, ConfigError for a model that cannot be
-    traced.
+    times on one image. Raises MissingDependencyError without Torch-Pruning, ConfigError for a language model, and one
+    that cannot be traced.
     """
     try:
         with warnings.catch_warnings():
@@ -159,6 +159,10 @@ def _generator() -> torch.Generator:
 def _input_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
     from zoo.profiling.resolve import check_input_size, default_input_size
 
+    if hasattr(model, "make_cache"):
+        raise ConfigError(
+            f"{type(model).__name__} takes tokens: which channels can go is found for models that take images alone."
+        )
     return default_input_size(model) if given is None else check_input_size(given)
 
 

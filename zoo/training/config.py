@@ -297,10 +297,10 @@ class SparsityConfig:
         regrow_warmup: updates over which the steps of a weight that appeared grow to their full length.
         lr_density_power: a layer of density d takes steps d ** -power as long: 0 as they are, 1 as muP asks for sparse
             layers (Dey et al. 2024, arXiv 2405.15743).
-        dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`. At
+        dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`; at
             the end of the run they are cut off. Only channels whose layers, those that make and those that read them,
-            are all chosen and not frozen. Their weights go to other channels, of their layer first, so that the density
-            stays, unless it is more than the living channels hold: these end dense then.
+            are all chosen and not frozen; not of language models. Their weights go to other channels, of their layer
+            first, so that the density stays, unless it is more than the living channels hold: these end dense then.
     """
 
     method: Literal["static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm", "chase"] | None = None
