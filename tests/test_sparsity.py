@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -302,6 +303,23 @@ def test_the_picture_shows_densities_and_masks(sparse, tmp_path):
         found.plot(tmp_path / "none.png", ["stagez"])
     with pytest.raises(ConfigError, match="endings"):
         found.plot(tmp_path / "masks.doc")
+
+
+def test_a_report_goes_by_masks_where_it_is_given_them(sparse):
+    """Weights that have just appeared are zero, and yet kept."""
+    masks = masks_of(sparse)
+    expected = zoo.sparsity.report(sparse, (3, 64, 64))
+    fresh = copy.deepcopy(sparse)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            fresh.get_parameter(name).view(-1)[mask.flatten().nonzero()[:2]] = 0
+    assert zoo.sparsity.report(fresh, (3, 64, 64)).effective_params < expected.effective_params
+    found = zoo.sparsity.report(fresh, (3, 64, 64), masks=masks)
+    assert found == expected
+    assert all(torch.equal(found.masks[name], mask) for name, mask in masks.items())
+    assert masks_of(fresh)[name].sum() == masks[name].sum() - 2  # the model is left as it is
+    with pytest.raises(CheckpointError, match="There is a mask for 'fc'"):
+        zoo.sparsity.report(sparse, (3, 64, 64), masks={"fc": masks[name]})
 
 
 def test_the_command_prints_and_draws(sparse, tmp_path, capsys):

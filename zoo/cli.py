@@ -202,7 +202,7 @@ zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     sub = command(
         "sparsity",
         run_sparsity,
-        "count the zeros among a model's weights, layer by layer, and the costs that are left",
+        "count what zeros, or the masks of a run, leave of a model's weights, layer by layer, and of its costs",
         """
 zoo sparsity runs/sparse
 zoo sparsity slak_tiny --checkpoint SLaK_tiny_checkpoint.pth
@@ -546,7 +546,9 @@ def run_sparsity(args: argparse.Namespace) -> None:
     from zoo.loading import load_model
 
     size = None if args.input_size is None else tuple(args.input_size)
-    found = zoo.sparsity.report(load_model(args.source, args.checkpoint), size)
+    found = zoo.sparsity.report(
+        load_model(args.source, args.checkpoint), size, masks=_masks_beside(args.checkpoint or args.source)
+    )
     if args.plot:
         found.plot(args.plot, args.layers)
     if args.json:
@@ -555,6 +557,18 @@ def run_sparsity(args: argparse.Namespace) -> None:
         print(found.table())
     if args.plot:
         note(f"Plot: {args.plot}")
+
+
+def _masks_beside(weights: str) -> dict[str, Any] | None:
+    """The masks of the run that left these weights; None where there are none."""
+    from pathlib import Path
+
+    from zoo.loading import checkpoint_folder
+    from zoo.sparsity.masks import MASKS, load_masks
+
+    path = Path(weights.removeprefix("local-dir:")).expanduser()
+    folder = checkpoint_folder(path) if path.exists() else None
+    return None if folder is None or not (folder / MASKS).is_file() else load_masks(folder / MASKS)
 
 
 def run_benchmark(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from zoo.sparsity.densities import plain_name, sparse_parameters
 from zoo.weights import write_safetensors
 
 __all__ = [
+    "MASKS",
     "Masks",
     "apply_masks",
     "check_masks",
@@ -34,6 +35,7 @@ __all__ = [
     "unpack",
 ]
 
+MASKS = "masks.safetensors"  # in the folder of a checkpoint
 Masks: TypeAlias = dict[str, Tensor]
 
 

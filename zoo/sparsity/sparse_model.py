@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
 import json
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
@@ -18,15 +20,15 @@ from zoo.files import whole_file
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
-from zoo.sparsity.masks import follows_n_m
+from zoo.sparsity.masks import check_masks, follows_n_m
 from zoo.units import humanize
 
 __all__ = ["SparseLayer", "SparseModel", "report"]
 
 CONVENTION = (
-    "Density: share of weights that are not zero. Effective parameters: without these zeros. MACs: convolution, "
-    "linear, matmul and attention, one fused multiply-add counts one; effective: each layer's times its density. "
-    "Ordinary kernels multiply by zero as by anything else: only channels that are removed save time."
+    "Density: share of weights that are not zero, or that masks keep. Effective parameters: without the others. MACs: "
+    "convolution, linear, matmul and attention, one fused multiply-add counts one; effective: each layer's times its "
+    "density. Ordinary kernels multiply by zero as by anything else: only channels that are removed save time."
 )
 PICTURES = 12  # layers whose masks are drawn, unless they are chosen
 
@@ -64,7 +66,7 @@ class SparseModel:
     macs: int
     effective_macs: int
     layers: tuple[SparseLayer, ...]  # in the model's order; layers without zeros, too
-    masks: Mapping[str, Tensor] = dataclasses.field(repr=False, compare=False)  # True where a weight is not zero
+    masks: Mapping[str, Tensor] = dataclasses.field(repr=False, compare=False)  # True where a weight counts
 
     @property
     def density(self) -> float:
@@ -200,14 +202,26 @@ class SparseModel:
         return [layer for layer in self.layers if layer.name in found]
 
 
-def report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> SparseModel:
+def report(
+    model: nn.Module,
+    input_size: tuple[int, int, int] | None = None,
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+) -> SparseModel:
     """Count the zeros among the weights of `model`, layer by layer, and the costs that are left without them.
 
-    `input_size` is (channels, height, width), by default what the model's `pretrained_cfg` says. Raises ConfigError for
-    a model without weights that can be sparse, or on the meta device, and what `zoo.profile` raises.
+    `input_size` is (channels, height, width), by default what the model's `pretrained_cfg` says. Weights that `masks`
+    are of count as these say: a weight that has just appeared is zero, and kept. Raises ConfigError for a model without
+    weights that can be sparse, or on the meta device, CheckpointError for masks of another model, and what
+    `zoo.profile` raises.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"report() takes a module with weights, not {type(model).__name__}.")
+    if masks:
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, weight in check_masks(model, masks).items():
+                weight.copy_(masks[name])  # as weights of one, none of which is zero by chance
     costs = profile(model, input_size=input_size)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
@@ -218,13 +232,13 @@ def report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
     if costs.effective is None:
         raise ConfigError(f"{costs.name} is on the meta device: it has no weights to look at.")
     macs = layer_macs(weights, costs.modules)
-    layers, masks, seen = [], {}, set()
+    layers, found, seen = [], {}, set()
     for name, weight in weights.items():
         if id(weight) in seen:  # shared, and counted with the first
             continue
         seen.add(id(weight))
         key = f"{name}.weight" if name else "weight"
-        mask = masks[key] = (weight.detach() != 0).cpu()
+        mask = found[key] = (weight.detach() != 0).cpu()
         depthwise = mask.ndim == 4 and mask.shape[1] == 1
         layers.append(
             SparseLayer(
@@ -246,7 +260,7 @@ def report(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> 
         macs=costs.macs,
         effective_macs=costs.effective.macs,
         layers=tuple(layers),
-        masks=masks,
+        masks=found,
     )
 
 
