@@ -23,7 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zoo
 from tests import golden
+from tests.test_language_training import RECIPE, TEXTS, data_of
+from tests.test_text_data import write_jsonl
 from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, configure, rows
+from zoo.cli import main
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError
 from zoo.models import slak
@@ -49,7 +52,7 @@ def recipe(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """The picture at the end of a run takes longer than these runs do."""
-    monkeypatch.setattr("zoo.training.image_classification._report_sparsity", lambda *args: None)
+    monkeypatch.setattr("zoo.training.loop._report_sparsity", lambda *args: None)
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -612,10 +615,12 @@ def test_sparse_runs_go_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: py
         assert weights[name][mask].any()
 
 
-def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_a_sparse_run_leaves(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     """Mixed precision keeps zeros; history says the density; a checkpoint is dense with zeros, its masks a bit each."""
     monkeypatch.undo()
-    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "stop": 0.75}
+    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "stop": 1.0}  # masks move at the last update
     run = train(configure(recipe, tmp_path / "run", train={"amp": "bf16"}, sparsity=sparsity))
     assert [float(row["density"]) for row in rows(run.folder)] == pytest.approx([0.3, 0.3], abs=1e-3)
     model: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True)
@@ -628,10 +633,37 @@ def test_what_a_sparse_run_leaves(recipe: Path, tmp_path: Path, monkeypatch: pyt
     assert masks_of(dense).keys() == masks.keys()
     report = json.loads((run.folder / "sparsity.json").read_text())
     kept = report["params"] - sum(int((~mask).sum()) for mask in masks.values())
-    assert 0.95 * kept < report["effective_params"] <= kept  # weights that grew may be zero still
+    assert report["effective_params"] == kept  # though weights that have just grown are zero
     assert (run.folder / "masks.png").read_bytes().startswith(b"\x89PNG")
+    zeros = sum(not weight[mask].all() for mask, weight in ((m, model.get_parameter(n)) for n, m in masks.items()))
+    assert zeros == len(masks)
+    assert main(["sparsity", str(run.folder / "last"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+    weights = str(run.folder / "last" / "model.safetensors")
+    assert main(["sparsity", str(run.folder), "--checkpoint", weights, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["effective_params"] == kept
     size = (run.folder / "last" / "masks.safetensors").stat().st_size
     assert size < 400 * len(masks) + sum(mask.numel() for mask in masks.values()) / 8
+
+
+def test_what_a_sparse_run_of_a_language_model_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    write_jsonl(tmp_path / "train.jsonl", TEXTS)
+    write_jsonl(tmp_path / "val.jsonl", TEXTS[::7])
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    changes: dict[str, Any] = {"data": data_of(tmp_path), "output": {"dir": str(tmp_path / "run")}}
+    changes |= {"train": {"max_updates": 4}, "sparsity": {"method": "rigl", "density": 0.4, "update_interval": 2}}
+    run = train(load_config(LanguageTrainingConfig, tmp_path / "small.yaml", **changes))
+    assert [float(row["density"]) for row in rows(run.folder)] == pytest.approx([0.4], abs=1e-4)
+    masks = load_masks(run.folder / "last" / "masks.safetensors")
+    weights = safetensors.torch.load_file(run.folder / "last" / "model.safetensors")
+    assert all(not weights[name][~mask].any() for name, mask in masks.items())
+    report = json.loads((run.folder / "sparsity.json").read_text())
+    assert report["density"] == pytest.approx(0.4, abs=1e-4)
+    assert {layer["name"]: layer["nonzeros"] for layer in report["layers"] if layer["name"] in masks} == {
+        name: int(mask.count_nonzero()) for name, mask in masks.items()
+    }
+    assert (run.folder / "masks.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gradients_that_overflow(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -27,9 +27,8 @@ from zoo.data import (
 from zoo.errors import ConfigError
 from zoo.evaluation.image_classification import Counts, check_image_model, count
 from zoo.factory import create_model
-from zoo.files import whole_file
 from zoo.hub import save_pretrained
-from zoo.loading import create_timm_model, load_model, of_run
+from zoo.loading import create_timm_model, of_run
 from zoo.registry import get_entry
 from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
 from zoo.training.distillation import Distillation
@@ -42,28 +41,13 @@ __all__ = ["ImageClassification", "train_image_classifier"]
 def train_image_classifier(config: TrainingConfig, console: Console | None = None) -> Run:
     """Train an image classifier as `config` says, into the folder `config.output.dir`.
 
-    A sparse run also leaves what `zoo.sparsity.report` says of its model: `sparsity.json`, and a picture of the masks.
-
     Raises ConfigError, DataError, UnknownModelError, CheckpointError or TrainingError for what they say, and
     Interrupted when a signal stopped the run (which is saved then).
     """
     prepare_folder(config)  # before the data is read and the model built: this error costs no waiting
     accelerator = make_accelerator(config.train, config.output)
     task = ImageClassification(config, accelerator)
-    run = fit(task, config, accelerator, console)
-    if config.sparsity.method is not None and accelerator.is_main_process:
-        _report_sparsity(run.folder, console or Console(stderr=True))
-    return run
-
-
-def _report_sparsity(folder: Path, console: Console) -> None:
-    from zoo.sparsity import report
-
-    found = report(load_model(str(folder / "last")))
-    with whole_file(folder / "sparsity.json") as file:
-        file.write(found.to_json().encode())
-    found.plot(folder / "masks.png")
-    console.print(found.summary(), highlight=False, soft_wrap=True, markup=False)
+    return fit(task, config, accelerator, console)
 
 
 class ImageClassification:

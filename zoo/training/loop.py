@@ -262,17 +262,34 @@ def _checkpoints(folder: Path) -> tuple[Path, Path]:
 def fit(task: Task, config: RunConfig, accelerator: Accelerator, console: Console | None = None) -> Run:
     """Train `task.learner`, evaluate `task.model` after each epoch, and keep its last and its best checkpoint.
 
+    A sparse run also leaves what `zoo.sparsity.report` says of its model: `sparsity.json`, and a picture of the masks.
     Raises TrainingError when the loss is no longer finite, memory does not suffice or another process is gone,
     Interrupted when stopped by a signal (after saving), ConfigError, CheckpointError and DataError for what they say.
     The last good checkpoint stays, whatever happens.
     """
+    console = console or Console(stderr=True)
     try:
-        return _Loop(task, config, accelerator, console or Console(stderr=True)).run()
+        run = _Loop(task, config, accelerator, console).run()
     except (RuntimeError, MemoryError) as error:
         explanation = None if isinstance(error, ZooError) else explain(error)
         if explanation is None:
             raise
         raise explanation from error
+    if config.sparsity.method is not None and accelerator.is_main_process:
+        _report_sparsity(run.folder, console)
+    return run
+
+
+def _report_sparsity(folder: Path, console: Console) -> None:
+    from zoo.loading import load_model
+    from zoo.sparsity import report
+
+    last = folder / "last"
+    found = report(load_model(str(last)), masks=load_masks(last / MASKS))
+    with whole_file(folder / "sparsity.json") as file:
+        file.write(found.to_json().encode())
+    found.plot(folder / "masks.png")
+    console.print(found.summary(), highlight=False, soft_wrap=True, markup=False)
 
 
 class _Loop:

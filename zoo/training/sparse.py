@@ -51,11 +51,11 @@ from zoo.sparsity import (
     sparse_parameters,
     weakest_channels,
 )
+from zoo.sparsity.masks import MASKS
 from zoo.training.sparse_methods import SparsityRule
 
 __all__ = ["MASKS", "SparseTraining", "largest", "prune_rate", "snip_scores"]
 
-MASKS = "masks.safetensors"  # in the folder of a checkpoint
 # whose updates of a weight depend on that weight alone, so that the others need not be there
 ELEMENTWISE = (
     *("SGD", "SGDW", "Adam", "AdamW", "AdamWLegacy", "NAdam", "NAdamW", "RAdam", "Adamax", "Lion", "AdaBelief"),
