@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zoo
 from tests import golden
+from tests.language import small
 from tests.test_language_training import RECIPE, TEXTS, data_of
 from tests.test_text_data import write_jsonl
 from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, configure, rows
@@ -242,6 +243,32 @@ def test_every_layer_keeps_exactly_its_share_after_every_update(config: dict[str
     if sparse.rule.density is not None:
         total = sum(parameter.numel() for parameter in sparse.parameters.values())
         assert abs(sparse.density - sparse.rule.density) * total < 1 or config["method"] == "slak"
+
+
+SMALLEST = [name for name in zoo.list_models() if name.endswith("_test")]  # of each family
+
+
+@pytest.mark.parametrize("name", [*SMALLEST, "mobilellm_125m"])
+def test_every_family_trains_sparsely(name: str):
+    torch.manual_seed(0)
+    model: Any = small(name) if name not in SMALLEST else zoo.create_model(name, num_classes=10)
+    size = model.pretrained_cfg["input_size"] if name in SMALLEST else None
+    sparse = make(model.train(), 8, method="rigl", density=0.3, update_interval=2)
+    sparse.start()
+    sparse.attach(optimizer := adamw(model, lr=1e-3))
+    first = {name: mask.clone() for name, mask in sparse.masks.items()}
+    dense = sum(parameter.numel() for name, parameter in sparse.parameters.items() if name not in first)
+    total = sum(parameter.numel() for parameter in sparse.parameters.values())
+    for update in range(1, 4):
+        inputs = torch.randint(257, (2, 16)) if size is None else torch.randn(2, *size)
+        nn.functional.cross_entropy(model(inputs).flatten(0, -2), torch.arange(2 if size else 32) % 10).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+        assert sum(int(mask.count_nonzero()) for mask in sparse.masks.values()) + dense == round(0.3 * total)
+        for name, mask in sparse.masks.items():
+            assert int(mask.count_nonzero()) == int(first[name].count_nonzero())
+            assert not model.get_parameter(name).detach()[~mask].any()
+    assert any(not torch.equal(mask, first[name]) for name, mask in sparse.masks.items())
 
 
 @pytest.mark.parametrize("rule", ["uniform", "er", "erk", "snip"])
