@@ -852,6 +852,27 @@ def test_what_a_sparse_run_cannot_do(recipe: Path, tmp_path: Path):
         train(configure(recipe, tmp_path / "c", sparsity=compact, resume="auto"))
 
 
+def test_what_masks_follow_does_not_change_on_the_way(recipe: Path, tmp_path: Path):
+    """Unlike how they move: masks that were made by another density would go on with that, unseen."""
+    sparsity: dict[str, Any] = {"method": "rigl", "density": 0.5, "update_interval": 2, "layers": ["stages"]}
+    first = train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": 3}))
+    weights = (first.folder / "last" / "model.safetensors").read_bytes()
+    for changes, message in (
+        ({"density": 0.25}, r"sparsity\.density 0\.5, not 0\.25, .* or begin a run in another output\.dir"),
+        ({"layers": ["stages.1"]}, r"sparsity\.layers \['stages'\], not \['stages\.1'\]"),
+        ({"distribution": "uniform"}, r"sparsity\.distribution erk, not uniform"),
+        ({"dead_channels": 0.5}, r"sparsity\.dead_channels 0\.0, not 0\.5"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train(configure(recipe, tmp_path / "run", sparsity=sparsity | changes, resume="auto"))
+    with pytest.raises(CheckpointError, match=r"a mask of stages\.1\.\S*weight, which is frozen now"):
+        train(configure(recipe, tmp_path / "run", sparsity=sparsity, model={"freeze": ["stages.1"]}, resume="auto"))
+    assert (first.folder / "last" / "model.safetensors").read_bytes() == weights
+    moving = sparsity | {"update_interval": 3, "prune_rate": 0.1, "growth": "random"}
+    train(configure(recipe, tmp_path / "run", sparsity=moving, train={"max_updates": 6}, resume="auto"))
+    assert [float(row["density"]) for row in rows(first.folder)] == pytest.approx([0.5, 0.5], abs=1e-3)
+
+
 def test_the_configuration_of_a_run_is_read_again(recipe: Path, tmp_path: Path):
     sparsity = {"method": "nm", "layers": ["stages.*.blocks"], "pattern": "1:4"}
     run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": 1}))

@@ -62,6 +62,9 @@ ELEMENTWISE = (
     *("RMSprop", "RMSpropTF"),
 )
 
+# what masks, and the number of weights that each keeps, were made by: the rest of a rule may change on the way
+FIXED = ("density", "layers", "distribution", "masks", "dense_from", "pattern", "initial_density", "dead_channels")
+
 
 class SparseTraining:
     """The masks of a model that is being trained.
@@ -495,6 +498,7 @@ class SparseTraining:
         """All but the masks, as plain data and tensors."""
         return {
             "optimizer_state": self.rule.optimizer_state,
+            "rule": {name: _plain(getattr(self.rule, name)) for name in FIXED},
             "final": dict(self.final),
             "steps": self.steps,
             "born": dict(self.born),
@@ -502,23 +506,42 @@ class SparseTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint: before `attach`. Its masks and densities hold, whatever the rule says of them.
+        """Go on from a checkpoint: before `attach`.
 
-        Raises CheckpointError for masks of another model, and an optimizer's state of another kind.
+        Raises CheckpointError for masks of another model or of weights that are frozen now, a rule that the masks do
+        not follow, and an optimizer's state of another kind.
         """
         if (state["optimizer_state"] == "compact") != (self.rule.optimizer_state == "compact"):
             raise CheckpointError(
                 f"The checkpoint was trained with sparsity.optimizer_state {state['optimizer_state']}, not "
                 f"{self.rule.optimizer_state}: set it to that."
             )
+        for field, before in state.get("rule", {}).items():
+            if (now := _plain(getattr(self.rule, field))) != before:
+                raise CheckpointError(
+                    f"The checkpoint was trained with sparsity.{field} {before}, not {now}, and its masks follow that. "
+                    "Set it to that; or begin a run in another output.dir, which may start from these weights "
+                    "(model.checkpoint_path)."
+                )
         found = check_masks(self.model, masks)
-        self.parameters |= found
+        for name in found:
+            if name not in self.parameters:
+                raise CheckpointError(
+                    f"The checkpoint has a mask of {name}, which is frozen now, or not among sparsity.layers: unfreeze "
+                    "it, or begin a run in another output.dir."
+                )
         self.masks = {name: mask.to(found[name].device) for name, mask in masks.items()}
         self.final, self.steps = dict(state["final"]), state["steps"]
         self.born = {name: born.to(found[name].device) for name, born in state["born"].items()}
         self.retired = dict(state["retired"])
         if self.rule.dead_channels:
             self._find_channels()
+        for name in self.retired:
+            if name not in self.channels:
+                raise CheckpointError(
+                    f"Channels of {name} died out in the checkpoint, and some of their parameters are frozen now: "
+                    "unfreeze them, or begin a run in another output.dir."
+                )
         self._count()
         self.apply()
 
@@ -601,6 +624,11 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
     chosen = _best(everything, None, count)
     parts = chosen.split([score.numel() for score in scores.values()])
     return {name: int(part.count_nonzero()) for name, part in zip(scores, parts, strict=True)}
+
+
+def _plain(value: Any) -> Any:
+    """As a checkpoint holds it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _best(scores: Tensor, among: Tensor | None, count: int) -> Tensor:
