@@ -747,6 +747,25 @@ def test_channels_that_die_out_are_cut_off(recipe: Path, tmp_path: Path):
     torch.testing.assert_close(shrunk(images), last(images), rtol=1e-5, atol=1e-5)
 
 
+def test_channels_that_nothing_reads_are_cut_off_as_well():
+    """Of one that is read but not made, the bias is left: it stays."""
+    model = network().eval()
+    sparse = make(model, 20, method="chase", density=0.5, update_interval=5, dead_channels=0.25)
+    sparse.start()
+    sparse.masks["7.weight"][:, [2, 5]] = False
+    sparse.masks["4.weight"][7] = False
+    sparse.masks["7.weight"][3, 7] = True
+    unread = {i for i in range(16) if not sparse.masks["7.weight"][:, i].any()}
+    assert {2, 5} <= unread
+    assert 7 not in unread
+    sparse.apply()
+    images = torch.randn(2, 3, 8, 8)
+    smaller = copy.deepcopy(model)
+    assert sparse.cut(smaller) == 16 - smaller[4].out_channels + 8 - smaller[0].out_channels
+    assert smaller[4].out_channels == 16 - len(unread)
+    torch.testing.assert_close(smaller(images), model(images), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("growth", ["gradient", "random"])
 def test_what_finds_no_room_in_its_layer_appears_in_others(growth: str):
     model = network()

@@ -602,12 +602,14 @@ class _Loop:
 
     def _cut_channels(self) -> None:
         """Beside the last checkpoint: its model without the channels that died out."""
-        if self.sparse is None or not self.sparse.retired:
+        if self.sparse is None or not self.sparse.channels:
             return
         task, last = self.task, self.folder / "last"
         before = sum(parameter.numel() for parameter in task.model.parameters())
         trained, smaller = task.model, copy.deepcopy(task.model if self.ema is None else self.ema.module)
-        self.sparse.cut(smaller)
+        channels = self.sparse.cut(smaller)
+        if not channels:
+            return
         after = sum(parameter.numel() for parameter in smaller.parameters())
         task.model = smaller
         try:
@@ -615,7 +617,6 @@ class _Loop:
                 write_checkpoint(self.folder / SHRUNK, task.save)
         finally:
             task.model = trained
-        channels = sum(len(numbers) for numbers in self.sparse.retired.values())
         self._say(
             f"{channels:,} channels died out: {self.folder / SHRUNK} is {last} without them, {after:,} parameters of "
             f"{before:,}."

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from zoo.errors import CheckpointError, ConfigError
 from zoo.sparsity import (
     ChannelGroup,
+    channel_counts,
     channel_groups,
     channel_positions,
     check_masks,
@@ -547,9 +548,17 @@ class SparseTraining:
 
     # ---------------------------------------------------------------------------------------------------------- outcome
 
-    def cut(self, model: nn.Module) -> None:
-        """Slice the channels that died out from a copy of the model, in place. It computes what it did."""
-        shrink(model, self.channels, self.retired)
+    def cut(self, model: nn.Module) -> int:
+        """Slice the channels that no weight reads from a copy of the model, in place, and say how many they are.
+
+        It computes what it did. They are those that died out, and others that lost their last reader by themselves; of
+        a channel that is read, though no weight makes it, the bias goes on, and it stays.
+        """
+        unread = {}
+        for name, (_, outgoing) in channel_counts(self.channels, self.masks).items():
+            unread[name] = (outgoing == 0).nonzero().flatten()[: self.channels[name].size - 1]
+        shrink(model, self.channels, unread)
+        return sum(len(numbers) for numbers in unread.values())
 
     @property
     def density(self) -> float:
