@@ -859,6 +859,15 @@ def test_sparsity_may_begin_and_end_on_the_way(recipe: Path, tmp_path: Path):
     assert not (dense.folder / "last" / "masks.safetensors").exists()
 
 
+def test_a_run_that_ends_before_masks_move_says_so(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    sparsity: dict[str, Any] = {"method": "rigl", "density": 0.5, "update_interval": 3}
+    for updates in (2, 3):
+        run = configure(recipe, tmp_path / f"{updates}", sparsity=sparsity, train={"max_updates": updates})
+        train(run)
+        said = "Masks do not move up to train.max_updates (2): see sparsity.update_interval." in capsys.readouterr().err
+        assert said == (updates == 2)
+
+
 def test_what_a_sparse_run_cannot_do(recipe: Path, tmp_path: Path):
     sparsity: dict[str, Any] = {"method": "rigl", "density": 0.5, "update_interval": 5}
     with pytest.raises(ConfigError, match=r"sparsity does not go with train\.parallel fsdp"):

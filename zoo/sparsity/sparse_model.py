@@ -220,8 +220,8 @@ def report(
     if masks:
         model = copy.deepcopy(model)
         with torch.no_grad():
-            for name, weight in check_masks(model, masks).items():
-                weight.copy_(masks[name])  # as weights of one, none of which is zero by chance
+            for name, parameter in check_masks(model, masks).items():
+                parameter.copy_(masks[name])  # as weights of one, none of which is zero by chance
     costs = profile(model, input_size=input_size)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module

@@ -677,6 +677,10 @@ class _Loop:
             if self.ema is not None:  # of weights that may be at zero now
                 apply_masks(self.ema.module, sparse.masks)
         self._say(sparse.describe())
+        limit = config.train.max_updates
+        moves = sparse.falls or rule.growth != "none"
+        if moves and limit is not None and not any(map(sparse.is_due, range(1, limit + 1))):
+            self._say(f"Masks do not move up to train.max_updates ({limit}): see sparsity.update_interval.")
         return sparse
 
     def _check_sparse(self) -> None:
