@@ -673,6 +673,15 @@ def test_what_a_sparse_run_leaves(
     assert size < 400 * len(masks) + sum(mask.numel() for mask in masks.values()) / 8
 
 
+def test_a_run_that_was_over_does_not_become_sparse(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    few = {"max_updates": 2}
+    train(configure(recipe, tmp_path / "run", train=few))
+    sparsity = {"method": "static", "density": 0.5}
+    train(configure(recipe, tmp_path / "run", train=few, sparsity=sparsity, resume="auto"))
+    assert not (tmp_path / "run" / "sparsity.json").exists()
+
+
 def test_what_a_sparse_run_of_a_language_model_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
     write_jsonl(tmp_path / "train.jsonl", TEXTS)

@@ -285,6 +285,8 @@ def _report_sparsity(folder: Path, console: Console) -> None:
     from zoo.sparsity import report
 
     last = folder / "last"
+    if not (last / MASKS).is_file():
+        return  # a run that was over before it could become sparse
     found = report(load_model(str(last)), masks=load_masks(last / MASKS))
     with whole_file(folder / "sparsity.json") as file:
         file.write(found.to_json().encode())
