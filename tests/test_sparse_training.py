@@ -950,15 +950,25 @@ def _process(rank: int, folder: str, config: dict[str, Any]) -> None:
         sparse.step(update, optimizer.step)
         optimizer.zero_grad()
         history.append({name: mask.clone() for name, mask in sparse.masks.items()})
-    torch.save({"masks": history, "weights": model.state_dict()}, f"{folder}/{rank}.pt")
+    outcome = {"masks": history, "weights": model.state_dict(), "retired": sparse.retired, "final": sparse.final}
+    torch.save(outcome, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_masks_are_the_same_in_all_processes(tmp_path: Path):
-    config: dict[str, Any] = {"method": "rigl", "density": 0.3, "update_interval": 2, "distribution": "snip"}
-    config["optimizer_state"] = "compact"
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "rigl", "density": 0.3, "distribution": "snip", "optimizer_state": "compact"},
+        {"method": "chase", "density": 0.4, "growth": "random"},
+    ],
+    ids=lambda config: config["method"],
+)
+def test_masks_are_the_same_in_all_processes(tmp_path: Path, config: dict[str, Any]):
+    config = {**config, "update_interval": 2}
     mp.start_processes(_process, (str(tmp_path), config), nprocs=2, start_method="spawn")
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(found[0][key] == found[1][key] for key in ("retired", "final"))
+    assert bool(found[0]["retired"]) == (config["method"] == "chase")
     for one, other in zip(*(part["masks"] for part in found), strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(mask, other[name]) for name, mask in one.items())
