@@ -241,6 +241,13 @@ def test_data_that_ends_early(recipe: Path, tmp_path: Path):
         fit(task, config, accelerator)
 
 
+def test_a_run_that_goes_on_freezes_what_it_froze(recipe: Path, tmp_path: Path):
+    run = train(configure(recipe, tmp_path / "run", train={"max_updates": 11}))
+    other = configure(recipe, run.folder, model={"freeze": ["stem"]}, resume="auto")
+    with pytest.raises(CheckpointError, match=r"it trained \d+ tensors, this one trains \d+: is model.freeze another"):
+        train(other)
+
+
 def test_weights_that_are_not_finite_are_not_saved(recipe: Path, tmp_path: Path):
     """The loss before an update may be finite, and the weights after it not."""
     good = train(configure(recipe, tmp_path / "run", train={"max_updates": 11}))

@@ -919,6 +919,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
         if group.keys() - kept != saved.keys() - kept:
             raise ValueError("it was trained with another optimizer.")
+    before = sum(len(group["params"]) for group in state["param_groups"])
+    after = sum(len(group["params"]) for group in optimizer.param_groups)
+    if before != after:
+        raise ValueError(f"it trained {before} tensors, this one trains {after}: is model.freeze another?")
     optimizer.load_state_dict(shard_optimizer_state(optimizer, state))
     for group, now in zip(optimizer.param_groups, options, strict=True):
         group.update(now)
