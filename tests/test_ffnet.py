@@ -394,7 +394,9 @@ def quick_backbones() -> list:
 def test_which_maps_the_head_takes(strides, taken):
     class Maps(nn.Module):
         feature_info = SimpleNamespace(
-            channels=lambda: [4 + i for i in range(len(strides))], reduction=lambda: list(strides)
+            channels=lambda: [4 + i for i in range(len(strides))],
+            reduction=lambda: list(strides),
+            module_name=lambda: [f"stages.{i}" for i in range(len(strides))],
         )
 
         def forward(self, x):

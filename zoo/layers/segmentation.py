@@ -7,11 +7,13 @@ to fine; what comes out at each level is resized to the finest and joined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import group_parameters
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -149,6 +151,7 @@ class SegmentationModel(nn.Module):
         backbone: as `zoo.create_model(..., features_only=True)` makes it: gives a list of maps, fine to coarse, and
             has a `feature_info`. The last map of each stride is taken, of the four coarsest strides. Where there are
             fewer strides, the last four maps are taken, and where there are fewer maps, the coarsest more than once.
+            Its layers, its gradient checkpointing and what of it does not decay are this model's.
         num_classes: of the logits; 0 gives the map before them.
         up_head: "A", "B" or "C", from large to small.
         seg_head: likewise.
@@ -176,6 +179,11 @@ class SegmentationModel(nn.Module):
         self.take = _four_maps(strides)
         self.num_classes = num_classes
         self.backbone = backbone
+        prefix, _ = self._contract()
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": dim, "reduction": stride, "module": prefix + module}
+            for dim, stride, module in zip(channels, strides, info.module_name(), strict=True)
+        ]
         self.neck = SegmentationNeck([channels[i] for i in self.take], up_head, upsample)
         self.head = SegmentationHead(self.neck.num_features, seg_head, num_classes, drop_rate)
         self.num_features = self.neck.num_features
@@ -187,6 +195,47 @@ class SegmentationModel(nn.Module):
         """Initialise what `module` itself holds, as FFNet's authors do; for the head, which no backbone brings."""
         init_module(module)
 
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What the backbone does not decay; norms and biases are one-dimensional, which timm's optimizers spare."""
+        prefix, owner = self._contract()
+        names = owner.no_weight_decay() if hasattr(owner, "no_weight_decay") else ()
+        return {prefix + name for name in names}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Layers in depth order, for layer-wise learning-rate decay: the backbone's, the neck, the last convolution.
+
+        Raises ConfigError when the backbone does not tell its layers.
+        """
+        prefix, owner = self._contract()
+        if not hasattr(owner, "group_matcher"):
+            raise ConfigError(
+                f'{type(owner).__name__} does not tell its layers: it has no group_matcher. feature_cls="getter" '
+                "makes a backbone of a whole model, which does."
+            )
+        layers = group_parameters(owner, owner.group_matcher(coarse=coarse), reverse=True)
+        behind = max(layers.values()) + 1
+
+        def layer(name: str) -> int:
+            if name.startswith(prefix):
+                return layers[name.removeprefix(prefix)]
+            return behind + name.startswith("head.conv2.")
+
+        return layer
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade computation for memory: recompute the backbone's activations in the backward pass."""
+        self._contract()[1].set_grad_checkpointing(enable)
+
+    def _contract(self) -> tuple[str, Any]:
+        """What keeps timm's contract for the backbone, and how the names of its modules begin here."""
+        if hasattr(self.backbone, "model"):  # timm's getter holds the whole model, which it asks for maps
+            return "backbone.model.", self.backbone.model
+        return "backbone.", self.backbone
+
+    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.conv2
 
@@ -197,9 +246,31 @@ class SegmentationModel(nn.Module):
         if num_classes:
             init_module(self.head.conv2)
 
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the backbone in `indices` (the last n if a number, all if None), and what `forward_features` gives.
+
+        `norm` and `stop_early` change nothing: the maps are those that the backbone hands out, all at once.
+        """
+        if output_fmt != "NCHW":
+            raise ConfigError(f"These features are maps: output_fmt must be 'NCHW', not {output_fmt!r}.")
+        take, _ = feature_take_indices(len(self.feature_info), indices)
+        maps = self.backbone(x)
+        intermediates = [maps[i] for i in take]
+        return intermediates if intermediates_only else (self._join(maps), intermediates)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, C, H / s, W / s): the joined maps."""
-        maps = self.backbone(x)
+        return self._join(self.backbone(x))
+
+    def _join(self, maps: list[Tensor]) -> Tensor:
         return self.neck([maps[i] for i in self.take])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -1,0 +1,167 @@
+"""What training asks of classifiers, asked of segmentation: FFNet's forms, and every family under FFNet's head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+import zoo
+from tests.models import SIZE, create
+from zoo.errors import ConfigError
+from zoo.registry import get_entry
+from zoo.training.config import OptimizerConfig
+from zoo.training.loop import make_optimizer
+
+# every stem, block, head and resizing, with a filter before them and without
+FORMS: dict[str, dict[str, Any]] = {
+    "ffnet_test_segmentation": {},
+    "ffnet40s_dbbb_mobile": {"depths": (2, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "ffnet40s_bbb_mobile_pre_down": {"depths": (2, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "ffnet34_aaa": {"depths": (2, 1, 1, 1), "dims": (8, 16, 24, 32)},
+    "ffnet50_daaa": {"depths": (2, 1, 1, 1), "dims": (16, 24, 32, 48)},
+    "ffnet46n_cbb": {"depths": (2, 1, 1), "dims": (16, 24, 32)},
+    "ffnet46ns_ccc_mobile": {"depths": (2, 1, 1), "dims": (16, 24, 32)},
+}
+BACKBONES = zoo.list_models("*_test", task="vision")
+
+models = pytest.mark.parametrize("name", [*FORMS, *BACKBONES])
+carriers = pytest.mark.parametrize("name", BACKBONES)
+
+
+def model_of(name: str, **arguments: Any) -> Any:
+    """A small model of the form `name`, or the small model `name` under the head."""
+    torch.manual_seed(0)
+    return create(name, **{"task": "segmentation", "num_classes": 5, **FORMS.get(name, {}), **arguments})
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def kept_for_backward(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> int:
+    """Numbers that a forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss(model(images()))
+    return sum(kept.values())
+
+
+@models
+def test_gradient_checkpointing_changes_memory_alone(name: str):
+    model = model_of(name).train()
+    unused = name in BACKBONES and get_entry(name).selective  # blocks of paths other than the one that is set
+
+    def gradients() -> dict[str, Tensor]:
+        torch.manual_seed(2)
+        model.zero_grad()
+        model(images()).square().mean().backward()
+        assert unused or all(p.grad is not None for p in model.parameters())
+        return {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+    plain, memory = gradients(), kept_for_backward(model, torch.sum)
+    model.set_grad_checkpointing(True)
+    assert kept_for_backward(model, torch.sum) < memory
+    for key, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[key], rtol=1e-3, atol=1e-5)
+    model.set_grad_checkpointing(False)
+    assert kept_for_backward(model, torch.sum) == memory
+
+
+@models
+def test_layers_run_from_the_stem_to_the_last_convolution(name: str):
+    model = model_of(name, device="meta")
+    parameters = sorted(key for key, _ in model.named_parameters())
+    prefix = "" if name in FORMS else "backbone.model."
+    for coarse in (False, True):
+        groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=False)
+        assert sorted(key for group in groups.values() for key in group) == parameters
+        layers = [set(groups[i]) for i in sorted(groups)]
+        assert f"{prefix}{get_entry(name).first_conv}.weight" in layers[0]
+        assert layers[-1] == {"head.conv2.weight", "head.conv2.bias"}
+        assert layers[-2] >= {key for key in parameters if key.startswith("neck.")}
+        assert len(layers) >= len(model.feature_info)
+
+
+@carriers
+def test_layers_of_a_backbone_are_those_of_its_classifier(name: str):
+    classifier = create(name, device="meta")
+    model = model_of(name, device="meta")
+    own = group_parameters(classifier, classifier.group_matcher(), reverse=True)
+    found = group_parameters(model, model.group_matcher(), reverse=True)
+    for key, _ in model.backbone.model.named_parameters():
+        assert found[f"backbone.model.{key}"] == own[key], key
+
+
+@models
+def test_layer_decay_and_what_does_not_decay(name: str):
+    model = model_of(name, device="meta")
+    config = OptimizerConfig(opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.9)
+    named = dict(model.named_parameters())
+    undecayed = {id(named[key]) for key in model.no_weight_decay() if key in named}
+    groups = make_optimizer(model, config).param_groups
+    assert max(group["lr_scale"] for group in groups) == 1.0
+    assert len({group["lr_scale"] for group in groups}) > len(model.feature_info)
+    for group in [*groups, *create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups]:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] == 0) == (parameter.ndim <= 1 or id(parameter) in undecayed)
+    (scale,) = {group["lr_scale"] for group in groups if any(p is model.head.conv2.weight for p in group["params"])}
+    assert scale == 1.0
+
+
+@carriers
+def test_a_backbone_spares_what_its_classifier_spares(name: str):
+    classifier = create(name, device="meta")
+    model = model_of(name, device="meta")
+    kept = dict(model.backbone.model.named_parameters())
+    expected = {f"backbone.model.{key}" for key in getattr(classifier, "no_weight_decay", set)() if key in kept}
+    assert {key for key in model.no_weight_decay() if key in dict(model.named_parameters())} == expected
+    if name in ("sret_test", "snnet_test", "pfnet_test"):
+        assert expected
+
+
+@models
+def test_intermediates(name: str):
+    model = model_of(name).eval()
+    with torch.no_grad():
+        final, maps = model.forward_intermediates(images())
+        assert torch.equal(final, model.forward_features(images()))
+        for found, info in zip(maps, model.feature_info, strict=True):
+            assert found.shape[1] == info["num_chs"]
+            assert abs(found.shape[2] - SIZE / info["reduction"]) <= 2  # padded less, a stem or a filter gives less
+            assert model.get_submodule(info["module"]) is not None
+        first, last = model.forward_intermediates(images(), indices=[0, len(maps) - 1], intermediates_only=True)
+        assert torch.equal(first, maps[0])
+        assert torch.equal(last, maps[-1])
+        (last,) = model.forward_intermediates(images(), indices=1, stop_early=True, intermediates_only=True)
+        assert torch.equal(last, maps[-1])
+    with pytest.raises(ConfigError, match="output_fmt must be 'NCHW'"):
+        model.forward_intermediates(images(), output_fmt="NLC")
+
+
+@models
+def test_another_number_of_classes_channels_and_precision(name: str):
+    model = model_of(name, in_chans=1, dtype=torch.float64).eval()
+    grey = images()[:, :1].double()
+    side = model(grey).shape[-2:]
+    model.reset_classifier(3)
+    assert model(grey).shape == (2, 3, *side)
+    assert model.get_classifier().weight.dtype == torch.float64
+    model.reset_classifier(0)
+    assert model(grey).shape == (2, model.head_hidden_size, *side)
+
+
+def test_a_backbone_in_pieces_does_not_tell_its_layers():
+    model = model_of("vovnet_test", feature_cls="list")
+    with pytest.raises(ConfigError, match="no group_matcher"):
+        model.group_matcher()
