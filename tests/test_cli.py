@@ -133,6 +133,26 @@ def test_language_models_have_columns_of_their_own():
     assert next(row[0] for row in front) == "mobilellm_125m"
 
 
+def test_segmentation_networks_are_shown_with_their_miou():
+    header, *rows = table(output := succeed("list", "ffnet40s_dbbb_mobile"))
+    assert header == ["name", "params", "MACs", "input", "mIoU", "weights", "licence"]
+    assert rows[0][4] == "79.2"
+    assert "mIoU: best Cityscapes" in output
+    assert "top-1" not in output
+    mixed = succeed("list", "ffnet40s_dbbb_mobile", "poolformer_s12")
+    header, *rows = table(mixed)
+    assert header[4:6] == ["top-1", "mIoU"]
+    assert {row[0]: row[4] for row in rows} == {"ffnet40s_dbbb_mobile": "79.2", "poolformer_s12": "77.2"}
+    line = next(line for line in mixed.splitlines() if "79.2" in line)
+    assert line.index("79.2") == mixed.splitlines()[0].index("mIoU")
+    _, row = table(tagged := succeed("list", "ffnet40s_dbbb_mobile", "--pretrained"))
+    assert row[3] == "79.2"
+    assert "mIoU: as their authors claim" in tagged
+    front = [row[0] for row in table(succeed("pareto", "--task", "segmentation"))[1:]]
+    assert front == [info.name for info in zoo.pareto(y="miou", task="segmentation")]
+    assert front
+
+
 def test_info_of_a_language_model():
     output = succeed("info", "mobilellm_ls_125m")
     for fact in (
@@ -181,13 +201,16 @@ def test_pareto_prints_the_front():
 
 
 @pytest.mark.parametrize(
-    ("name", "magic"), [("front.png", b"\x89PNG"), ("front.svg", b"<?xml"), ("front.pdf", b"%PDF")]
+    ("name", "magic", "axes"),
+    [
+        ("front.png", b"\x89PNG", ("--y", "top1")),
+        ("front.svg", b"<?xml", ("--task", "segmentation")),
+        ("front.pdf", b"%PDF", ("--y", "macs")),
+    ],
 )
-def test_pareto_draws(name, magic, tmp_path):
+def test_pareto_draws(name, magic, axes, tmp_path):
     pytest.importorskip("matplotlib")
-    result = run(
-        "pareto", "--x", "params", "--y", "macs" if name.endswith("pdf") else "top1", "--plot", name, cwd=tmp_path
-    )
+    result = run("pareto", "--x", "params", *axes, "--plot", name, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"Plot: {name}" in result.stderr
     assert (tmp_path / name).read_bytes().startswith(magic)

@@ -369,6 +369,23 @@ def test_pareto_keeps_ties_and_leaves_out_the_unrated(own_models):
     assert [info.name for info in zoo.pareto(x="params", y="macs", family="tiny")] == ["unrated"]
 
 
+def test_segmentation_networks_are_compared_by_miou():
+    networks = zoo.search(task="segmentation")
+    rated = [(info.macs, info.miou) for info in networks if info.miou is not None]
+    front = zoo.pareto(task="segmentation")
+    assert front == zoo.pareto(y="miou", task="segmentation")
+    for info in networks:
+        beaten = info.miou is None or any(
+            macs <= info.macs and miou >= info.miou and (macs, miou) != (info.macs, info.miou) for macs, miou in rated
+        )
+        assert beaten == (info not in front), info.name
+    assert front[-1].name == "ffnet150_aaa"
+    assert zoo.model_info("ffnet150_aaa").miou == 84.4
+    assert zoo.model_info("poolformer_s12").miou is None
+    claims = [info.miou or 0 for info in zoo.search(task="segmentation", sort="miou")]
+    assert claims == sorted(claims, reverse=True)
+
+
 def test_pareto_filters_and_refuses_bad_axes():
     assert all(info.params <= 30e6 for info in zoo.pareto(max_params=30e6))
     with pytest.raises(ConfigError, match=r"no axis 'mac'. Did you mean macs"):

@@ -26,6 +26,7 @@ from zoo.registry import (
     TASKS,
     ModelInfo,
     Weights,
+    accuracy_axis,
     list_models,
     model_info,
     pareto,
@@ -45,6 +46,7 @@ PER_TOKEN = (
     "every remembered one. KV/token: bytes remembered of a token, over all layers, at 2 bytes a number."
 )
 TOP1 = "top-1: best ImageNet-1k accuracy claimed for any of a model's weights at that size, percent."
+MIOU = "mIoU: best Cityscapes accuracy of segmentation claimed likewise, percent."
 
 
 # -------------------------------------------------------------------------------------------------------------- parsing
@@ -162,10 +164,11 @@ zoo info poolformer_s12 --json""",
         """
 zoo pareto
 zoo pareto --x params --max-params 60M
+zoo pareto --task segmentation
 zoo pareto --plot pareto.png""",
     )
     sub.add_argument("--x", metavar="AXIS", default="macs", help=f"{', '.join(PARETO_AXES)} (default: macs)")
-    sub.add_argument("--y", metavar="AXIS", default="top1", help="as --x (default: top1)")
+    sub.add_argument("--y", metavar="AXIS", help="as --x (default: top1; of segmentation miou)")
     budget(sub)
     sub.add_argument("--plot", metavar="FILE", help="also draw it, as PNG, SVG or PDF by the ending of FILE")
     as_json(sub)
@@ -495,12 +498,13 @@ def run_pareto(args: argparse.Namespace) -> None:
         from zoo.plots import check_picture
 
         check_picture(args.plot)
-    front = pareto(args.x, args.y, **budget_of(args))
+    y = accuracy_axis(args.task) if args.y is None else args.y
+    front = pareto(args.x, y, **budget_of(args))
     if args.plot:
         from zoo.plots import plot_pareto
 
-        rated = [m for m in search(**budget_of(args)) if None not in (getattr(m, args.x), getattr(m, args.y))]
-        plot_pareto(rated, front, args.x, args.y, args.plot)
+        rated = [m for m in search(**budget_of(args)) if None not in (getattr(m, args.x), getattr(m, y))]
+        plot_pareto(rated, front, args.x, y, args.plot)
     if args.json:
         print_json([info.to_dict() for info in front])
     elif not front:
@@ -775,20 +779,29 @@ def print_models(infos: Sequence[ModelInfo]) -> None:
     if infos and all(info.language for info in infos):
         print_language_models(infos)
         return
-    table = new_table("name", ">params", ">MACs", "input", ">top-1", "weights", "licence")
+    accuracies = accuracy_columns(infos)
+    table = new_table("name", ">params", ">MACs", "input", *accuracies.values(), "weights", "licence")
     for info in infos:
         table.add_row(
             info.name,
             humanize(info.params),
             humanize(info.macs),
             "token" if info.language else shape(info.input_size),
-            percent(info.top1),
+            *(percent(getattr(info, accuracy)) for accuracy in accuracies),
             tags(info),
             licences(info),
         )
     print_table(table)
     tokens = " A language model's are those of one generated token." if any(info.language for info in infos) else ""
-    print_text(f"{count('model', infos)}. {CONVENTION}{tokens} {TOP1}")
+    said = " ".join({"top1": TOP1, "miou": MIOU}[accuracy] for accuracy in accuracies)
+    print_text(f"{count('model', infos)}. {CONVENTION}{tokens} {said}")
+
+
+def accuracy_columns(infos: Sequence[ModelInfo]) -> dict[str, str]:
+    """The accuracies that models of these tasks have, and the columns that show them."""
+    tasks = {info.task for info in infos}
+    found = {} if tasks == {"segmentation"} else {"top1": ">top-1"}
+    return found | ({"miou": ">mIoU"} if "segmentation" in tasks else {})
 
 
 def print_language_models(infos: Sequence[ModelInfo]) -> None:
@@ -819,14 +832,17 @@ def licences(info: ModelInfo) -> str:
 
 
 def print_weights(infos: Sequence[ModelInfo]) -> None:
-    table = new_table("name", "input", "trained on", ">top-1", "licence")
+    accuracies = accuracy_columns(infos)
+    table = new_table("name", "input", "trained on", *accuracies.values(), "licence")
     for info in infos:
         (weights,) = info.weights
         size = "tokens" if info.language else shape(weights.input_size)
         name = f"{info.name}.{weights.tag}"
-        table.add_row(name, size, weights.dataset, percent(weights.top1), weights.license)
+        claims = (percent(getattr(weights, accuracy)) for accuracy in accuracies)
+        table.add_row(name, size, weights.dataset, *claims, weights.license)
     print_table(table)
-    print_text(f"{count('checkpoint', infos)}. top-1: as their authors claim for the data named, percent.")
+    names = " and ".join(column.lstrip(">") for column in accuracies.values())
+    print_text(f"{count('checkpoint', infos)}. {names}: as their authors claim for the data named, percent.")
 
 
 def print_info(info: ModelInfo) -> None:

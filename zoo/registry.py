@@ -268,8 +268,16 @@ class ModelInfo:
 
         Weights for another input size do not count: what they reach, they reach at other costs than those given here.
         """
-        rated = [w for w in self.weights if w.dataset == "imagenet-1k" and w.input_size == self.input_size]
-        return max((w.top1 for w in rated if w.top1 is not None), default=None)
+        return self._best_claim("top1", "imagenet-1k")
+
+    @property
+    def miou(self) -> float | None:
+        """The best Cityscapes mIoU, in percent, that is claimed for any of its weights at `input_size`."""
+        return self._best_claim("miou", "cityscapes")
+
+    def _best_claim(self, figure: str, dataset: str) -> float | None:
+        rated = [w for w in self.weights if w.dataset == dataset and w.input_size == self.input_size]
+        return max((claim for w in rated if (claim := getattr(w, figure)) is not None), default=None)
 
     @property
     def kv_bytes(self) -> int | None:
@@ -505,7 +513,7 @@ def _check_choice(what: str, value: str | None, choices: Any) -> None:
         )
 
 
-SORT_KEYS = ("name", "params", "macs", "activations", "kv_bytes", "top1")
+SORT_KEYS = ("name", "params", "macs", "activations", "kv_bytes", "top1", "miou")
 
 
 def search(
@@ -518,8 +526,9 @@ def search(
     license: str | None = None,
     sort: str = "params",
 ) -> list[ModelInfo]:
-    """Models within a budget, as `ModelInfo`, smallest first (`sort="top1"`: best first), those without a figure last.
+    """Models within a budget, as `ModelInfo`, smallest first, those without a figure last.
 
+    `sort="top1"`, and `"miou"` of segmentation networks, put the best first.
     `max_macs` holds at each model's own input size, and for one token of a language model. `min_top1` (percent) asks
     for claimed ImageNet-1k accuracy, so models without such a claim drop out. `license` must be that of the code and
     of at least one checkpoint, if there are any; wildcards work (`"apache*"`), case does not matter.
@@ -543,8 +552,8 @@ def search(
     found = [info for info in infos if fits(info)]
     if sort == "name":
         return found
-    if sort == "top1":
-        return sorted(found, key=lambda info: -(info.top1 or 0))
+    if PARETO_AXES[sort]:
+        return sorted(found, key=lambda info: -(getattr(info, sort) or 0))
     return sorted(found, key=lambda info: (getattr(info, sort) is None, getattr(info, sort) or 0))
 
 
@@ -566,16 +575,24 @@ def _licensed(info: ModelInfo, pattern: str) -> bool:
 
 PARETO_AXES = {
     **dict.fromkeys(("params", "macs", "activations", "fvcore_total", "kv_bytes"), False),
-    "top1": True,
+    **dict.fromkeys(("top1", "miou"), True),
 }
 
 
-def pareto(x: str = "macs", y: str = "top1", **filters: Any) -> list[ModelInfo]:
+def accuracy_axis(task: str | None) -> str:
+    """The accuracy by which models of `task` are compared where none is named."""
+    return "miou" if task == "segmentation" else "top1"
+
+
+def pareto(x: str = "macs", y: str | None = None, **filters: Any) -> list[ModelInfo]:
     """The models that no other beats on both axes, sorted by `x`; `filters` are those of `search`.
 
-    Costs (`params`, `macs`, `activations`, `fvcore_total`, `kv_bytes`) count as better when smaller, `top1` when
-    larger. A model without the figure of an axis is left out.
+    Costs (`params`, `macs`, `activations`, `fvcore_total`, `kv_bytes`) count as better when smaller, accuracies
+    (`top1`, `miou`) when larger. `y` is `miou` with `task="segmentation"` and else `top1`, if not given. A model
+    without the figure of an axis is left out.
     """
+    if y is None:
+        y = accuracy_axis(filters.get("task"))
     for axis in (x, y):
         _check_choice("axis", axis, PARETO_AXES)
     if x == y:
