@@ -245,6 +245,14 @@ def test_the_gaussian_of_pre_down():
     assert "smoothing.weight" not in dict(model.named_parameters())
 
 
+def test_images_that_are_too_small_for_the_gaussian():
+    model = tiny("ffnet40s_bbb_mobile_pre_down", num_classes=2).eval()
+    assert model(torch.randn(1, 3, 3, 5)).isfinite().all()
+    for height, width in ((2, 5), (3, 4)):
+        with pytest.raises(ConfigError, match=rf"too small: a map of {height}x{width} .* images from 3x5 up"):
+            model(torch.randn(1, 3, height, width))
+
+
 def test_one_file_serves_with_smoothing_and_without():
     torch.manual_seed(0)
     smooth = tiny("ffnet40s_bbb_mobile_pre_down").eval()

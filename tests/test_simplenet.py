@@ -200,6 +200,19 @@ def test_a_stage_may_be_a_pooling_alone():
     assert [info["num_chs"] for info in model.feature_info] == [12, 12]  # half of them: width_factor
 
 
+@pytest.mark.parametrize(
+    ("name", "least"), [("simplenet_test", 25), ("simplenetv1_small_m2_05", 25), ("simplenet_cifar_310k", 16)]
+)
+def test_images_that_are_too_small(name, least):
+    model = zoo.create_model(name, pretrained=False).eval()
+    assert model(torch.randn(1, 3, least, least)).isfinite().all()
+    for height, width in ((least - 1, least), (least, least - 1)):
+        with pytest.raises(
+            ConfigError, match=rf"too small: a map of .* This network takes images from {least}x{least}"
+        ):
+            model(torch.randn(1, 3, height, width))
+
+
 def test_the_fast_form_is_a_chain_of_convolutions():
     model = create("simplenet_cifar_310k").eval()
     with torch.no_grad():

@@ -31,11 +31,14 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.layers.arguments import check_choice, check_counts, check_pool, check_rates, check_widths
 from zoo.layers.hub_mixin import ZooModelHubMixin
+from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
 from zoo.layers.segmentation import ConvUnit, SegmentationHead, SegmentationNeck, UpHead, init_module
 from zoo.registry import Entry, Paper, Weights, register
 
 __all__ = ["FFNet", "FFNetSegmentation"]
+
+torch.fx.wrap("check_map")
 
 
 # ------------------------------------------------------------------------------------------------------------- backbone
@@ -146,7 +149,10 @@ GAUSSIAN = (0.00967746, 0.20539965, 0.56984578, 0.20539965, 0.00967746)
 
 
 class Smoothing(nn.Module):
-    """A fixed Gaussian filter of stride 2. (B, C, H, W) -> (B, C, H/2 - 1, W/2 - 2), as only height is extended."""
+    """A fixed Gaussian filter of stride 2. (B, C, H, W) -> (B, C, H/2 - 1, W/2 - 2), as only height is extended.
+
+    Raises ConfigError for images below 3x5.
+    """
 
     frozen_weights = ("weight",)
 
@@ -161,6 +167,7 @@ class Smoothing(nn.Module):
         self.weight.copy_(torch.outer(taps, taps).expand_as(self.weight))
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x, 3, 5, "A network with pre_down takes images from 3x5 up.")
         x = F.pad(x, (0, 0, 1, 1), mode="reflect")
         return F.conv2d(x, self.weight, stride=2, groups=x.shape[1])
 
@@ -425,7 +432,8 @@ class FFNet(_Backbone):
 class FFNetSegmentation(_Backbone):
     """Segmentation. (B, in_chans, H, W) -> (B, num_classes, H / s, W / s), s = 4 * first_stride (twice: `pre_down`)
 
-    The logits are left at that size. The defaults are those of FFNet-40S-BBB-mobile. Any input size works.
+    The logits are left at that size. The defaults are those of FFNet-40S-BBB-mobile. Any input size works (`pre_down`:
+    from 3x5 up).
 
     Args:
         in_chans: channels of the input.

@@ -27,11 +27,14 @@ from torch import Tensor, nn
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, per_stage
 from zoo.layers.folding import fold_batch_norm
+from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["SimpleNet"]
+
+torch.fx.wrap("check_map")
 
 
 class Layer(nn.Module):
@@ -53,14 +56,19 @@ class Layer(nn.Module):
 
 
 class Pool(nn.Module):
-    """Max pooling and dropout of whole channels. (B, dim, H, W) -> (B, dim, H/2, W/2)"""
+    """Max pooling and dropout of whole channels. (B, dim, H, W) -> (B, dim, H/2, W/2)
 
-    def __init__(self, drop: float) -> None:
+    `least` is the side of the smallest image that the network takes. Raises ConfigError for a map below 2x2.
+    """
+
+    def __init__(self, drop: float, least: int) -> None:
         super().__init__()
+        self.needed = f"This network takes images from {least}x{least} up."
         self.pool = nn.MaxPool2d(2, 2)
         self.drop = nn.Dropout2d(drop) if drop else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x, 2, 2, self.needed)
         return self.drop(self.pool(x))
 
 
@@ -139,6 +147,10 @@ class SimpleNet(StagedNet):
         reductions = tuple(stem_stride * 2**i for i in range(1, len(widths)))
         super().__init__(tuple(outputs[1:]), reductions, in_chans, num_classes)
 
+        least = 1
+        for kind in reversed(kinds):  # a convolution makes one row of one, a pooling needs two
+            least = 2 * least - (kind == "conv")
+        least = (least - 1) * stem_stride + 1
         rates = iter((*drop_rates, *[0.0] * (2 * layers + len(kinds))))
         number, dim = 0, in_chans
 
@@ -154,7 +166,7 @@ class SimpleNet(StagedNet):
         self.stem = nn.Sequential(*chain(widths[0], stem_stride))
         self.stages = nn.Sequential()
         for kind, stage in zip(kinds, widths[1:], strict=True):
-            downsample = Pool(next(rates)) if kind == "pool" else nn.Identity()
+            downsample = Pool(next(rates), least) if kind == "pool" else nn.Identity()
             self.stages.append(Stage(downsample, chain(stage, 2 if kind == "conv" else 1)))
         self.head = Head(dim, num_classes, global_pool, drop_rate=drop_rate)
         init_weights(self)
