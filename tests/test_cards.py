@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import types
 
 import pytest
 
 import zoo
+from tests import golden
 from zoo import cards, registry
 from zoo.errors import ConfigError
 from zoo.registry import Entry
@@ -25,6 +27,27 @@ def test_a_card_holds_every_variant_and_every_checkpoint():
     assert "timm.create_model(" in card
     assert "eprint = {2111.11418}" in card
     assert "(https://huggingface.co/sail/dl/blob/main/randformer/randformer_s12.pth)" in card
+
+
+@pytest.mark.parametrize("family", cards.families())
+def test_what_a_card_gives_to_timm_timm_takes(family):
+    """Names that timm does not have stand behind `register_with_timm`."""
+    import timm
+
+    for call in re.findall(r"```python\n(.*?)```", cards.render_card(family), re.DOTALL):
+        if name := re.search(r'timm\.create_model\("(.*?)"', call):
+            known = name[1] in timm.list_pretrained(name[1].partition(".")[0])
+            assert known or "zoo.register_with_timm()" in call, name[1]
+            assert name[1] in zoo.list_models(name[1].partition(".")[0], pretrained=True)
+
+
+def test_a_card_names_every_variant_that_goldens_hold():
+    (line,) = [line for line in cards.render_card("vovnet").splitlines() if "held by tests to those" in line]
+    for name in ("vovnet27_slim", "{vovnet39,vovnet57}", "vovnetv2_{19,39,99}", "ese_vovnet19b_{dw,slim}"):
+        assert f"`{name}`" in line, name
+    for family in cards.families():
+        names = {name.split("@")[0].split(".")[0] for name in golden.names(family)}
+        assert family in ("slak", "snnet") or names <= set(zoo.list_models(family=family)), family
 
 
 def test_an_unknown_family_names_the_nearest():

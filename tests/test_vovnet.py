@@ -7,19 +7,7 @@ import zoo
 from tests import golden
 from zoo.registry import get_entry
 
-# of a golden file: our name for the network
-NAMES = {
-    "vovnet27_slim": "vovnet27_slim",
-    "vovnet39_id": "vovnet39",
-    "vovnet57_id": "vovnet57",
-    "vovnetv2_19": "vovnetv2_19",
-    "vovnetv2_19_dw": "ese_vovnet19b_dw",
-    "vovnetv2_19_slim": "ese_vovnet19b_slim",
-    "vovnetv2_19_slim_dw": "ese_vovnet19b_slim_dw",
-    "vovnetv2_39": "vovnetv2_39",
-    "vovnetv2_99": "vovnetv2_99",
-}
-SMALL = ("vovnetv2_19_slim_dw@192x256", "vovnetv2_19_dw", "vovnet27_slim")
+SMALL = ("ese_vovnet19b_slim_dw@192x256", "ese_vovnet19b_dw", "vovnet27_slim")
 # parameters, MACs (G) at 224x224; two digits are timm's table, which counts activations, too
 FIGURES = {
     "vovnet39a": (22_600_296, 7.0722),
@@ -45,7 +33,7 @@ FIGURES = {
 def test_golden_parity(file):
     reference = golden.load("vovnet", file)
     classifies = "logits" in reference["outputs"]
-    model = zoo.create_model(NAMES[file.split("@")[0]], pretrained=False, **({} if classifies else {"num_classes": 0}))
+    model = zoo.create_model(file.split("@")[0], pretrained=False, **({} if classifies else {"num_classes": 0}))
     assert not zoo.load_checkpoint(model, golden.state_dict(reference)).dropped
     model.double().eval()
     with torch.no_grad():
@@ -59,7 +47,7 @@ def test_golden_parity(file):
 
 def test_frozen_batch_norms_have_no_counters():
     """detectron2's batch norms, which the published files have, count no batches."""
-    tensors = golden.state_dict(golden.load("vovnet", "vovnetv2_19_slim_dw"))
+    tensors = golden.state_dict(golden.load("vovnet", "ese_vovnet19b_slim_dw"))
     frozen = {key: tensor for key, tensor in tensors.items() if not key.endswith("num_batches_tracked")}
     assert len(frozen) < len(tensors)
     model = zoo.create_model("ese_vovnet19b_slim_dw", pretrained=False, num_classes=0)

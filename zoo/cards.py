@@ -248,7 +248,7 @@ def _mean(found: Mapping[str, Any]) -> str:
 
 def use_section(infos: Sequence[ModelInfo]) -> str:
     def in_timm(info: ModelInfo) -> bool:
-        return any((w.hub_id or "").startswith("timm/") for w in info.weights)
+        return any(w.hub_id == f"timm/{info.name}.{w.tag}" for w in info.weights)  # timm's, under timm's own name
 
     info = min(infos, key=lambda info: (not in_timm(info), not info.weights, info.params))
     name, how = info.name, ""

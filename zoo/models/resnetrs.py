@@ -50,7 +50,7 @@ for layers, top1 in {50: 77.858, 101: 80.706, 152: 82.900, 200: 83.884, 270: 83.
         name,
         weights=weights,
         input_size=weights[0].input_size,
-        note="timm trained these weights later than the others, and longer." if layers == 200 else "",
+        note="timm trained these weights later than the others." if layers == 200 else "",
     )
 _entry(
     "resnetrs_test",
