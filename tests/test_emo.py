@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from timm.layers import set_fused_attn
@@ -15,6 +17,8 @@ from zoo.config import load_config
 from zoo.errors import ConfigError
 from zoo.models.emo import attend, from_windows, pad_to_windows, to_windows
 from zoo.training import TrainingConfig
+from zoo.training.config import OptimizerConfig
+from zoo.training.loop import make_optimizer
 
 QUICK = ("emo_1m", "emo_1m@192x256", "emo2_1m", "emo2_1m_256")
 
@@ -265,3 +269,38 @@ def test_recipes_are_the_authors(name, lr, batch, drop_path, floor):
     assert (config.scheduler.warmup_lr, config.scheduler.min_lr) == (floor, floor)
     assert (config.train.global_batch_size, config.train.model_ema_decay) == (batch, 0.9998)
     assert (config.augment.mixup, config.augment.cutmix, config.augment.reprob) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("name", ["emo2_1m", "emo2_2m", "emo2_5m", "emo2_5m_512"])
+def test_recipes_with_a_teacher_are_the_authors(name):
+    """Cross-entropy + 5 * KL at temperature 1, beside what the model learns without a teacher."""
+    plain = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
+    config = load_config(TrainingConfig, f"configs/vision/distill/imagenet1k_{name}.yaml")
+    assert (config.distill.kind, config.distill.tau) == ("soft", 1.0)
+    assert config.distill.teacher == "timm/tresnet_v2_l.miil_in21k_ft_in1k"
+    share = 1 - config.distill.alpha  # of the authors' loss: with it shrink the bound and the epsilon
+    assert config.distill.alpha / share == pytest.approx(5)
+    ours, theirs = config.optimizer, plain.optimizer
+    assert (theirs.clip_grad, theirs.eps) == (5.0, 1e-8)
+    assert (ours.clip_grad, ours.eps) == (pytest.approx(share * 5.0), pytest.approx(share * 1e-8))
+    assert dataclasses.replace(ours, clip_grad=5.0, eps=1e-8) == theirs
+    for part in ("model", "data", "augment", "loss", "scheduler", "train"):
+        assert getattr(config, part) == getattr(plain, part)
+
+
+def test_a_share_of_the_loss_takes_the_steps_of_the_whole_with_a_share_of_bound_and_epsilon():
+    """Why the recipes with a teacher may weigh labels and teacher by 1/6 and 5/6 in place of 1 and 5."""
+    finals = []
+    for share in (1.0, 1 / 6):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(16, 8).double()
+        config = OptimizerConfig(opt="adamw", lr=1e-2, eps=share * 1e-3, weight_decay=0.05)  # an epsilon that matters
+        optimizer = make_optimizer(layer, config)
+        for _ in range(20):
+            optimizer.zero_grad()
+            logits = layer(torch.randn(4, 16).double())
+            (share * 40 * logits.square().mean()).backward()
+            torch.nn.utils.clip_grad_norm_(layer.parameters(), share * 5.0)
+            optimizer.step()
+        finals.append(layer.weight.detach())
+    torch.testing.assert_close(finals[0], finals[1], rtol=1e-6, atol=1e-8)
