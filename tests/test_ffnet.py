@@ -11,10 +11,12 @@ from torch import nn
 import zoo
 from tests import golden
 from tests.models import series
+from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.segmentation import SegmentationModel
 from zoo.models.ffnet import GAUSSIAN, FFNet, FFNetSegmentation
 from zoo.registry import get_entry
+from zoo.training import TrainingConfig
 
 # parameters, those of the backbone, and GMACs (conv and linear) at the model's own input size
 COSTS = {
@@ -470,3 +472,23 @@ def test_initialisation_is_the_authors():
             assert module.bias is None or (module.bias == 1e-4).all()
     assert model.head.fc.weight.abs().max() <= 1000**-0.5
     assert not model.head.fc.bias.any()
+
+
+@pytest.mark.parametrize("name", [*zoo.list_models("ffnet?*x", task="vision"), *zoo.list_models("ffnet*x_mobile")])
+def test_recipes_are_the_authors(name):
+    """timm's RMSprop, 0.048 for 2 * 384 images, which is 0.064 for 1024; the largest on ten GPUs in place of eight."""
+    config = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
+    batch = 128 * (10 if name.startswith("ffnet150") else 8)
+    assert (config.model.name, config.model.args) == (name, {"drop_rate": 0.2})
+    assert config.train.global_batch_size == batch
+    optimizer = config.optimizer
+    assert (optimizer.opt, optimizer.lr) == ("rmsproptf", pytest.approx(0.048 / (2 * 384) * batch))
+    assert (optimizer.eps, optimizer.weight_decay) == (1e-3, 4e-5)
+    schedule = config.scheduler
+    assert (schedule.sched, schedule.epochs, schedule.warmup_lr) == ("step", 150, 1e-6)
+    assert (schedule.decay_epochs, schedule.decay_rate) == (2, 0.93)
+    augment = config.augment
+    assert (augment.aa, augment.reprob, augment.remode) == ("rand-m9-mstd0.5", 0.3, "pixel")
+    assert (augment.mixup, augment.cutmix) == (0, 0)
+    assert config.train.model_ema
+    assert config.data.input_size == (3, 224, 224)

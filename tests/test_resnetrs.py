@@ -1,11 +1,15 @@
 """ResNet-RS: timm's network under our verbs, and its figures."""
 
+import re
+
 import pytest
 import timm
 import torch
 
 import zoo
+from zoo.config import load_config
 from zoo.registry import get_entry
+from zoo.training import TrainingConfig
 
 # parameters, MACs (G) at the size that the weights were trained at
 FIGURES = {
@@ -50,3 +54,25 @@ def test_our_entry_under_timms_own_name():
     registered = zoo.register_with_timm(override=True)
     assert "resnetrs50" in registered
     assert timm.create_model("resnetrs50", num_classes=3)(torch.randn(1, 3, 64, 64)).shape == (1, 3)
+
+
+def test_recipes_are_the_papers():
+    """The same for all, but for what grows with depth: image size, dropout, RandAugment and stochastic depth."""
+    grown = []
+    for name in FIGURES:
+        config = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
+        assert config.model.name == name
+        optimizer, schedule = config.optimizer, config.scheduler
+        assert (optimizer.opt, optimizer.lr, config.train.global_batch_size) == ("momentum", 1.6, 4096)
+        assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 4e-5)
+        assert (schedule.sched, schedule.epochs) == ("cosine", 350)
+        assert (config.loss.smoothing, config.train.model_ema) == (0.1, True)
+        assert config.data.input_size == zoo.model_info(name).input_size
+        magnitude = re.fullmatch(r"rand-m(\d+)-n2", config.augment.aa or "")
+        assert magnitude is not None
+        drops = [config.model.args.get(key, 0.0) for key in ("drop_rate", "drop_path_rate")]
+        grown.append((*config.data.input_size[1:], int(magnitude[1]), *drops))
+    assert grown[0][-2:] == (0.25, 0.0)
+    assert grown[-1][-2:] == (0.4, 0.1)
+    for values in zip(*grown, strict=True):
+        assert list(values) == sorted(values)

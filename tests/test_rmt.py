@@ -11,9 +11,11 @@ from torch import nn
 
 import zoo
 from tests import golden
+from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError, DownloadError
 from zoo.models.rmt import RMT, relative_positions
 from zoo.registry import get_entry
+from zoo.training import TrainingConfig
 
 
 def tiny(name: str = "rmt_test", **arguments: Any) -> Any:
@@ -329,3 +331,26 @@ def test_bad_arguments(arguments, message):
 def test_the_class_stands_for_itself():
     one_stage = {"depths": (1,), "dims": (16,), "num_heads": (2,), "decay_range": 4.0, "decomposed": True}
     assert RMT(num_classes=3, **one_stage)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(("name", "drop_path"), [("rmt_t", 0.1), ("rmt_s", 0.15), ("rmt_b", 0.4), ("rmt_l", 0.5)])
+def test_recipes_are_the_authors(name, drop_path):
+    config = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
+    assert (config.model.name, config.model.args) == (name, {"drop_path_rate": drop_path})
+    assert (config.optimizer.opt, config.optimizer.lr, config.train.global_batch_size) == ("adamw", 2e-3, 2048)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_grad) == (0.05, None)
+    schedule = config.scheduler
+    assert (schedule.sched, schedule.epochs, schedule.cooldown_epochs, schedule.warmup_epochs) == ("cosine", 300, 10, 5)
+    assert (schedule.warmup_lr, schedule.min_lr) == (1e-6, 1e-5)
+    augment = config.augment
+    assert (augment.aa, augment.color_jitter, augment.train_interpolation) == (
+        "rand-m9-mstd0.5-inc1",
+        0.4,
+        "bicubic",
+    )
+    assert (augment.mixup, augment.cutmix, augment.mixup_switch_prob) == (0.8, 1.0, 0.5)
+    assert (augment.reprob, augment.remode, augment.aug_repeats) == (0.25, "pixel", 3)
+    assert config.loss.smoothing == 0.1
+    assert config.train.model_ema
+    assert config.train.model_ema_decay == pytest.approx(0.99996 ** (2048 / 512), abs=1e-8)
+    assert config.data.input_size == (3, 224, 224)

@@ -11,8 +11,10 @@ from torch import nn
 import zoo
 from tests import golden
 from tests.profiles import profiled
+from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError, DownloadError
-from zoo.models.simplenet import Layer
+from zoo.models.simplenet import Layer, Pool
+from zoo.training import TrainingConfig
 from zoo.training.config import SchedulerConfig
 from zoo.training.loop import make_scheduler
 
@@ -248,3 +250,37 @@ def test_the_rate_falls_at_the_milestones():
         SchedulerConfig(decay_milestones=(3,))
     with pytest.raises(ConfigError, match="rising numbers"):
         SchedulerConfig(sched="multistep", decay_milestones=(7, 3))
+
+
+@pytest.mark.parametrize("name", zoo.list_models("simplenetv1_*", pretrained=True))
+def test_recipes_for_imagenet_are_the_authors(name):
+    name = name.partition(".")[0]
+    config = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
+    assert (config.model.name, config.model.args) == (name, {})
+    optimizer = config.optimizer
+    assert (optimizer.opt, optimizer.lr, optimizer.eps) == ("rmsproptf", 0.0195, 1e-3)
+    assert optimizer.weight_decay in ((1e-5,) if name.endswith("_05") else (2e-5, 3e-5))
+    schedule = config.scheduler
+    assert (schedule.sched, schedule.epochs, schedule.warmup_lr) == ("step", 900, 1e-3)
+    assert (schedule.decay_epochs, schedule.decay_rate) == (1, 0.981)
+    assert config.train.global_batch_size in (None, 256)
+    assert (config.data.batch_size, config.loss.smoothing, config.train.model_ema_decay) == (256, 0.1, 0.9999)
+    assert (config.train.model_ema, config.train.channels_last) == (True, True)
+
+
+@pytest.mark.parametrize("name", ["310k", "460k", "5m", "5m_extra_pool"])
+def test_recipes_for_cifar_are_those_of_the_authors_logs(name):
+    config = load_config(TrainingConfig, f"configs/vision/cifar10_simplenet_{name}.yaml")
+    assert config.model.name == f"simplenet_cifar_{name}"
+    optimizer, schedule = config.optimizer, config.scheduler
+    assert (optimizer.opt, optimizer.lr, optimizer.eps, optimizer.args) == ("adadelta", 0.1, 1e-3, {"rho": 0.9})
+    assert (optimizer.weight_decay, config.data.batch_size) == (0.002, 100)
+    assert (schedule.sched, schedule.epochs, schedule.decay_rate) == ("multistep", 550, 0.1)
+    assert schedule.decay_milestones == (100, 190, 306, 390, 440, 540)
+    assert config.data.mean == pytest.approx([value / 255 for value in (125.3, 123.0, 113.9)], abs=5e-5)
+    assert config.data.std == pytest.approx([value / 255 for value in (63.0, 62.1, 66.7)], abs=5e-5)
+    assert config.augment.train_crop_mode == "src"  # 4 pixels of border, and a crop of the size that was
+    model = zoo.create_model(config.model.name, pretrained=False, **config.model.args)
+    behind = {"head.drop"} | {f"{key}.drop" for key, module in model.named_modules() if isinstance(module, Pool)}
+    dropouts = {key: m.p for key, m in model.named_modules() if isinstance(m, nn.Dropout | nn.Dropout2d) and m.p}
+    assert dropouts == dict.fromkeys(behind, 0.1)

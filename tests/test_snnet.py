@@ -319,6 +319,19 @@ def test_recipe_is_the_authors():
     assert (config.distill.kind, config.distill.alpha) == ("hard", 0.5)
 
 
+def test_recipe_of_swin_anchors_is_the_authors():
+    """At the anchors' rate: 5e-4 for 512 images, times 0.1; the stitching layers' own is named in the header."""
+    config = load_config(TrainingConfig, "configs/vision/imagenet1k/snnet_swin_ti_s_b.yaml")
+    assert config.model.name == "snnet_swin_ti_s_b"
+    assert config.model.args == {"sample_stitches": True, "drop_path_rate": 0.2}
+    assert (config.optimizer.opt, config.train.global_batch_size, config.scheduler.epochs) == ("adamw", 1024, 50)
+    assert config.optimizer.lr == pytest.approx(5e-4 * 1024 / 512 * 0.1)
+    assert (config.optimizer.weight_decay, config.optimizer.clip_grad) == (0.05, 5.0)
+    assert config.scheduler.sched == "cosine"
+    assert (config.distill.kind, config.distill.alpha) == ("hard", 0.5)
+    assert (config.distill.teacher or "").startswith("timm/regnety_160")
+
+
 @pytest.mark.parametrize("number", [0, 1, 2, 5])
 def test_swin(number):
     """The same of Swin anchors: stitches within the stages, at fixed input size."""

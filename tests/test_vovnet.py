@@ -5,7 +5,9 @@ import torch
 
 import zoo
 from tests import golden
+from zoo.config import load_config
 from zoo.registry import get_entry
+from zoo.training import TrainingConfig
 
 SMALL = ("ese_vovnet19b_slim_dw@192x256", "ese_vovnet19b_dw", "vovnet27_slim")
 # parameters, MACs (G) at 224x224; two digits are timm's table, which counts activations, too
@@ -72,3 +74,16 @@ def test_timms_forms_are_not_the_published_ones():
         assert not torch.allclose(ours(images), timms(images), rtol=1e-2)
     assert not get_entry("vovnet39").weights
     assert [w.tag for w in get_entry("ese_vovnet39b").weights] == ["ra_in1k"]
+
+
+@pytest.mark.parametrize("name", ["vovnet27_slim", "vovnet39", "vovnet57"])
+def test_recipes_are_the_authors(name):
+    config = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
+    assert (config.model.name, config.model.args) == (name, {})
+    optimizer, schedule = config.optimizer, config.scheduler
+    assert (optimizer.opt, optimizer.lr, config.train.global_batch_size) == ("momentum", 0.1, 256)
+    assert (optimizer.momentum, optimizer.weight_decay) == (0.9, 1e-4)
+    assert (schedule.sched, schedule.epochs, schedule.warmup_epochs) == ("step", 90, 0)
+    assert (schedule.decay_epochs, schedule.decay_rate) == (30, 0.1)
+    assert (config.augment.aa, config.augment.mixup, config.augment.reprob, config.loss.smoothing) == (None, 0, 0, 0)
+    assert config.data.input_size == (3, 224, 224)
