@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import safetensors.torch
 import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
 import zoo
 from tests import golden
+from tests.launcher import Launcher
 from zoo.config import load_config
 from zoo.errors import ConfigError
 from zoo.models.snnet import Stitch, paired
@@ -330,6 +334,45 @@ def test_recipe_of_swin_anchors_is_the_authors():
     assert config.scheduler.sched == "cosine"
     assert (config.distill.kind, config.distill.alpha) == ("hard", 0.5)
     assert (config.distill.teacher or "").startswith("timm/regnety_160")
+
+
+SMALL = """
+model: {name: snnet_test, args: {dims: [16, 32], img_size: 16}}
+data: {name: digits, batch_size: 128, workers: 0, input_size: [1, 16, 16], mean: [0.3], std: [0.38]}
+augment: {scale: [0.8, 1.0], hflip: 0.0, color_jitter: 0.0}
+optimizer: {lr: 3.0e-3}
+scheduler: {epochs: 1, warmup_epochs: 0}
+train: {global_batch_size: 256, device: cpu}
+output: {tracker: null}
+"""
+
+
+def weights_after(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "last" / "model.safetensors")
+
+
+def test_several_processes_train(tmp_path):
+    """A path that leaves weights out is learned by two as by one; with paths drawn, every process draws its own."""
+    (tmp_path / "small.yaml").write_text(SMALL)
+    argv = ["--config", tmp_path / "small.yaml"]
+    fixed = [*argv, "--model.args.stitch", 4]
+    drawn = [*argv, "--model.args.sample_stitches", "true", "--data.batch_size", 64, "--scheduler.epochs", 4]
+    launcher = Launcher()
+    try:
+        launcher.run(tmp_path, *fixed, "--output.dir", tmp_path / "one")
+        launcher.run(tmp_path, *fixed, "--data.batch_size", 64, "--output.dir", tmp_path / "two", processes=2)
+        launcher.run(tmp_path, *drawn, "--output.dir", tmp_path / "drawn", processes=2)
+        job = launcher.start(
+            tmp_path, *drawn, "--train.parallel", "fsdp", "--output.dir", tmp_path / "sharded", processes=2
+        )
+        assert job.wait() == [1, 1]
+        assert "error: train.parallel fsdp does not go with StitchedViT" in job.text()
+    finally:
+        launcher.close()
+    one, two, every = (weights_after(tmp_path / name) for name in ("one", "two", "drawn"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(every[name], tensor)  # which is as it began where the path does not lead
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 5])

@@ -101,6 +101,8 @@ class SNNet(ZooModelHubMixin, nn.Module):
     A subclass makes `anchors` and `stitch_layers`, lists the `stitches`, and says what a path consists of.
     """
 
+    selective = True  # for training: not every weight takes part in every step
+
     def __init__(self, num_classes: int, sample_stitches: bool) -> None:
         super().__init__()
         self.num_classes = num_classes

@@ -9,8 +9,8 @@ for bit, on the same number of processes.
 Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
 update takes `data.batch_size` x processes x `train.grad_accum_steps` successive images of that order, and gradients are
-averaged over them. Only what is drawn for a batch, not an image, differs: mixup, drop path, dropout. On several
-machines, run the same command on each, with a folder for the run that all of them share:
+averaged over them. Only what is drawn for a batch, not an image, differs: mixup, drop path, dropout, SN-Net's path. On
+several machines, run the same command on each, with a folder for the run that all of them share:
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --config ...
 
@@ -42,7 +42,7 @@ import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
@@ -337,7 +337,15 @@ class _Loop:
             self._load_learner(*saved)
 
         self.sharded = train.parallel == "fsdp" and processes > 1
+        selective = any(getattr(module, "selective", False) for module in learner.modules())
+        if selective:  # else DDP waits for the gradients of weights that took no part
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.sharded:
+            if selective:  # a process would gather weights that the others do not ask for
+                raise ConfigError(
+                    f"train.parallel fsdp does not go with {type(model).__name__}, of which each process computes a "
+                    "part of its own: take ddp."
+                )
             if config.optimizer.clip_mode == "agc" and config.optimizer.clip_grad is not None:
                 raise ConfigError("optimizer.clip_mode agc does not go with train.parallel fsdp: take norm or value.")
             self.whole_model = copy.deepcopy(model).cpu()
