@@ -15,22 +15,17 @@ from zoo.registry import get_entry
 SIZE = 64  # small images keep tests over the registry quick: the last map is 2x2
 
 
-FEW = ("poolformer_s12", "rmt_test", "sret_test")  # for tests that compile or trace, seconds a model
+FEW = ("poolformer_s12", "rmt_test", "snnet_test", "sret_test")  # for tests that compile or trace, seconds a model
 
 
 def each_vision_model(few: bool = False) -> list[Any]:
-    """Parameters for `pytest.mark.parametrize("name", ...)`: slow but for the smallest of each series, or `FEW`.
-
-    Without those that compute with part of their weights at a time: what holds for them, their own tests say.
-    """
+    """Parameters for `pytest.mark.parametrize("name", ...)`: slow but for the smallest of each series, or `FEW`."""
     smallest: dict[str, str] = {}
     for info in zoo.search(task="vision", sort="params"):
         smallest.setdefault(series(info.name), info.name)
     quick = set(FEW if few else smallest.values())
     return [
-        pytest.param(name, marks=() if name in quick else pytest.mark.slow)
-        for name in zoo.list_models(task="vision")
-        if not get_entry(name).selective
+        pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in zoo.list_models(task="vision")
     ]
 
 

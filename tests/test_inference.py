@@ -98,7 +98,7 @@ def test_compiles_and_exports(name):
 @torch.no_grad()
 def test_features(name):
     """In timm's wrappers, which take the model apart ("list"), hold it ("getter") or hook into it ("hook")."""
-    kinds = ["getter", "hook"] if name.startswith("eupe_vit") else ["list", "getter", "hook"]
+    kinds = ["getter", "hook"] if name.startswith(("eupe_vit", "snnet")) else ["list", "getter", "hook"]
     feature_cls = kinds[zoo.list_models(task="vision").index(name) % len(kinds)]
     model = randomize(create(name, features_only=True, feature_cls=feature_cls))
     for found, expected in zip(zoo.optimize_for_inference(model)(images()), model(images()), strict=True):

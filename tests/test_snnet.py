@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -15,6 +16,7 @@ from tests import golden
 from tests.launcher import Launcher
 from zoo.config import load_config
 from zoo.errors import ConfigError
+from zoo.evaluation.prediction import class_activation_map
 from zoo.models.snnet import Stitch, paired
 from zoo.profiling.stitches import stitch_costs
 from zoo.training import TrainingConfig
@@ -27,7 +29,7 @@ def small(**arguments):
 def small_swin(**arguments):
     depths = ((2, 2, 2, 1), (2, 2, 4, 1))
     sizes = {"dims": (16, 24), "depths": depths, "num_heads": (1, 2), "window_size": 2, "img_size": 64}
-    return zoo.create_model("snnet_swin_ti_s_b", pretrained=False, **sizes, **arguments)
+    return zoo.create_model("snnet_swin_ti_s_b", pretrained=False, **(sizes | arguments))
 
 
 def images(batch: int = 2, side: int = 64, channels: int = 3) -> torch.Tensor:
@@ -196,6 +198,9 @@ def test_least_squares_initialisation():
     model = small().eval()
     with pytest.raises(ConfigError, match="at least one batch"):
         model.init_stitches([])
+    for path in (0, 4):
+        with pytest.raises(ConfigError, match="holds one path alone: call it before `extract`"):
+            model.extract(path).init_stitches([images()])
     model.train()
     torch.manual_seed(0)
     model.init_stitches([images(8), images(4) + 1])
@@ -277,8 +282,67 @@ def test_contract(number):
     model.reset_classifier(0)
     assert model(images()).shape == (2, model.num_features)
     assert small(stitch=number, in_chans=1)(images(channels=1)).shape == (2, 1000)
-    wrapped = small(stitch=number, features_only=True, feature_cls="getter", out_indices=(0, 2)).eval()
+    wrapped = small(stitch=number, features_only=True, out_indices=(0, 2)).eval()
     assert [m.shape[1] for m in wrapped(images())] == [maps[0].shape[1], maps[2].shape[1]]
+    assert zoo.profile(model, (3, 64, 64)).unknown_operators == {}
+
+
+@pytest.mark.parametrize("make", ["small", "small_swin"])
+def test_each_path_is_scripted_pruned_and_made_fast(make):
+    model = {"small": small, "small_swin": small_swin}[make](num_classes=7).eval()
+    with torch.no_grad():
+        for number in (0, 1, model.num_stitches - 1):
+            model.set_stitch(number)
+            expected = model(images())
+            torch.testing.assert_close(torch.jit.script(model)(images()), expected)
+            torch.testing.assert_close(zoo.optimize_for_inference(model)(images()), expected, rtol=1e-4, atol=1e-5)
+            blocks = len(model.feature_info)
+            maps = model.forward_intermediates(images(), intermediates_only=True)
+            for last in range(blocks):
+                pruned = model.extract()
+                assert pruned.prune_intermediate_layers([last]) == [last]
+                assert len(pruned.feature_info) == last + 1
+                assert pruned.num_features == maps[last].shape[1]
+                assert torch.equal(pruned.forward_intermediates(images())[1][-1], maps[last])
+                assert isinstance(pruned.get_classifier(), nn.Identity)
+            kept = model.extract()
+            kept.prune_intermediate_layers([blocks - 1], prune_head=False)
+            assert torch.equal(kept(images()), expected)
+
+
+def test_checkpoints_fit_other_classes_and_channels(tmp_path):
+    """Those of every anchor: the heads start anew, the stems are adapted, all else is loaded."""
+    model = small(num_classes=5).eval()
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    other = zoo.create_model("snnet_test", checkpoint_path=folder, num_classes=3, in_chans=1, stitch=4).eval()
+    heads, stems = (tuple(f"anchors.{i}.{part}" for i in (0, 1)) for part in ("head", "patch_embed.proj"))
+    for name, tensor in model.state_dict().items():
+        found = other.state_dict()[name]
+        if name.startswith(heads):
+            assert found.shape[0] == 3
+        elif name.startswith(stems) and name.endswith("weight"):
+            torch.testing.assert_close(found, tensor.sum(1, keepdim=True))
+        else:
+            assert torch.equal(found, tensor)
+    features = zoo.create_model("snnet_test", checkpoint_path=folder, features_only=True, stitch=4).eval()
+    model.set_stitch(4)
+    maps = model.forward_intermediates(images(), intermediates_only=True)
+    assert all(torch.equal(one, two) for one, two in zip(features(images()), maps, strict=True))
+
+
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_activation_maps(number):
+    picture = Image.fromarray(torch.randint(256, (80, 80, 3), dtype=torch.uint8).numpy())
+    arguments = {"dims": (8, 16), "num_heads": (1, 1), "window_size": 7}
+    for model in (
+        small(stitch=number),
+        small(stitch=number, in_chans=1).extract(),
+        small_swin(stitch=number, **arguments, img_size=224),
+    ):
+        side = model.pretrained_cfg["input_size"][1]
+        activation = class_activation_map(model, picture)
+        assert activation.shape == (side, side)
+        assert 0 <= activation.min() <= activation.max() <= 1
 
 
 def test_saved_and_opened(tmp_path):
@@ -401,3 +465,20 @@ def test_swin(number):
         before = model.stitch_layers[2][0][0].transform.weight.clone()
         model.init_stitches([images(4)])
     assert not torch.equal(model.stitch_layers[2][0][0].transform.weight, before)
+
+
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_contract_of_swin(number):
+    model = small_swin(stitch=number, num_classes=7).eval()
+    expected = model(images())
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: torch.export.Dim("batch", max=8)},)).module()
+    torch.testing.assert_close(exported(images(3)), model(images(3)), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images()), expected, rtol=1e-4, atol=1e-5)
+    assert small_swin(stitch=number, in_chans=1)(images(channels=1)).shape == (2, 1000)
+    wrapped = small_swin(stitch=number, features_only=True, out_indices=(0, -1)).eval()
+    maps = model.forward_intermediates(images(), intermediates_only=True)
+    assert [m.shape for m in wrapped(images())] == [maps[0].shape, maps[-1].shape]
+    profile = zoo.profile(model, (3, 64, 64))
+    assert profile.unknown_operators == {}
+    assert profile.macs == stitch_costs(model, (3, 64, 64))[number].macs

@@ -29,7 +29,7 @@ def images(batch: int = 1, channels: int = 3) -> torch.Tensor:
 
 
 def each(names: str | tuple[str, ...]) -> tuple[str, ...]:
-    """A model may have several classifiers."""
+    """A model may have several classifiers, and several stems."""
     return (names,) if isinstance(names, str) else names
 
 
@@ -47,9 +47,12 @@ def test_forward_and_gradient_checkpointing(name):
 @models
 def test_backward_reaches_every_parameter(name):
     model = create(name, num_classes=42).train()
-    outputs = model(images(2))
-    assert outputs.shape == (2, 42)
-    outputs.mean().backward()
+    for path in range(getattr(model, "num_stitches", 1)):
+        if path:
+            model.set_stitch(path)
+        outputs = model(images(2))
+        assert outputs.shape == (2, 42)
+        outputs.mean().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
@@ -67,8 +70,10 @@ def test_default_configuration(name):
 
     features = model.forward_features(batch)
     maps = features.ndim == 4
+    order = (0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else tuple(range(features.ndim))
     tokens = 0 if maps else model.num_prefix_tokens + math.prod(cfg["pool_size"])
-    assert features.shape == ((1, model.num_features, *cfg["pool_size"]) if maps else (1, tokens, model.num_features))
+    expected = (1, model.num_features, *cfg["pool_size"]) if maps else (1, tokens, model.num_features)
+    assert features.permute(order).shape == expected
     logits = model.forward_head(features)
     pre_logits = model.forward_head(features, pre_logits=True)
     assert logits.shape == (1, model.num_classes or model.head_hidden_size)
@@ -77,19 +82,20 @@ def test_default_configuration(name):
     keys = model.state_dict().keys()
     for place in ("classifier", "first_conv") if model.num_classes else ("first_conv",):
         assert all(f"{p}.weight" in keys for p in each(cfg[place])), place
-    assert model.get_submodule(cfg["first_conv"]).weight.shape[1] == cfg["input_size"][0]
+    for stem in each(cfg["first_conv"]):
+        assert model.get_submodule(stem).weight.shape[1] == cfg["input_size"][0]
     for classifier in each(cfg["classifier"]) if model.num_classes else ():
         assert model.get_submodule(classifier).weight.shape[0] == cfg["num_classes"]
 
     model.reset_classifier(0)
     assert model(batch).shape == pre_logits.shape
     model.reset_classifier(0, "")
-    unpooled = (1, model.head_hidden_size, *features.shape[2:]) if maps else features.shape
-    assert model(batch).shape == unpooled
+    unpooled = (1, model.head_hidden_size, *cfg["pool_size"]) if maps else features.shape
+    assert model(batch).permute(order).shape == unpooled
     model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0).eval()
     assert model(batch).shape == pre_logits.shape
     model = zoo.create_model(name, pretrained=False, device="meta", num_classes=0, global_pool="").eval()
-    assert model(batch).shape == unpooled
+    assert model(batch).permute(order).shape == unpooled
 
 
 def test_every_family_has_a_tiny_model():
@@ -292,13 +298,13 @@ def test_layer_groups(name):
     """Every parameter is in one group, the groups run from the stem to the head, and blocks keep together."""
     model = zoo.create_model(name, pretrained=False, device="meta")
     parameters = sorted(key for key, _ in model.named_parameters())
-    first_conv = f"{model.default_cfg['first_conv']}.weight"
+    first_convs = {f"{stem}.weight" for stem in each(model.default_cfg["first_conv"])}
     classifiers = {f"{classifier}.weight" for classifier in each(model.default_cfg["classifier"])}
     for coarse in (False, True):
         groups = group_parameters(model, model.group_matcher(coarse=coarse), reverse=False)
         assert sorted(key for group in groups.values() for key in group) == parameters
         order = sorted(groups)
-        assert first_conv in groups[order[0]]
+        assert first_convs <= set(groups[order[0]])
         assert not model.num_classes or classifiers <= set(groups[order[-1]])
         assert not model.num_classes or len(groups[order[-1]]) <= 8, "the head is a group of its own"
         assert len(groups) >= len(model.feature_info)

@@ -144,8 +144,7 @@ class Entry:
     input_size: tuple[int, int, int] = (3, 224, 224)
     pool_size: tuple[int, int] | None = None  # of the last map, where it is not input_size / 32, rounded up
     fixed_input_size: bool = False  # the module takes `img_size` and runs at that size alone
-    selective: bool = False  # the module computes with part of its weights, which is chosen at run time
-    first_conv: str = ""  # module names, as in timm's pretrained_cfg
+    first_conv: str | tuple[str, ...] = ""  # module names, as in timm's pretrained_cfg
     classifier: str | tuple[str, ...] = ""
     note: str = ""  # e.g. why our figures differ from the reported ones
     # values of arguments that timm's class of the same name does not have but builds in

@@ -62,8 +62,10 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
         }
     )
     cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    stem = dict(model.named_modules()).get(str(cfg.get("first_conv")))
-    channels = stem.in_channels if isinstance(stem, nn.Conv2d) else cfg["input_size"][0]
+    first = cfg.get("first_conv")  # a name, or several of a model with several ways in
+    modules = dict(model.named_modules())
+    stems = [modules.get(name) for name in ([first] if isinstance(first, str) else first or ())]
+    channels = next((stem.in_channels for stem in stems if isinstance(stem, nn.Conv2d)), cfg["input_size"][0])
     if "input_size" in given and given["input_size"][0] != channels:
         raise ConfigError(
             f"data.input_size asks for {given['input_size'][0]} channels, but the model takes {channels} "

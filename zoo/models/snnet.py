@@ -11,8 +11,6 @@ The anchors are timm's classes and keep timm's keys, below `anchors.*`. Where th
 follows the authors' code: a stitched path of DeiT anchors leaves out the last one's final norm (`end_norm` puts it in).
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import re
@@ -32,6 +30,8 @@ from zoo.errors import ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.registry import Entry, Paper, Weights, register
+
+torch.fx.wrap("resample_abs_pos_embed")  # which compares sizes: FX is not to trace into it
 
 __all__ = ["SNNet", "Stitch", "StitchedSwin", "StitchedViT"]
 
@@ -102,6 +102,8 @@ class SNNet(ZooModelHubMixin, nn.Module):
     """
 
     selective = True  # for training: not every weight takes part in every step
+    default_feature_cls = "getter"  # a path is no sequence of this module's children
+    end_norm: bool  # whether a stitched path ends with its last anchor's norm
 
     def __init__(self, num_classes: int, sample_stitches: bool) -> None:
         super().__init__()
@@ -122,11 +124,16 @@ class SNNet(ZooModelHubMixin, nn.Module):
 
     def normalise(self, stitch: Stitch, x: Tensor) -> Tensor:
         """What stands between the last block and the head."""
-        raise NotImplementedError
+        end: Any = self.anchors[stitch.anchors[-1]]
+        return end.norm(x) if self.end_norm or not stitch.cuts else x
 
     def front_parts(self, anchor: Any) -> list[Any]:
         """Modules and parameters of an anchor that only its embedding needs."""
         return [anchor.patch_embed]
+
+    def body(self, stitch: Stitch) -> dict[str, nn.Module]:
+        """Children of an anchor with which it computes a path: what to put in its place."""
+        raise NotImplementedError
 
     def reduction(self, block: str) -> int:
         """Pixels of the input to a token behind a block of this name, per side."""
@@ -166,7 +173,7 @@ class SNNet(ZooModelHubMixin, nn.Module):
         ]
 
     @torch.jit.ignore
-    def extract(self, stitch: int | None = None) -> SNNet:
+    def extract(self, stitch: int | None = None) -> "SNNet":
         """A copy that holds the weights of one path alone (the current one by default), as its only stitch."""
         config = self.stitch_config(self.stitch if stitch is None else stitch)
         first, last = config.anchors[0], config.anchors[-1]
@@ -247,11 +254,39 @@ class SNNet(ZooModelHubMixin, nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the heads; all blocks stay, as other paths may need them. Returns the indices of the path's blocks."""
-        take, _ = feature_take_indices(len(self.feature_info), indices)
-        if prune_head:
+        """Drop what the current path does not need up to the last of its blocks in `indices`, and the head.
+
+        The path is the only stitch that is left, of number 0. Returns the indices of the blocks kept.
+        """
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        width, ends_early = self.feature_info[last]["num_chs"], last + 1 < len(self.feature_info)
+        alone = self.extract()
+        self.anchors, self.stitch_layers, self.stitches = alone.anchors, alone.stitch_layers, alone.stitches
+        self.set_stitch(0)
+        (path,) = self.stitches
+        blocks = [step for step in self.steps(path) if hasattr(step, "mlp")]
+        end: Any = self.anchors[path.anchors[-1]]
+        if prune_norm or ends_early:
+            end.norm = nn.Identity()
+        if prune_head or ends_early:
             self.reset_classifier(0, "")
+        steps = self.steps(path)
+        names = {module: name for name, module in self.named_modules()}
+        for step in steps[steps.index(blocks[last]) + 1 :]:
+            self.set_submodule(names[step], nn.Identity())
+        self.set_stitch(0)
+        self.num_features = self.head_hidden_size = width
         return take
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """The current path as one of timm's models, for `torch.jit.script`: TorchScript cannot choose among modules."""
+        path = self.stitches[self.stitch]
+        front: Any = self.anchors[path.anchors[0]]
+        end: Any = self.anchors[path.anchors[-1]]
+        plain = copy.copy(front)
+        norm = end.norm if self.end_norm or not path.cuts else nn.Identity()
+        plain._modules = {**front._modules, **self.body(path), "norm": norm, "head": end.head}
+        return plain
 
     def forward_intermediates(
         self,
@@ -297,8 +332,12 @@ class SNNet(ZooModelHubMixin, nn.Module):
         Args:
             batches: images, (B, in_chans, H, W), as in training: a handful of batches will do.
 
-        Raises ConfigError without any batch.
+        Raises ConfigError without any batch, and where the anchors are no longer whole.
         """
+        if not all(Stitch(anchors=(number,)) in self.stitches for number in range(len(self.anchors))):
+            raise ConfigError(
+                "init_stitches compares whole anchors, and this model holds one path alone: call it before `extract`."
+            )
         passages: dict[nn.Linear, dict[tuple[nn.Module, nn.Module], None]] = {}
         for stitch in self.stitches:
             steps = self.steps(stitch)
@@ -369,6 +408,8 @@ class StitchedViT(SNNet):
 
     Raises ConfigError for values that cannot be.
     """
+
+    num_prefix_tokens = 1  # the class token
 
     def __init__(
         self,
@@ -442,7 +483,11 @@ class StitchedViT(SNNet):
 
     def embed(self, anchor: int, x: Tensor) -> Tensor:
         vit: Any = self.anchors[anchor]
-        return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x))))
+        x = vit.patch_embed(x)  # (B, h, w, C)
+        size = [x.shape[1], x.shape[2]]
+        positions = resample_abs_pos_embed(vit.pos_embed, size, list(vit.patch_embed.grid_size))
+        x = torch.cat([vit.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], dim=1) + positions
+        return vit.norm_pre(vit.patch_drop(vit.pos_drop(x)))
 
     def steps(self, stitch: Stitch) -> list[nn.Module]:
         steps: list[nn.Module] = []
@@ -456,12 +501,12 @@ class StitchedViT(SNNet):
             start = first
         return steps + list(last_anchor.blocks)[start:]
 
-    def normalise(self, stitch: Stitch, x: Tensor) -> Tensor:
-        end: Any = self.anchors[stitch.anchors[-1]]
-        return end.norm(x) if self.end_norm or not stitch.cuts else x
-
     def front_parts(self, anchor: Any) -> list[Any]:
         return [anchor.patch_embed, anchor.cls_token, anchor.pos_embed]
+
+    def body(self, stitch: Stitch) -> dict[str, nn.Module]:
+        # timm hands `blocks` masks, which a stitching layer does not take
+        return {"norm_pre": nn.Sequential(*self.steps(stitch)), "blocks": nn.Sequential()}
 
     def reduction(self, block: str) -> int:
         return self.patch_size
@@ -503,6 +548,7 @@ class StitchedSwin(SNNet):
     """
 
     end_norm = True
+    output_fmt = "NHWC"
 
     def __init__(
         self,
@@ -589,9 +635,8 @@ class StitchedSwin(SNNet):
         parts = [part for stage in stages for part in (stage.downsample, *stage.blocks)]
         return [part for part in parts if not isinstance(part, nn.Identity)]
 
-    def normalise(self, stitch: Stitch, x: Tensor) -> Tensor:
-        end: Any = self.anchors[stitch.anchors[-1]]
-        return end.norm(x)
+    def body(self, stitch: Stitch) -> dict[str, nn.Module]:
+        return {"layers": nn.Sequential(*self.steps(stitch))}
 
     def reduction(self, block: str) -> int:
         return 4 * 2 ** int(block.split(".")[3])  # anchors.0.layers.1.blocks.0
@@ -652,6 +697,7 @@ NOTE = (
 
 
 def _entry(name: str, args: dict[str, Any], compact: str, swin: bool = False, **fields: Any) -> None:
+    anchors = len(args.get("dims", (96, 96, 128)))
     register(
         Entry(
             name=name,
@@ -663,10 +709,9 @@ def _entry(name: str, args: dict[str, Any], compact: str, swin: bool = False, **
             code_license="apache-2.0",
             code_url="https://github.com/ziplab/SN-Net",
             convert=convert,
-            first_conv="anchors.0.patch_embed.proj",
-            classifier="anchors.0.head.fc" if swin else "anchors.0.head",
+            first_conv=tuple(f"anchors.{anchor}.patch_embed.proj" for anchor in range(anchors)),
+            classifier=tuple(f"anchors.{anchor}.head{'.fc' if swin else ''}" for anchor in range(anchors)),
             fixed_input_size=swin,
-            selective=True,
             note=NOTE,
             **fields,
         )
@@ -675,8 +720,9 @@ def _entry(name: str, args: dict[str, Any], compact: str, swin: bool = False, **
 
 _entry(
     "snnet_deit_ti_s_b",
-    {},
+    {"dims": (192, 384, 768), "num_heads": (3, 6, 12)},
     "71 networks between DeiT-Ti and DeiT-B in one set of weights, chosen at run time.",
+    pool_size=(14, 14),
     weights=(
         Weights(
             tag="ziplab_in1k",
@@ -692,12 +738,14 @@ _entry(
     "snnet_deit_ti_s",
     {"dims": (192, 384), "num_heads": (3, 6)},
     "36 networks between DeiT-Ti and DeiT-S in one set of weights, chosen at run time.",
+    pool_size=(14, 14),
 )
 _entry(
     "snnet_test",
     {"dims": (32, 64), "num_heads": (2, 4), "depth": 3, "patch_size": 8, "img_size": 64},
     "A tiny one for tests and trials, not of the paper.",
     input_size=(3, 64, 64),
+    pool_size=(8, 8),
 )
 _entry(
     "snnet_swin_ti_s_b",
