@@ -262,6 +262,16 @@ def test_profile_prints_tables_and_json(tmp_path):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_profile_of_stitches(tmp_path):
+    output = succeed("profile", "snnet_test", "--stitches", "--plot", "stitches.svg", cwd=tmp_path)
+    assert "anchor 0 to block 0 > anchor 1 from block 1" in output
+    assert "9 networks at 3x64x64." in output
+    assert (tmp_path / "stitches.svg").read_text().count("<use") > 9
+    costs = json.loads(succeed("profile", "snnet_test", "--stitches", "--input-size", "3", "32", "32", "--json"))
+    assert [cost["stitch"] for cost in costs["stitches"]] == list(range(9))
+    assert costs["stitches"][0]["macs"] == zoo.profile("snnet_test", (3, 32, 32)).macs
+
+
 def test_benchmark_prints_json(tmp_path):
     arguments = ["poolformer_s12", "--input-size", "3", "32", "32", "--batch-size", "1", "2", "--threads", "1"]
     results = json.loads(succeed("benchmark", *arguments, "--repeats", "2", "--json"))
@@ -324,6 +334,7 @@ HEAVY_USER_ERRORS = [
     (["profile", "poolformer_s12", "--input-size", "4", "224", "224"], "4"),
     (["profile", "poolformer_s12", "--batch-size", "0"], "batch_size"),
     (["profile", "poolformer_s12", "--depth", "-1"], "depth"),
+    (["profile", "poolformer_s12", "--stitches"], "has no stitches"),
     (["benchmark", "poolformer_s12", "--batch-size", "-1"], "batch"),
     (["benchmark", "poolformer_s12", "--dtype", "float23"], "float23"),
     (["benchmark", "poolformer_s12", "--device", "gpu"], "gpu"),
@@ -356,6 +367,7 @@ WRONG_USAGE = [
     (["profile", "poolformer_s12", "--input-size", "224"], "--input-size: expected 3 arguments"),
     (["profile", "poolformer_s12", "--depth", "deep"], "--depth: invalid int value: 'deep'"),
     (["profile", "poolformer_s12", "poolformer_s24", "--plot", "x.png"], "--plot draws one model"),
+    (["profile", "snnet_test", "--stitches", "--tokens", "8"], "--stitches takes a single NAME"),
     (["convert", "in.pth"], "required: OUT.safetensors"),
 ]
 

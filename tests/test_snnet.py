@@ -18,7 +18,7 @@ from zoo.config import load_config
 from zoo.errors import ConfigError
 from zoo.evaluation.prediction import class_activation_map
 from zoo.models.snnet import Stitch, paired
-from zoo.profiling.stitches import stitch_costs
+from zoo.profiling import stitch_costs
 from zoo.training import TrainingConfig
 
 
@@ -147,6 +147,9 @@ def test_costs_of_all_stitches_are_the_published(name, count, tmp_path):
         costs.plot(tmp_path / "costs.svg", top1=(1, 2))
     with pytest.raises(ConfigError, match="takes an SN-Net"):
         stitch_costs(nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="one path alone"):
+        stitch_costs(model.extract(1))
+    assert stitch_costs(name) == costs
 
 
 # ------------------------------------------------------------------------------------------------------------- stitches

@@ -47,6 +47,10 @@ PER_TOKEN = (
 )
 TOP1 = "top-1: best ImageNet-1k accuracy claimed for any of a model's weights at that size, percent."
 MIOU = "mIoU: best Cityscapes accuracy of segmentation claimed likewise, percent."
+STITCH_COSTS = (
+    "Params: of the path, by the authors' rule, which leaves out class token and positions. MACs: convolution, linear "
+    "and attention, one fused multiply-add counts one, for one image. fvcore: MACs and norms."
+)
 
 
 # -------------------------------------------------------------------------------------------------------------- parsing
@@ -183,6 +187,7 @@ zoo profile caformer_s18 --input-size 3 384 384 --depth 3
 zoo profile poolformer_s12 --plot cost.png
 zoo profile slak_tiny --sparsity 0.4 --sparsity-rule erk
 zoo profile mobilellm_125m --tokens 512
+zoo profile snnet_deit_ti_s_b --stitches --plot stitches.png
 zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     )
     sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
@@ -191,6 +196,7 @@ zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images or texts at once (default: 1)")
     sub.add_argument("--depth", type=int, default=2, metavar="N", help="levels of modules to show (default: 2)")
     sub.add_argument("--plot", metavar="FILE", help="also draw where the cost lies, for a single NAME")
+    sub.add_argument("--stitches", action="store_true", help="of an SN-Net: a row for each network in it")
     zeros = sub.add_mutually_exclusive_group()
     zeros.add_argument("--checkpoint", metavar="FILE", help="weights whose zeros are counted, for a single NAME")
     zeros.add_argument("--sparsity", type=float, metavar="S", help="count as if this share of the weights were zero")
@@ -523,6 +529,19 @@ def run_profile(args: argparse.Namespace) -> None:
     import zoo
 
     size = None if args.input_size is None else tuple(args.input_size)
+    if args.stitches:
+        from zoo.profiling import stitch_costs
+
+        costs = stitch_costs(args.names[0], size)
+        if args.json:
+            print_json(costs.to_dict())
+        else:
+            print(costs.table())
+            print_text(f"{count('network', costs.stitches)} at {shape(costs.input_size)}. {STITCH_COSTS}")
+        if args.plot:
+            costs.plot(args.plot)
+            note(f"Plot: {args.plot}")
+        return
     options = {
         "input_size": size,
         "batch_size": args.batch_size,
@@ -1004,6 +1023,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.error("--plot draws one model: give a single NAME.")
     if args.command == "profile" and args.checkpoint and len(args.names) > 1:
         command.error("--checkpoint holds one model: give a single NAME.")
+    if args.command == "profile" and args.stitches:
+        others = (args.checkpoint, args.sparsity, args.tokens)
+        if len(args.names) > 1 or args.batch_size != 1 or any(other is not None for other in others):
+            command.error("--stitches takes a single NAME, and goes with --input-size, --plot and --json alone.")
     if args.command == "sparsity" and args.layers and not args.plot:
         command.error("--layers are those to draw: say with --plot where.")
     if args.command == "predict":

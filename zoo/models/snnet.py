@@ -147,6 +147,11 @@ class SNNet(ZooModelHubMixin, nn.Module):
     def num_stitches(self) -> int:
         return len(self.stitches)
 
+    @property
+    def has_whole_anchors(self) -> bool:
+        """Whether every anchor can run alone: not once a path was extracted, or pruned to."""
+        return all(Stitch(anchors=(number,)) in self.stitches for number in range(len(self.anchors)))
+
     @torch.jit.ignore
     def stitch_config(self, stitch: int) -> Stitch:
         """The path of number `stitch`. Raises ConfigError where there is none of that number."""
@@ -334,7 +339,7 @@ class SNNet(ZooModelHubMixin, nn.Module):
 
         Raises ConfigError without any batch, and where the anchors are no longer whole.
         """
-        if not all(Stitch(anchors=(number,)) in self.stitches for number in range(len(self.anchors))):
+        if not self.has_whole_anchors:
             raise ConfigError(
                 "init_stitches compares whole anchors, and this model holds one path alone: call it before `extract`."
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from zoo.errors import ConfigError
 from zoo.files import whole_file
 from zoo.plots import check_picture
 from zoo.profiling.report import profile
+from zoo.profiling.resolve import build, check_input_size, default_input_size
 from zoo.units import humanize
 
 if TYPE_CHECKING:
@@ -100,16 +101,19 @@ class StitchCosts:
         return path
 
 
-def stitch_costs(model: SNNet, input_size: tuple[int, int, int] | None = None) -> StitchCosts:
+def stitch_costs(model: nn.Module | str, input_size: tuple[int, int, int] | None = None) -> StitchCosts:
     """The costs of every stitch of `model` at `input_size` (channels, height, width; by default the model's own).
 
-    Raises ConfigError for a model without stitches, and what `zoo.profile` raises.
+    `model` is an SN-Net or its name; nothing is allocated for one that is named.
+    Raises ConfigError for a model without stitches or of one path alone, and what `zoo.profile` raises.
     """
+    model = build(model, device="meta") if isinstance(model, str) else model
     if not hasattr(model, "stitches"):
         raise ConfigError(f"{type(model).__name__} has no stitches: stitch_costs takes an SN-Net.")
-    if input_size is None:
-        cfg: Any = getattr(model, "pretrained_cfg", None) or {}
-        input_size = tuple(cfg.get("input_size", (3, 224, 224)))
+    model = cast("SNNet", model)
+    if not model.has_whole_anchors:
+        raise ConfigError("This model holds one path alone: zoo.profile counts it, stitch_costs takes the whole.")
+    input_size = default_input_size(model) if input_size is None else check_input_size(input_size)
     costs: dict[nn.Module, tuple[int, int, int]] = {}  # of a part: parameters, MACs, fvcore total
     for anchor in model.anchors:
         parts = dict(anchor.named_modules())
