@@ -9,6 +9,12 @@ anchors' activations (`init_stitches`).
 
 The anchors are timm's classes and keep timm's keys, below `anchors.*`. Where this file departs from the paper it
 follows the authors' code: a stitched path of DeiT anchors leaves out the last one's final norm (`end_norm` puts it in).
+
+TorchScript and FX see the chosen path alone; trained by several processes, each draws its own, as the authors' do.
+
+Not here: the networks of the authors' other three checkpoints, `resnet_18_50.pth`, `resnet18_swin_ti.pth` and
+`levit_192_256_release.pth`. There are no outputs of the authors' code to hold them to, and their layouts are not stated
+to the last key: of LeViT's, a path averages two heads, and ResNets meet Swin in a change of layout.
 """
 
 import copy
@@ -179,7 +185,10 @@ class SNNet(ZooModelHubMixin, nn.Module):
 
     @torch.jit.ignore
     def extract(self, stitch: int | None = None) -> "SNNet":
-        """A copy that holds the weights of one path alone (the current one by default), as its only stitch."""
+        """A copy that holds the weights of one path alone (the current one by default), as its only stitch.
+
+        For inference and `zoo.export`; a folder that `create_model` opens holds the whole model and its `stitch`.
+        """
         config = self.stitch_config(self.stitch if stitch is None else stitch)
         first, last = config.anchors[0], config.anchors[-1]
 
