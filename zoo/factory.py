@@ -141,21 +141,37 @@ def create_model(
             raise ConfigError(f"{key} must be a whole number from {least} up, not {args[key]!r}.")
 
     def finish(model: nn.Module) -> None:  # what weights.load_checkpoint and timm's tools look at
-        plain = {k: v for k, v in {**given, **entry.unlike_timm(args)}.items() if _is_plain(v)}
+        theirs = {} if weights is None else weights.args  # without which the weights compute something else
+        plain = {k: v for k, v in {**theirs, **given, **entry.unlike_timm(args)}.items() if _is_plain(v)}
         model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=plain)
 
     if source is None:
         model = build_module(entry, args, device=device, dtype=dtype)
         finish(model)
     else:
+        from zoo.weights import ORIGIN_KEYS
+
         # a tag says which weights a file of one's own holds, too
         use_ema = weights is None or weights.use_ema or not (isinstance(source, tuple) or cfg["tag"])
         model = _build_with_weights(
-            entry, args, source, finish, device, dtype, strict, use_ema, cache_dir, token, refresh
+            entry,
+            args,
+            source,
+            finish,
+            any(cfg.get(key) for key in ORIGIN_KEYS),
+            device,
+            dtype,
+            strict,
+            use_ema,
+            cache_dir,
+            token,
+            refresh,
         )
     if entry.task == "language":
         return model
-    return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
+    return _as_timm_model(
+        model, entry, model.pretrained_cfg, args.get("img_size"), features_only, out_indices, feature_cls
+    )
 
 
 def _segmentation_model(
@@ -172,8 +188,13 @@ def _segmentation_model(
     with meta:
         model = SegmentationModel(backbone, **{key: given[key] for key in parts if key in given})
     model.to(device=options["device"], dtype=options["dtype"])
+    from zoo.weights import ORIGIN_KEYS
+
+    whose = {key: backbone.pretrained_cfg.get(key) for key in ORIGIN_KEYS}
+    cfg = {**cfg, **{key: value for key, value in whose.items() if value}}
     own = {"num_classes": model.num_classes, "first_conv": "", "classifier": "head.conv2"}
     model.__dict__.update(pretrained_cfg={**cfg, **own}, default_cfg={**cfg, **own})
+    given = {**{key: value for key, value in backbone._model_args.items() if key not in parts}, **given}
     model.__dict__["_model_args"] = {key: value for key, value in given.items() if _is_plain(value)}
     if "load_report" in backbone.__dict__:
         model.__dict__["load_report"] = backbone.__dict__["load_report"]
@@ -197,10 +218,12 @@ def _resolve(
             entry = get_entry(architecture)
         except UnknownModelError as error:
             raise UnknownModelError(f"{name} holds a {architecture!r}. {error}") from None
-        cfg = {**_of_own_weights(entry.pretrained_cfg()), **saved_cfg, "architecture": entry.name}
+        from zoo.weights import of_own_weights
+
+        cfg = {**of_own_weights(entry.pretrained_cfg()), **saved_cfg, "architecture": entry.name}
         wanted = pretrained is None or pretrained
         if checkpoint_path is not None:
-            return entry, None, checkpoint_path, _of_own_weights(cfg), saved_args
+            return entry, None, checkpoint_path, of_own_weights(cfg), saved_args
         return entry, None, name if wanted else None, cfg, saved_args
 
     base, tag, revision = split_name(name)
@@ -213,14 +236,10 @@ def _resolve(
     weights = entry.find_weights(tag) if wanted or tag is not None else (entry.weights or (None,))[0]
     cfg = entry.pretrained_cfg(tag)
     if checkpoint_path is not None:
-        return entry, weights, checkpoint_path, cfg if tag is not None else _of_own_weights(cfg), {}
+        from zoo.weights import of_own_weights
+
+        return entry, weights, checkpoint_path, cfg if tag is not None else of_own_weights(cfg), {}
     return entry, weights, (weights, revision) if wanted else None, cfg, {}
-
-
-def _of_own_weights(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """`cfg` without what it says of published weights, which a checkpoint of one's own is not."""
-    published = ("license", "hf_hub_id", "hf_hub_filename", "url", "origin_url")
-    return {key: value for key, value in cfg.items() if key not in published} | {"tag": ""}
 
 
 def _parameters(build: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -275,11 +294,12 @@ def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
     _check_args(entry, args)
     try:
         model = entry.build(**args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AssertionError) as error:
         if isinstance(error, ZooError) or args == dict(entry.args):
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in args.items() if entry.args.get(key) != value)
-        raise ConfigError(f"{entry.name} cannot be built with {given}: {error}") from error
+        reason = repr(error) if isinstance(error, LookupError) else error
+        raise ConfigError(f"{entry.name} cannot be built with {given}: {reason}") from error
     if kept_widths is not None:
         from zoo.sparsity.channels import resize
 
@@ -296,6 +316,7 @@ def _build_with_weights(
     args: Mapping[str, Any],
     source: Any,
     finish: Callable[[nn.Module], None],
+    is_described: bool,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     strict: bool,
@@ -321,6 +342,8 @@ def _build_with_weights(
             model = _call(entry, args).to(dtype=dtype)
             finish(model)
             report = load_checkpoint(model, source, **how)
+    if is_described:  # by name, which says more than the file itself does
+        finish(model)
     unasked = report.dropped and args.get("num_classes") != 0
     _logger.log(logging.WARNING if unasked else logging.INFO, "%s: %s", entry.name, report)
     model.__dict__["load_report"] = report
@@ -384,4 +407,6 @@ def _as_timm_model(
             "getter or hook."
         ) from None
     wrapped._model_args = model_args
+    if "load_report" in model.__dict__:
+        wrapped.__dict__["load_report"] = model.__dict__["load_report"]
     return wrapped

@@ -25,7 +25,15 @@ from zoo.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.files import check_folder, checkpoint_places, put_in_place, whole_file
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
-from zoo.weights import DEFAULT_FILES, HUB_PREFIXES, fetch_from_hub, read_json, split_hub_id, write_safetensors
+from zoo.weights import (
+    DEFAULT_FILES,
+    HUB_PREFIXES,
+    fetch_from_hub,
+    origin_metadata,
+    read_json,
+    split_hub_id,
+    write_safetensors,
+)
 
 __all__ = ["describe", "load_config", "save_pretrained", "tokenizer_beside"]
 
@@ -75,7 +83,8 @@ def save_pretrained(
     try:
         fresh.mkdir()
         tensors = {k: t.to(dtype) if t.is_floating_point() else t for k, t in model.state_dict().items()}
-        write_safetensors(tensors, fresh / WEIGHTS)
+        origin = origin_metadata(config["architecture"], config["pretrained_cfg"])
+        write_safetensors(tensors, fresh / WEIGHTS, origin)
         with whole_file(fresh / CONFIG) as file:
             file.write(json.dumps(config, indent=2).encode() + b"\n")
         if tokenizer is not None:

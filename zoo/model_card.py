@@ -21,13 +21,12 @@ from torch import nn
 from zoo.cards import bibtex, cite, markdown_table, module_docstring, shape
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
-from zoo.registry import ModelInfo, model_info
+from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize
 
 __all__ = ["Base", "RunRecord", "command_without_paths", "read_run", "render_model_card", "without_paths"]
 
 HUB = "https://huggingface.co"
-UNSTATED = "unstated"
 ENVIRONMENT = "environment.json"  # of a run: what it was made with, a row for each start
 
 
@@ -40,6 +39,7 @@ class Base:
 
     name: str
     hub_id: str | None = None
+    url: str | None = None  # where they were published, on the Hub or elsewhere
     license: str | None = None
     trained: bool = False
 

@@ -7,6 +7,7 @@ same logits.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import filecmp
@@ -36,8 +37,8 @@ from zoo.factory import create_model
 from zoo.files import checkpoint_places, whole_file
 from zoo.hub import CONFIG, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
-from zoo.model_card import ENVIRONMENT, UNSTATED, Base, RunRecord, read_run, render_model_card, without_paths
-from zoo.registry import Weights, get_entry, list_models, model_info, split_name
+from zoo.model_card import ENVIRONMENT, Base, RunRecord, read_run, render_model_card, without_paths
+from zoo.registry import UNSTATED, Weights, get_entry, is_restricted, list_models, model_info, split_name
 from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
 
 __all__ = ["Draft", "Publication", "model_card", "prepare", "publish"]
@@ -361,7 +362,10 @@ def prepare(
     elif isinstance(tokenizer, str):
         tokenizer = create_tokenizer(tokenizer)
     base = found.base
-    _check_rights(base, license, has_rights)
+    if not has_rights:
+        _check_rights(base, license)
+        if base is None and _has_loaded(found.model):
+            _check_unknown_origin(_cfg(found.model), license)
     license = license or (base.license if base else None)
     evaluation, remarks = _read_results(found, results)
     note = note or found.note
@@ -372,6 +376,12 @@ def prepare(
     served = _open(f"local-dir:{draft}")
     inputs = check_input(served)
     logits = _logits(served, inputs)
+    if not is_language and not _computes_as(found.model, served, inputs, logits):
+        shutil.rmtree(draft)
+        raise ConfigError(
+            "The model computes something else once it is saved and opened again, so it was changed after create_model "
+            "made it: give what was changed as an argument of create_model, which is saved with the weights."
+        )
     if not torch.isfinite(logits).all():
         shutil.rmtree(draft)
         raise ConfigError(
@@ -477,11 +487,10 @@ def _from_run(folder: Path, checkpoint: str | None = None) -> _Source:
 
 def _from_file(path: Path, name: str) -> _Source:
     """A bare file of weights, in any published layout, as wide as it is."""
-    base_name, tag, _ = split_name(name)
-    entry = get_entry(base_name)
+    entry = get_entry(name)
     with tempfile.TemporaryDirectory(prefix="zoo-convert-") as scratch:
         converted = Path(scratch) / WEIGHTS
-        report = convert_checkpoint(path, converted, name)
+        convert_checkpoint(path, converted, name)
         tensors = read_state_dict(converted)
         args: dict[str, Any] = {}
         for argument, layers, axis in (("num_classes", entry.classifier, 0), ("in_chans", entry.first_conv, 1)):
@@ -489,9 +498,7 @@ def _from_file(path: Path, name: str) -> _Source:
             if weight is not None:
                 args[argument] = weight.shape[axis]
         module = create_model(name, checkpoint_path=converted, **args)
-    # weights in their authors' layout are theirs: training here, or in timm, saves another one
-    published = entry.find_weights(tag) if entry.weights and (tag or report.converted) else None
-    return _Source(model=module, base=_base_of_weights(entry.name, published, trained=False) if published else None)
+    return _Source(model=module, base=_base_in_cfg(_cfg(module), module))
 
 
 def _open(name: str, **where: Any) -> nn.Module:
@@ -546,7 +553,8 @@ def _base_by_name(name: str, module: nn.Module) -> Base:
         return Base(name=repo, hub_id=repo, license=license, trained=True)
     path = Path(name.removeprefix("local-dir:")).expanduser()
     if path.exists() or name.startswith("local-dir:") or "/" in name.removeprefix("timm/"):
-        before = _base_in_cfg(_saved_cfg(path) or _cfg(module))  # what those weights themselves came from
+        # what those weights themselves came from, as is said beside them or was found when they were loaded
+        before = _base_in_cfg(_saved_cfg(path) or {}) or _base_in_cfg(_cfg(module))
         if before is not None:
             return dataclasses.replace(before, trained=True)
         return Base(name=str(without_paths(str(path.absolute()))), license=_cfg(module).get("license"), trained=True)
@@ -579,6 +587,11 @@ def _base_in_cfg(cfg: Mapping[str, Any], module: nn.Module | None = None) -> Bas
         if known is not None:
             return _base_of_weights(architecture, known, trained=classes not in (None, known.num_classes))
     origin = str(cfg.get("origin_url") or "")
+    if architecture in list_models():
+        known = next((w for w in model_info(architecture).weights if w.origin_url == origin and not w.hub_id), None)
+        if known is not None:
+            license = cfg.get("license") or known.license
+            return dataclasses.replace(_base_of_weights(architecture, known, trained=True), license=license)
     if origin.startswith(f"{ORIGIN}/"):
         repo = origin.removeprefix(f"{ORIGIN}/")
         return Base(name=repo, hub_id=repo, license=cfg.get("license"), trained=True)
@@ -592,7 +605,13 @@ ORIGIN = "https://huggingface.co"
 
 
 def _base_of_weights(architecture: str, weights: Weights, trained: bool) -> Base:
-    return Base(name=f"{architecture}.{weights.tag}", hub_id=weights.hub_id, license=weights.license, trained=trained)
+    return Base(
+        name=f"{architecture}.{weights.tag}",
+        hub_id=weights.hub_id,
+        url=weights.origin_url,
+        license=weights.license,
+        trained=trained,
+    )
 
 
 def _published_at(repo: str) -> Weights | None:
@@ -601,19 +620,33 @@ def _published_at(repo: str) -> Weights | None:
     return found[0] if len({w.license for w in found}) == 1 else None
 
 
-def _check_rights(base: Base | None, license: str | None, has_rights: bool) -> None:
+def _check_rights(base: Base | None, license: str | None) -> None:
     """Raise ConfigError where the weights come from others who have not allowed it."""
-    if base is None or has_rights:
+    if base is None:
         return
     if base.license == UNSTATED:
         raise ConfigError(
             f"These weights come from {base.name}, whose authors state no licence, so nobody may pass them on without "
             "asking. Where you have their leave, say so with --i-have-the-rights."
         )
-    if license and license != base.license and re.search(r"(^|-)nc(-|$)|non-?commercial", base.license or ""):
+    if license and license != base.license and is_restricted(base.license):
         raise ConfigError(
             f"These weights come from {base.name}, whose licence is {base.license}: they cannot be given out as "
             f"{license}. Leave out --license, or, where you may, say so with --i-have-the-rights."
+        )
+
+
+def _check_unknown_origin(cfg: Mapping[str, Any], license: str | None) -> None:
+    """Raise ConfigError where the weights may be those of others who have not allowed it."""
+    architecture, published = str(cfg.get("architecture")), cfg.get("license")
+    if architecture not in list_models() or not get_entry(architecture).is_restricted or not is_restricted(published):
+        return
+    if published == UNSTATED or license != published:
+        terms = "without a licence" if published == UNSTATED else f"under {published}"
+        raise ConfigError(
+            f"Nothing says whose weights these are, and those of {architecture} are published {terms}. Where you "
+            "trained these from nothing, or have their authors' leave, say so with --i-have-the-rights. What "
+            "save_pretrained or a run here has written says it itself."
         )
 
 
@@ -628,8 +661,8 @@ def _described(module: nn.Module, base: Base | None, license: str | None) -> Ite
         cfg["license"] = license
     if base is not None and base.trained:
         cfg.pop("tag", None)
-        if base.hub_id:
-            cfg["origin_url"] = f"{ORIGIN}/{base.hub_id}"
+        if base.url or base.hub_id:
+            cfg["origin_url"] = base.url or f"{ORIGIN}/{base.hub_id}"
     module.pretrained_cfg = cfg  # type: ignore[assignment]
     try:
         yield module
@@ -729,6 +762,14 @@ def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
 def _same_tensors(a: nn.Module, b: nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def _computes_as(original: nn.Module, served: nn.Module, images: Tensor, logits: Tensor) -> bool:
+    """Whether the model that was saved gives the logits of what was opened, with the weights as they were rounded."""
+    copied = copy.deepcopy(original).to("cpu", next(served.parameters()).dtype).eval()
+    copied.load_state_dict(served.state_dict())
+    answer = _logits(copied, images)
+    return _close(answer, logits, 1e-3) or not torch.isfinite(logits).all()  # which is another trouble
 
 
 def _opens_in_timm(folder: Path, images: Tensor, logits: Tensor) -> bool:

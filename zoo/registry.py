@@ -113,6 +113,19 @@ class Weights:
             return self.url or str(self.page)
         return f"hf-hub:{self.hub_id}" + (f"@{self.revision}" if self.revision else "")
 
+    @property
+    def origin_url(self) -> str:
+        """The address of the place where they were published."""
+        return f"https://huggingface.co/{self.hub_id}" if self.hub_id else self.source
+
+
+UNSTATED = "unstated"  # the licence of what its authors published without one
+
+
+def is_restricted(license: str | None) -> bool:
+    """Whether weights under `license` may not be passed on, or not for every use: none is stated, or noncommercial."""
+    return license == UNSTATED or re.search(r"(^|-)nc(-|$)|non-?commercial", license or "") is not None
+
 
 # fields of Weights that say nothing of a language model
 OF_IMAGES = (
@@ -154,6 +167,11 @@ class Entry:
     def find_weights(self, tag: str | None = None) -> Weights:
         """The weights called `tag`; the first, which is the default, without one."""
         return _find_weights(self.name, self.weights, tag)
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether there is no set of published weights that may be passed on for every use."""
+        return bool(self.weights) and all(is_restricted(weights.license) for weights in self.weights)
 
     def default(self, argument: str, otherwise: Any) -> Any:
         """The value that `argument` of the architecture has where none is given."""

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.errors import CheckpointError, ConfigError, DownloadError, UnknownModelError, ZooError, did_you_mean
 from zoo.files import check_writable, whole_file
-from zoo.registry import Entry, Weights, get_entry, split_name
+from zoo.registry import UNSTATED, Entry, Weights, get_entry, is_restricted, split_name
 
 __all__ = ["LoadReport", "convert_checkpoint", "fetch", "load_checkpoint", "locate", "read_state_dict"]
 
@@ -593,7 +593,8 @@ def load_checkpoint(
     """Load a checkpoint into `model`, whole or not at all.
 
     Published layouts are converted. As timm does, a classifier for another number of classes is left out, and the
-    first convolution is adapted to the model's input channels; the report says so.
+    first convolution is adapted to the model's input channels; the report says so. Where the weights come from, as far
+    as it is known, becomes part of the model's `pretrained_cfg`, and is asked for when they are published.
 
     Args:
         model: on any device; tensors that are on the meta device are allocated.
@@ -609,12 +610,23 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"load_checkpoint takes a torch.nn.Module as its model, not {type(model).__name__}.")
+    path = None
     if isinstance(source, Mapping):
         name, tensors = "the state dict", unwrap(source, "The state dict", use_ema)
     else:
         path = locate(source, cache_dir=cache_dir, token=token, refresh=refresh)
         name, tensors = os.fspath(source), read_state_dict(path, use_ema=use_ema)
-    return _load(model, tensors, name, strict, convert, ours=not isinstance(source, Mapping))
+    report = _load(model, tensors, name, strict, convert, ours=path is not None)
+    for module in {_behind_wrapper(model)[0], model}:
+        entry = _entry_of(getattr(module, "pretrained_cfg", None) or {})
+        keeps_some = "load_report" in module.__dict__ and bool(report.fresh)  # of the weights that it had before
+        if entry is not None and not keeps_some:
+            origin = _origin(entry, path, name, report.converted)
+            _note_origin(module, origin)
+            if report.converted and origin.get("tag") and module is model:
+                _warn_of_other_args(module, entry, entry.find_weights(origin["tag"]))
+        module.__dict__["load_report"] = report
+    return report
 
 
 def _load(
@@ -645,6 +657,96 @@ def _load(
         fresh=tuple(key for key in fit.targets if key not in fit.tensors and not key.endswith(COUNTER)),
         notes=tuple(fit.notes),
     )
+
+
+ORIGIN_KEYS = ("tag", "license", "origin_url")  # of a pretrained_cfg: what says whose weights they are
+ORIGIN = "zoo"  # in the metadata of a safetensors file: the same as JSON, empty where they are nobody else's
+
+
+def of_own_weights(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """`cfg` without what it says of published weights, which a checkpoint of one's own is not."""
+    published = ("license", "hf_hub_id", "hf_hub_filename", "url", "origin_url")
+    return {key: value for key, value in cfg.items() if key not in published} | {"tag": ""}
+
+
+def origin_metadata(architecture: str, cfg: Mapping[str, Any]) -> dict[str, str]:
+    """What a safetensors file says of where its weights come from, so that it says so wherever it is moved.
+
+    Nothing of architectures whose published weights may all be passed on.
+    """
+    entry = _entry_of({"architecture": architecture})
+    if entry is None or not any(is_restricted(weights.license) for weights in entry.weights):
+        return {}
+    return {ORIGIN: json.dumps({key: cfg[key] for key in ORIGIN_KEYS if cfg.get(key)})}
+
+
+def _note_origin(model: nn.Module, origin: Mapping[str, str]) -> None:
+    cfg = of_own_weights(model.pretrained_cfg) | origin  # type: ignore[arg-type]
+    model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg)
+
+
+def _origin(entry: Entry, path: Path | None, name: str, converted: bool, tag: str | None = None) -> dict[str, str]:
+    """Whose weights a checkpoint holds, as its file, its folder or its layout tells; empty where they are one's own.
+
+    Of weights of unknown origin, where those that are published may not be passed on, it is the licence of these alone.
+    """
+    if tag:
+        return _published(entry.find_weights(tag))
+    known = None if path is None else _recorded_origin(entry, path)
+    if known is not None:
+        return known
+    if name.startswith(HUB_PREFIXES):
+        there = [weights for weights in entry.weights if weights.hub_id == split_hub_id(name)[0]]
+        if there:
+            return _published(there[0])
+    if not entry.weights:
+        return {}
+    # the licence that allows least: which set of weights a file holds, nothing says
+    strictest = min(entry.weights, key=lambda w: (w.license != UNSTATED, not is_restricted(w.license)))
+    if converted and entry.task != "language":  # training here, or in timm, saves another layout
+        return _published(strictest)
+    return {"license": strictest.license} if entry.is_restricted else {}
+
+
+def _warn_of_other_args(model: nn.Module, entry: Entry, weights: Weights) -> None:
+    """Say so where weights were trained with other arguments than the model has, and so give another function."""
+    own: Mapping[str, Any] = model.__dict__.get("_model_args", {})
+    other = {
+        key: value
+        for key, value in weights.args.items()
+        if json.dumps(own.get(key, entry.default(key, None))) != json.dumps(value)  # tuples are lists in a config.json
+    }
+    if other:
+        _logger.warning(
+            "These look like the weights %s.%s, which were trained with %s. The model has %s, and gives other outputs "
+            "than they were trained to: create it as %r.",
+            *(entry.name, weights.tag),
+            ", ".join(f"{key}={value!r}" for key, value in other.items()),
+            ", ".join(f"{key}={own.get(key, entry.default(key, None))!r}" for key in other),
+            f"{entry.name}.{weights.tag}",
+        )
+
+
+def _published(weights: Weights) -> dict[str, str]:
+    return {"tag": weights.tag, "license": weights.license}
+
+
+def _recorded_origin(entry: Entry, path: Path) -> dict[str, str] | None:
+    """What the zoo wrote about a checkpoint, in it or in the `config.json` beside it; None where it wrote none."""
+    saved: Any = None
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(ORIGIN)
+        with contextlib.suppress(ValueError):
+            saved = None if text is None else json.loads(text)
+    config = path.parent / "config.json"
+    if saved is None and path.name in (*DEFAULT_FILES, INDEX) and config.is_file():
+        found = read_json(config)
+        if found.get("architecture") == entry.name and "zoo" in found:
+            saved = found.get("pretrained_cfg")
+    if not isinstance(saved, dict):
+        return None
+    return {key: str(saved[key]) for key in ORIGIN_KEYS if saved.get(key)}
 
 
 def _entry_of(cfg: Mapping[str, Any]) -> Entry | None:
@@ -874,12 +976,12 @@ def convert_checkpoint(
     converted = _convert(entry.convert, tensors, model, os.fspath(source))
     fit = _Fit(model, converted, {"architecture": entry.name}, entry)
     fit.check(os.fspath(source), True, "Nothing was written: was it trained as another architecture?")
-    write_safetensors({key: fit.tensors[key] for key in fit.targets if key in fit.tensors}, out)
-    return LoadReport(
-        source=os.fspath(source),
-        loaded=len(fit.tensors),
-        converted=converted.keys() != tensors.keys(),
-    )
+    was_converted = converted.keys() != tensors.keys()
+    tag = split_name(name)[1] if name else None
+    origin = _origin(entry, path, os.fspath(source), was_converted, tag)
+    tensors = {key: fit.tensors[key] for key in fit.targets if key in fit.tensors}
+    write_safetensors(tensors, out, origin_metadata(entry.name, origin))
+    return LoadReport(source=os.fspath(source), loaded=len(fit.tensors), converted=was_converted)
 
 
 def _model_for(
