@@ -1,5 +1,6 @@
 """FBNetV3 against its authors' code, timm's, and their figures."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import zoo
 from tests import golden
-from zoo.errors import CheckpointError
+from zoo.errors import CheckpointError, ConfigError
+from zoo.publishing import prepare
 from zoo.registry import get_entry
 
 # the authors' network: parameters in timm's form, MACs (M) at its own size
@@ -88,3 +90,72 @@ def test_weights_of_another_variant():
     tensors = golden.state_dict(golden.load("fbnetv3", "fbnetv3_a"))
     with pytest.raises(CheckpointError):
         zoo.load_checkpoint(zoo.create_model("fbnetv3_c", pretrained=False), tensors)
+
+
+# ------------------------------------------------------------------------------------------------- the authors' padding
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.fixture
+def metas_file(tmp_path: Path) -> Path:
+    torch.save(golden.state_dict(golden.load("fbnetv3", "fbnetv3_b")), tmp_path / "metas.pth")
+    return tmp_path / "metas.pth"
+
+
+@pytest.mark.parametrize("task", ["vision", "segmentation"])
+def test_metas_weights_keep_their_padding_when_they_are_saved(task: str, metas_file: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    model = zoo.create_model("fbnetv3_b.meta_in1k", checkpoint_path=metas_file, task=task)
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'saved')}")
+    torch.testing.assert_close(logits(again), logits(model))
+    draft = prepare(model, tmp_path / "draft", has_rights=True).folder
+    torch.testing.assert_close(logits(zoo.create_model(f"local-dir:{draft}")), logits(model))
+
+
+def test_metas_weights_in_timms_network_are_warned_of(metas_file: Path, caplog: pytest.LogCaptureFixture):
+    zoo.create_model("fbnetv3_b", checkpoint_path=metas_file)
+    assert "trained with published_padding=((3, 1), (5, 0))" in caplog.text
+    assert "create it as 'fbnetv3_b.meta_in1k'" in caplog.text
+    caplog.clear()
+    zoo.create_model("fbnetv3_b.meta_in1k", checkpoint_path=metas_file)
+    zoo.create_model("fbnetv3_b", checkpoint_path=metas_file, published_padding=[[3, 1], [5, 0]])
+    assert "create it as" not in caplog.text
+
+
+def test_what_would_be_another_function_when_opened_is_not_published(tmp_path: Path):
+    model: Any = zoo.create_model("fbnetv3_test", pretrained=False)
+    model.blocks[3][0].conv_dw.padding = (1, 1)
+    with pytest.raises(ConfigError, match="computes something else once it is saved and opened again"):
+        prepare(model, tmp_path / "draft", license="mit")
+    assert not (tmp_path / "draft").exists()
+
+
+def test_metas_weights_load_into_feature_maps():
+    tensors = golden.state_dict(golden.load("fbnetv3", "fbnetv3_a"))
+    model, whole = (zoo.create_model("fbnetv3_a", pretrained=False, features_only=some) for some in (True, False))
+    for module in (model, whole):
+        assert not zoo.load_checkpoint(module, tensors).fresh
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = whole.eval().forward_intermediates(images, intermediates_only=True)  # type: ignore[operator]
+        for ours, other in zip(model.eval()(images), theirs, strict=True):
+            torch.testing.assert_close(ours, other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"blocks": ("x",)}, r"blocks=\('x',\) cannot be read .* a stage is a sequence of lines such as"),
+        ({"blocks": ()}, "cannot be read"),
+        ({"published_padding": ((9, 1),)}, r"has \(9, 1\): it takes pairs of a stage, 0 to 6"),
+        ({"published_padding": ((6, 1),)}, "stage 6, which has no depthwise convolution"),
+        ({"global_pool": "avgg"}, r"no global_pool 'avgg'\. Did you mean avg"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        zoo.create_model("fbnetv3_test", **arguments)

@@ -10,6 +10,7 @@ Here are also a, c, e and f, and the authors' weights for all seven. The authors
 than timm does: `published_padding` is how many pixels, by stage, and comes with the authors' weights.
 """
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from timm.models import mobilenetv3
 from torch import Tensor, nn
 
+from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.from_timm import timm_weights
 from zoo.registry import Entry, Paper, Weights, register
 
@@ -27,7 +29,7 @@ PAPER = Paper(
     venue="CVPR 2021",
     arxiv="2006.02049",
 )
-CLASSIFIER = ("classifier.weight", "classifier.bias")
+POOLS = ("avg", "max", "avgmax", "")
 AUTHORS = "model_info_fbnet_v3.json of facebookresearch/mobile-vision"
 
 # stage by stage in timm's notation: block, repeats, kernel, stride, expansion, channels, squeeze-and-excitation
@@ -108,7 +110,7 @@ def fbnetv3(
     Args:
         in_chans: channels of the input.
         num_classes: width of the classifier; 0 leaves it out.
-        global_pool: "avg", or "" for none (only without a classifier).
+        global_pool: "avg", "max", "avgmax" (their mean), or "" for none (only without a classifier).
         blocks: the stages, in the notation of timm's `decode_arch_def`.
         stem_size: width of the first convolution.
         head_size: width of the layer before the classifier.
@@ -116,11 +118,32 @@ def fbnetv3(
             where that is not half its kernel.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth.
+
+    Raises ConfigError for stages that the notation does not have, and for a padding or pooling that cannot be.
     """
+    if global_pool not in POOLS:
+        near = did_you_mean(str(global_pool), POOLS)
+        raise ConfigError(f'There is no global_pool {global_pool!r}.{near} There are: "avg", "max", "avgmax", "".')
     parts: Any = mobilenetv3  # timm's builder and its parts
     round_channels = partial(parts.round_channels, round_limit=0.95)
+    try:
+        stages = parts.decode_arch_def([[stage] if isinstance(stage, str) else list(stage) for stage in blocks])
+        if not stages or not all(stages):
+            raise ValueError("there is an empty stage, or none")
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"blocks={blocks!r} cannot be read ({error!r}): a stage is a sequence of lines such as "
+            '"ir_r3_k5_s1_e2_c24_se0.25" (block, repeats, kernel, stride, expansion, channels).'
+        ) from error
+    for pair in published_padding:
+        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(number) is int for number in pair)
+        if not whole or not (0 <= pair[0] < len(stages) and pair[1] >= 0):
+            raise ConfigError(
+                f"published_padding has {pair!r}: it takes pairs of a stage, 0 to {len(stages) - 1}, and how many "
+                "pixels pad its first depthwise convolution, such as (3, 1)."
+            )
     model = parts.MobileNetV3(
-        parts.decode_arch_def([list(stage) for stage in blocks]),
+        stages,
         num_classes=num_classes,
         in_chans=in_chans,
         stem_size=stem_size,
@@ -136,6 +159,8 @@ def fbnetv3(
         global_pool=global_pool,
     )
     for stage, pixels in published_padding:
+        if not hasattr(model.blocks[stage][0], "conv_dw"):
+            raise ConfigError(f"published_padding names stage {stage}, which has no depthwise convolution to pad.")
         model.blocks[stage][0].conv_dw.padding = (pixels, pixels)
     return model
 
@@ -143,25 +168,56 @@ def fbnetv3(
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
+STEM = "backbone.stages.xif0_0"
+STAGE = re.compile(r"backbone\.stages\.xif(\d)_(\d+)\.(.+)")
+SQUEEZE = {"se.se.0.conv": "se.conv_reduce", "se.se.1": "se.conv_expand"}
+EXPANDED = {"pw.conv": "conv_pw", "pw.bn": "bn1", "dw.conv": "conv_dw", "dw.bn": "bn2"} | SQUEEZE
+EXPANDED |= {"pwl.conv": "conv_pwl", "pwl.bn": "bn3"}
+SEPARABLE = {"dw.conv": "conv_dw", "dw.bn": "bn1", "pwl.conv": "conv_pw", "pwl.bn": "bn2"} | SQUEEZE
+LAST = {"pw.conv": "blocks.6.0.conv", "pw.bn": "blocks.6.0.bn1", "pwl.conv": "conv_head"}
+
+
 def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of mobile_cv in timm's layout: the two hold the same tensors in the same order.
+    """A checkpoint of mobile_cv in timm's layout.
 
     The stem's convolution has a bias before its batch norm there, which that norm's mean takes in here.
     """
-    stem = "backbone.stages.xif0_0"
-    if f"{stem}.conv.weight" not in state_dict:
+    if f"{STEM}.conv.weight" not in state_dict:
         return state_dict
-    tensors = {key: tensor for key, tensor in state_dict.items() if not key.endswith("num_batches_tracked")}
-    if (bias := tensors.pop(f"{stem}.conv.bias", None)) is not None:
-        tensors[f"{stem}.bn.running_mean"] = tensors[f"{stem}.bn.running_mean"] - bias
-    own = model.state_dict()
-    places = [key for key in own if not key.endswith("num_batches_tracked") and not key.startswith("classifier.")]
-    if len(places) + len(CLASSIFIER) != len(tensors):
-        return state_dict  # another network: the names that do not fit say so
-    named = dict(zip((*places, *CLASSIFIER), tensors.values(), strict=True))
-    named["classifier.weight"] = named["classifier.weight"].flatten(1)  # a 1x1 convolution there
-    counters = [key for key in own if key.endswith("num_batches_tracked")]
-    return named | {key: torch.zeros((), dtype=torch.int64) for key in counters}
+    tensors = dict(state_dict)
+    if (bias := tensors.pop(f"{STEM}.conv.bias", None)) is not None:
+        tensors[f"{STEM}.bn.running_mean"] = tensors[f"{STEM}.bn.running_mean"] - bias
+    places = [match for match in map(STAGE.fullmatch, tensors) if match]
+    expanded = {(match[1], match[2]) for match in places if match[3].startswith("pw.")}
+    # the authors count timm's fourth and fifth stage as one: squeeze-and-excitation begins with the fifth
+    squeezed = [int(match[2]) for match in places if match[1] == "4" and match[3].startswith("se.")]
+    converted = {}
+    for key, tensor in tensors.items():
+        converted[_rename(key, expanded, min(squeezed, default=0))] = tensor
+    if "classifier.weight" in converted:
+        converted["classifier.weight"] = converted["classifier.weight"].flatten(1)  # a 1x1 convolution there
+    for key in [key for key in converted if key.endswith(".running_mean")]:  # the counters are not published
+        converted.setdefault(key.replace("running_mean", "num_batches_tracked"), torch.zeros((), dtype=torch.int64))
+    return converted
+
+
+def _rename(key: str, expanded: set[tuple[str, str]], fifth: int) -> str:
+    """timm's name of one tensor; `fifth` is the number, in the authors' fourth stage, of timm's fifth's first block."""
+    key = re.sub(r"^head\.conv\.", "classifier.", key)
+    match = STAGE.fullmatch(key)
+    if match is None:
+        return key
+    part, _, leaf = match[3].rpartition(".")
+    stage, block = int(match[1]), int(match[2])
+    if stage == 0:
+        return {"conv": "conv_stem", "bn": "bn1"}.get(part, f"{STEM}.{part}") + f".{leaf}"
+    if stage == 6:
+        return f"{LAST.get(part, part)}.{leaf}"
+    names = EXPANDED if (match[1], match[2]) in expanded else SEPARABLE
+    ours = stage if stage == 5 else stage - 1
+    if stage == 4 and block >= fifth:
+        ours, block = 4, block - fifth
+    return f"blocks.{ours}.{block}.{names.get(part, part)}.{leaf}"
 
 
 # ------------------------------------------------------------------------------------------------------------- variants
