@@ -95,3 +95,18 @@ def test_heads_of_the_distillation_are_left_out():
     for name, prefix in (("eupe_vitt16", "projectors.0.weight"), ("eupe_convnext_tiny", "projectors.0.weight")):
         tensors = golden.state_dict(golden.load("eupe", f"{name}@192x256")) | {prefix: torch.zeros(3, 3)}
         assert not zoo.load_checkpoint(zoo.create_model(name, pretrained=False), tensors).dropped
+
+
+def test_what_is_left_over_of_a_patch_is_left_out():
+    """As the authors' convolution does it; the ConvNeXts' stem, too."""
+    model = zoo.create_model("eupe_test", pretrained=False).eval()
+    images = torch.randn(1, 3, 79, 65, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), model(images[..., :64, :64]))
+        (features,) = model.forward_intermediates(images, indices=1, intermediates_only=True)
+    assert features.shape[-2:] == (4, 4)
+
+
+def test_a_misspelt_argument_is_told_the_nearest():
+    with pytest.raises(ConfigError, match=r"no argument 'embed_dims'\. Did you mean embed_dim\?"):
+        zoo.create_model("eupe_test", embed_dims=3)

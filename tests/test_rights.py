@@ -91,7 +91,8 @@ def test_weights_of_ones_own_are_not_asked_for(name: str, tmp_path: Path):
 
 
 def test_nor_by_any_other_way(tmp_path: Path):
-    name, args = "rmt_t", {"depths": (1, 1, 2, 1)}
+    name = "rmt_t"
+    args: dict[str, Any] = {"depths": (1, 1, 2, 1)}
     model = zoo.create_model(name, pretrained=False, **args)
     folder = zoo.save_pretrained(model, tmp_path / "own")
     again = zoo.create_model(name, pretrained=False, **args)
@@ -106,7 +107,8 @@ def test_a_bare_file_of_unknown_origin_is_asked_for_where_it_may_be_theirs(tmp_p
     model = zoo.create_model("emo_1m", pretrained=False)
     torch.save(model.state_dict(), tmp_path / "bare.pth")
     loaded = zoo.create_model("emo_1m", checkpoint_path=tmp_path / "bare.pth")
-    for source, options in ((loaded, {}), (tmp_path / "bare.pth", {"model": "emo_1m"})):
+    sources: list[tuple[Any, dict[str, Any]]] = [(loaded, {}), (tmp_path / "bare.pth", {"model": "emo_1m"})]
+    for source, options in sources:
         with pytest.raises(ConfigError, match=r"Nothing says whose weights these are, and those of emo_1m"):
             prepare(source, tmp_path / "draft", license="mit", **options)
     card = prepare(loaded, tmp_path / "draft", license="mit", has_rights=True).card
@@ -162,3 +164,19 @@ def test_a_run_from_nothing_is_not_asked_for(tmp_path: Path):
     assert prepare(run, tmp_path / "draft", license="mit").files
     again = zoo.create_model("emo_1m", checkpoint_path=run / "last", num_classes=10)
     assert prepare(again, tmp_path / "again", license="mit").files
+
+
+def test_a_licence_that_asks_for_a_copy_gets_it(tmp_path: Path):
+    path, _ = theirs("eupe/eupe_vitt16", tmp_path)
+    model = by_checkpoint_path("eupe_vitt16", path, {})
+    with pytest.raises(ConfigError, match=r"asks that a copy of it goes along .* --license-file FILE\. It lies beside"):
+        prepare(model, tmp_path / "draft")
+    for text, message in ((None, "cannot be read"), ("\n", "is empty")):
+        if text is not None:
+            (tmp_path / "AGREEMENT").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            prepare(model, tmp_path / "draft", license_file=tmp_path / "AGREEMENT")
+    (tmp_path / "AGREEMENT").write_text("You may.")
+    draft = prepare(model, tmp_path / "draft", license_file=tmp_path / "AGREEMENT")
+    assert (draft.folder / "LICENSE").read_text() == "You may."
+    assert "LICENSE" in draft.files

@@ -413,6 +413,7 @@ zoo export poolformer_s12 poolformer-onnx --to onnx""",
     def described(sub: Parser) -> None:
         sub.add_argument("--model", metavar="NAME", help="the architecture, where the source is a bare file of weights")
         sub.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, cc-by-4.0")
+        sub.add_argument("--license-file", metavar="FILE", help="its text, where a copy has to go along")
         sub.add_argument("--dataset", metavar="ID", help="on the Hub, of the data it was trained and measured on")
         sub.add_argument("--note", metavar="TEXT", help="what else the card should say, such as the hardware")
         sub.add_argument("--results", metavar="FILE", help="results.json of eval.py (default: the run's evaluation/)")
@@ -767,7 +768,7 @@ def run_publish(args: argparse.Namespace) -> None:
 
 
 def description_of(args: argparse.Namespace) -> dict[str, Any]:
-    keys = ("model", "license", "dataset", "note", "results", "half", "tokenizer")
+    keys = ("model", "license", "license_file", "dataset", "note", "results", "half", "tokenizer")
     return {key: getattr(args, key) for key in keys} | {"has_rights": args.i_have_the_rights}
 
 

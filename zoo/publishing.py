@@ -48,6 +48,8 @@ Answer = TypeVar("Answer")
 
 TRIES = 5
 LONGEST_WAIT = 300.0  # seconds that a rate limit may ask for before it is an error
+# licences that a copy of must go along wherever weights are passed on, and where their text is
+COPY_GOES_ALONG = {"fair-noncommercial-research-license": "LICENSE.md of github.com/facebookresearch/EUPE, for one"}
 RESULTS = ("evaluation/results.json", "results.json")  # where a run or a checkpoint may keep an evaluation
 
 
@@ -329,6 +331,7 @@ def prepare(
     has_rights: bool = False,
     half: bool = False,
     tokenizer: Any = None,
+    license_file: str | Path | None = None,
 ) -> Draft:
     """Make the folder that `publish` would upload, without the network.
 
@@ -346,6 +349,8 @@ def prepare(
         half: keep the weights in half precision.
         tokenizer: of a language model, or the name of one for `create_tokenizer`; by default the one that lies beside
             its weights.
+        license_file: the text of the licence, which is published as `LICENSE`. Some licences ask for it wherever the
+            weights of others are passed on.
 
     Raises:
         ConfigError: a source, option or folder that will not do, weights without rights, outputs that are not finite.
@@ -367,6 +372,12 @@ def prepare(
         if base is None and _has_loaded(found.model):
             _check_unknown_origin(_cfg(found.model), license)
     license = license or (base.license if base else None)
+    if base is not None and license in COPY_GOES_ALONG and license_file is None and not has_rights:
+        raise ConfigError(
+            f"The licence {license} of {base.name} asks that a copy of it goes along with the weights: name its text "
+            f"with --license-file FILE. It lies beside the authors' code and weights: {COPY_GOES_ALONG[license]}."
+        )
+    license_text = None if license_file is None else _read_text(Path(license_file).expanduser())
     evaluation, remarks = _read_results(found, results)
     note = note or found.note
     with _described(found.model, base, license) as module:
@@ -399,6 +410,8 @@ def prepare(
             "The card's metadata has no figures, for halving changed the weights that were measured. To have them, "
             "make the halved model with --dry-run FOLDER, evaluate FOLDER, and publish it with --half and --results."
         )
+    if license_text is not None:
+        _write(draft / "LICENSE", license_text)
     names = sorted(path.name for path in draft.iterdir())
     facts: dict[str, Any] = {"repo_id": repo_id, "run": found.run, "results": evaluation, "base": base}
     facts |= {"license": license, "dataset": dataset, "note": note, "half": half, "rounded": rounded, "files": names}
@@ -736,6 +749,18 @@ def _add_records(run: RunRecord, draft: Path) -> None:
     rows = [{key: value for key, value in without_paths(row).items() if key != "command"} for row in run.environment]
     if rows:
         _write(draft / ENVIRONMENT, json.dumps(rows, indent=1) + "\n")
+
+
+def _read_text(path: Path) -> str:
+    """The text of a licence."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise ConfigError(f"The licence's text cannot be read from {str(path)!r}: {reason}.") from error
+    if not text.strip():
+        raise ConfigError(f"{str(path)!r} is empty: it should be the licence's text.")
+    return text
 
 
 def _write(path: Path, text: str) -> None:

@@ -83,9 +83,11 @@ def convert_convnext(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
 # ------------------------------------------------------------------------------------------------------------- variants
 
 
-def list_maps_by_calling(model: nn.Module) -> None:
-    """The maps of a ViT cannot be had by running its blocks one after the other: timm asks the model for them."""
-    model.default_feature_cls = "getter"  # type: ignore[assignment]
+def adapt_vit(model: nn.Module) -> None:
+    """Feature maps are asked of the model itself, and images of any size are taken, as the authors' code does both."""
+    model.default_feature_cls = "getter"  # type: ignore[assignment]  # its blocks one after the other give no maps
+    # timm's patches refuse sizes that are no multiple of 16; without a size, their convolution leaves the rest out
+    model.patch_embed.img_size = None  # type: ignore[union-attr]
 
 
 def _encoder(name: str, timm_name: str, convert: Any, **fields: Any) -> None:
@@ -98,7 +100,7 @@ def _encoder(name: str, timm_name: str, convert: Any, **fields: Any) -> None:
     register(
         Entry(
             name=name,
-            build=timm_builder(timm_name, adapt=list_maps_by_calling if vit else None),
+            build=timm_builder(timm_name, adapt=adapt_vit if vit else None),
             args=args,
             family="eupe",
             paper=PAPER,
