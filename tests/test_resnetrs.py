@@ -8,6 +8,7 @@ import torch
 
 import zoo
 from zoo.config import load_config
+from zoo.errors import ConfigError
 from zoo.registry import get_entry
 from zoo.training import TrainingConfig
 
@@ -76,3 +77,9 @@ def test_recipes_are_the_papers():
     assert grown[-1][-2:] == (0.4, 0.1)
     for values in zip(*grown, strict=True):
         assert list(values) == sorted(values)
+
+
+@pytest.mark.parametrize("arguments", [{"layers": (1, 1)}, {"channels": (8,) * 5}])
+def test_there_are_four_stages(arguments):
+    with pytest.raises(ConfigError, match=r"has four stages: .* has [25]\."):
+        zoo.create_model("resnetrs_test", **arguments)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm.models
+import torch
 from torch import nn
 
+from zoo.errors import ConfigError, did_you_mean
 from zoo.registry import Weights
 
 __all__ = ["timm_builder", "timm_weights"]
@@ -33,20 +37,36 @@ def timm_builder(name: str, adapt: Callable[..., None] | None = None, **fixed: A
         **model_args: Any,
     ) -> nn.Module:
         chosen = {key: model_args.pop(key, default) for key, default in options.items()}
-        model = entrypoint(
-            pretrained=False,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
-            **{**fixed, **model_args},
-        )
+        try:
+            model = entrypoint(
+                pretrained=False,
+                num_classes=num_classes,
+                in_chans=in_chans,
+                global_pool=global_pool,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+                **{**fixed, **model_args},
+            )
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument(?:\(s\):)? \[?'(\w+)'", str(error))
+            if unknown is None or unknown[1] not in model_args:
+                raise
+            near = did_you_mean(unknown[1], {*fixed, *options, *_arguments(entrypoint)})
+            raise ConfigError(f"timm's {name} has no argument {unknown[1]!r}.{near}") from error
         if adapt is not None:
             adapt(model, **chosen)
         return model
 
     return build
+
+
+def _arguments(entrypoint: Callable[..., nn.Module]) -> set[str]:
+    """The arguments of the class that one of timm's functions builds, and what that function itself gives it."""
+    with torch.device("meta"):
+        kind = type(entrypoint(pretrained=False))
+    module = sys.modules[kind.__module__]
+    config = getattr(module, "model_cfgs", {}).get(entrypoint.__name__, {})
+    return {*inspect.signature(kind).parameters, *config}
 
 
 def timm_weights(name: str, top1: Mapping[str, float], source: str = RESULTS) -> tuple[Weights, ...]:

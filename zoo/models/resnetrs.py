@@ -9,8 +9,13 @@ The model is timm's `ResNet`, which has the deep stem, the convolution in place 
 shortcuts and the squeeze-and-excitation of the paper's section 3; the weights are the authors', as timm ported them.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from zoo.errors import ConfigError
 from zoo.layers.from_timm import timm_builder, timm_weights
 from zoo.registry import Entry, Paper, register
 
@@ -22,6 +27,19 @@ PAPER = Paper(
 )
 
 
+def _builder(timm_name: str) -> Callable[..., nn.Module]:
+    build = timm_builder(timm_name)
+
+    @functools.wraps(build)
+    def checked(*args: Any, **arguments: Any) -> nn.Module:
+        for key in ("layers", "channels"):
+            if key in arguments and len(arguments[key]) != 4:
+                raise ConfigError(f"A ResNet-RS has four stages: {key}={arguments[key]!r} has {len(arguments[key])}.")
+        return build(*args, **arguments)
+
+    return checked
+
+
 def _entry(name: str, timm_name: str, **fields: Any) -> None:
     facts: dict[str, Any] = {
         "compact": "A ResNet that is scaled by depth and image size, with squeeze-and-excitation, and trained anew."
@@ -29,7 +47,7 @@ def _entry(name: str, timm_name: str, **fields: Any) -> None:
     register(
         Entry(
             name=name,
-            build=timm_builder(timm_name),
+            build=_builder(timm_name),
             family="resnetrs",
             paper=PAPER,
             code_license="apache-2.0",
