@@ -141,7 +141,7 @@ def test_metas_weights_load_into_feature_maps():
         assert not zoo.load_checkpoint(module, tensors).fresh
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = whole.eval().forward_intermediates(images, intermediates_only=True)  # type: ignore[operator]
+        theirs = whole.eval().forward_intermediates(images, intermediates_only=True)
         for ours, other in zip(model.eval()(images), theirs, strict=True):
             torch.testing.assert_close(ours, other)
 

@@ -284,3 +284,13 @@ def test_recipes_for_cifar_are_those_of_the_authors_logs(name):
     behind = {"head.drop"} | {f"{key}.drop" for key, module in model.named_modules() if isinstance(module, Pool)}
     dropouts = {key: m.p for key, m in model.named_modules() if isinstance(m, nn.Dropout | nn.Dropout2d) and m.p}
     assert dropouts == dict.fromkeys(behind, 0.1)
+
+
+def test_a_file_of_the_network_before_is_warned_of(tmp_path, caplog):
+    model = zoo.create_model("simplenetv1_small_m1_05", pretrained=False)
+    for ending, warned in (("a7ec600b", True), ("be804903", False)):
+        path = tmp_path / f"simplenetv1_small_m1_05-{ending}.pth"
+        torch.save(model.state_dict(), path)
+        zoo.create_model("simplenetv1_small_m1_05", checkpoint_path=path)
+        assert ("before 11 April 2023" in caplog.text) is warned
+        caplog.clear()

@@ -6,6 +6,7 @@ import torch
 import zoo
 from tests import golden
 from zoo.config import load_config
+from zoo.errors import CheckpointError, ConfigError, DownloadError
 from zoo.registry import get_entry
 from zoo.training import TrainingConfig
 
@@ -87,3 +88,22 @@ def test_recipes_are_the_authors(name):
     assert (schedule.decay_epochs, schedule.decay_rate) == (30, 0.1)
     assert (config.augment.aa, config.augment.mixup, config.augment.reprob, config.loss.smoothing) == (None, 0, 0, 0)
     assert config.data.input_size == (3, 224, 224)
+
+
+def test_a_misspelt_argument_is_told_the_nearest():
+    with pytest.raises(ConfigError, match=r"no argument 'stem_ch'\. Did you mean stem_chs"):
+        zoo.create_model("vovnet_test", stem_ch=[1])
+
+
+def test_a_file_without_a_classifier_says_what_to_do(tmp_path):
+    torch.save(golden.state_dict(golden.load("vovnet", "vovnetv2_19_slim_dw")), tmp_path / "theirs.pth")
+    with pytest.raises(CheckpointError, match="holds no classifier: build the model with num_classes=0"):
+        zoo.create_model("ese_vovnet19b_slim_dw", checkpoint_path=tmp_path / "theirs.pth")
+    zoo.create_model("ese_vovnet19b_slim_dw", checkpoint_path=tmp_path / "theirs.pth", num_classes=0)
+
+
+@pytest.mark.parametrize(("name", "top1"), [("vovnet39", 76.77), ("vovnet57", 77.73)])
+def test_the_authors_claims_are_known(name, top1):
+    assert zoo.model_info(name).top1 == top1
+    with pytest.raises(DownloadError, match=r"by hand, from https://github.com/stigma0617.*checkpoint_path="):
+        zoo.create_model(name, pretrained=True)

@@ -169,9 +169,8 @@ def create_model(
         )
     if entry.task == "language":
         return model
-    return _as_timm_model(
-        model, entry, model.pretrained_cfg, args.get("img_size"), features_only, out_indices, feature_cls
-    )
+    cfg = model.__dict__["pretrained_cfg"]  # which loading has added to
+    return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
 
 
 def _segmentation_model(
@@ -183,7 +182,7 @@ def _segmentation_model(
     parts = ("num_classes", "up_head", "seg_head", "upsample", "drop_rate")
     args = {key: value for key, value in given.items() if key not in (*parts, "task")}
     options["feature_cls"] = options["feature_cls"] or "getter"  # asks the model itself, whatever its parts are called
-    backbone = create_model(name, pretrained, features_only=True, **options, **args)
+    backbone: Any = create_model(name, pretrained, features_only=True, **options, **args)
     meta = contextlib.nullcontext() if options["device"] is None else torch.device(options["device"])
     with meta:
         model = SegmentationModel(backbone, **{key: given[key] for key in parts if key in given})

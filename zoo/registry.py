@@ -160,6 +160,8 @@ class Entry:
     first_conv: str | tuple[str, ...] = ""  # module names, as in timm's pretrained_cfg
     classifier: str | tuple[str, ...] = ""
     note: str = ""  # e.g. why our figures differ from the reported ones
+    # parts of names of published files that fit and yet are of another network, and why they are
+    outdated_files: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # values of arguments that timm's class of the same name does not have but builds in
     timm_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     module: str = ""  # that registered it; register() fills it in

@@ -625,6 +625,8 @@ def load_checkpoint(
             _note_origin(module, origin)
             if report.converted and origin.get("tag") and module is model:
                 _warn_of_other_args(module, entry, entry.find_weights(origin["tag"]))
+        if entry is not None and path is not None and module is model:
+            _warn_of_outdated(entry, path)
         module.__dict__["load_report"] = report
     return report
 
@@ -677,10 +679,13 @@ def origin_metadata(architecture: str, cfg: Mapping[str, Any]) -> dict[str, str]
     entry = _entry_of({"architecture": architecture})
     if entry is None or not any(is_restricted(weights.license) for weights in entry.weights):
         return {}
-    return {ORIGIN: json.dumps({key: cfg[key] for key in ORIGIN_KEYS if cfg.get(key)})}
+    origin = {key: cfg[key] for key in ORIGIN_KEYS if cfg.get(key)}
+    if origin.keys() == {"license"} and not is_restricted(origin["license"]):
+        origin = {}  # the licence of one's own weights is no origin
+    return {ORIGIN: json.dumps(origin)}
 
 
-def _note_origin(model: nn.Module, origin: Mapping[str, str]) -> None:
+def _note_origin(model: nn.Module, origin: dict[str, str]) -> None:
     cfg = of_own_weights(model.pretrained_cfg) | origin  # type: ignore[arg-type]
     model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg)
 
@@ -706,6 +711,12 @@ def _origin(entry: Entry, path: Path | None, name: str, converted: bool, tag: st
     if converted and entry.task != "language":  # training here, or in timm, saves another layout
         return _published(strictest)
     return {"license": strictest.license} if entry.is_restricted else {}
+
+
+def _warn_of_outdated(entry: Entry, path: Path) -> None:
+    for part, why in entry.outdated_files.items():
+        if part in path.name:
+            _logger.warning("%s fits %s, but %s.", path.name, entry.name, why)
 
 
 def _warn_of_other_args(model: nn.Module, entry: Entry, weights: Weights) -> None:
@@ -892,6 +903,12 @@ class _Fit:
         if fitting == 0:
             raise CheckpointError(
                 f"Nothing in {name} fits {architecture}: is it a checkpoint of another model?\n" + "\n".join(lists)
+            )
+        heads = tuple(f"{head}." for head in self.classifiers)
+        if not unexpected and not misshapen and all(key.startswith(heads) for key in missing):
+            advice = (
+                "It holds no classifier: build the model with num_classes=0 for none, or pass strict=False to keep the "
+                "one that the model was initialised with."
             )
         if strict:
             raise CheckpointError(f"{name} does not fit {architecture}. {advice}\n" + "\n".join(lists))

@@ -502,7 +502,7 @@ README = "README of naver-ai/PfLayer"
 def _weights(tag: str, drive_id: str, top1: float, top5: float | None = None) -> Weights:
     return Weights(
         tag=tag,
-        page=f"https://drive.google.com/file/d/{drive_id}/view",
+        url=f"https://drive.usercontent.google.com/download?id={drive_id}&export=download&confirm=t",
         license="unstated",
         top1=top1,
         top5=top5,

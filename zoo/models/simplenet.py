@@ -254,8 +254,17 @@ def _weights(name: str, ending: str, top1: float, top5: float) -> Weights:
         top1=top1,
         top5=top5,
         accuracy_source=README,
+        note="Files of other names, from before 11 April 2023, hold weights of another network of the same shapes.",
     )
 
+
+# how names end of the authors' files whose network padded its 1x1 convolutions
+OLD_ENDINGS = ("a7ec600b", "62617ea1", "8427bf60", "da714eb5", "cc6b3ad1", "c35297bf", "8c98a0a5", "6b01be1e")
+OUTDATED = dict.fromkeys(
+    OLD_ENDINGS,
+    "it is from before 11 April 2023, of a network whose 1x1 convolutions padded by a pixel: this one has the same "
+    "shapes and gives other outputs. The authors' present file is of the network that is here",
+)
 
 # name, network, width factor, mode, (millions of parameters, G of the table) and (ending, top-1, top-5) of the weights
 for name, widths, factor, mode, costs, published in (
@@ -289,6 +298,7 @@ for name, widths, factor, mode, costs, published in (
             first_conv="stem.0.conv",
             classifier="head.fc",
             note="The authors' figure is fvcore's total, norms included." if costs else "",
+            outdated_files=OUTDATED,
         )
     )
 

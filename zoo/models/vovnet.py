@@ -16,8 +16,8 @@ published code computes something else, there is an entry of our own:
   `vovnet27_slim`.
 - timm registers no `vovnetv2_19`.
 
-The published files hold V2 without a classifier (trained for detection) and V1 with one; they lie on Dropbox and are
-not offered here by name: `checkpoint_path` takes them in their own layout.
+The published files hold V2 without a classifier (trained for detection) and V1 with one. They lie on Dropbox, where a
+person fetches them: `checkpoint_path` takes them in their own layout, V2's with `num_classes=0`.
 """
 
 import re
@@ -28,7 +28,7 @@ from timm.models.vovnet import OsaBlock
 from torch import Tensor, nn
 
 from zoo.layers.from_timm import timm_builder, timm_weights
-from zoo.registry import Entry, Paper, register
+from zoo.registry import Entry, Paper, Weights, register
 
 V1_PAPER = Paper(
     title="An Energy and GPU-Computation Efficient Backbone Network for Real-Time Object Detection",
@@ -89,11 +89,23 @@ def _rename(key: str) -> str:
 # ------------------------------------------------------------------------------------------------------------- variants
 
 NO_CLASSIFIER = "The authors' ImageNet files hold the backbone alone, trained for detection: no accuracy is stated."
-NO_FILE = "The authors' files lie on Dropbox, which cannot be fetched by name; checkpoint_path takes them."
+NO_CLASSIFIER += " They lie on Dropbox: fetch one by hand, and give it as checkpoint_path with num_classes=0."
+
+
+def _v1_weights(size: int, top1: float, top5: float) -> Weights:
+    return Weights(
+        tag="stigma0617_in1k",
+        page="https://github.com/stigma0617/VoVNet.pytorch",
+        license="unstated",
+        top1=top1,
+        top5=top5,
+        accuracy_source="README of stigma0617/VoVNet.pytorch",
+        note=f"vovnet{size}_torchvision.pth, on Dropbox. The authors state no licence for code and weights.",
+    )
 
 
 def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note: str = "", **fixed: Any) -> None:
-    adapt = fixed.pop("adapt", None)
+    adapt, published = fixed.pop("adapt", None), fixed.pop("weights", ())
     facts: dict[str, Any] = {"compact": "The outputs of a module's convolutions are concatenated once, at its end."}
     facts |= {key: fixed.pop(key) for key in ("compact", "input_size") if key in fixed}
     v1 = paper is V1_PAPER
@@ -105,7 +117,7 @@ def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note
             paper=paper,
             code_license="unstated" if v1 else "cc-by-nc-4.0",
             code_url=f"https://github.com/{'stigma0617/VoVNet.pytorch' if v1 else 'youngwanLEE/vovnet-detectron2'}",
-            weights=timm_weights(name, top1) if name == timm_name else (),
+            weights=timm_weights(name, top1) if name == timm_name else published,
             convert=convert,
             first_conv="stem.0.conv",
             classifier="head.fc",
@@ -145,9 +157,9 @@ for size in (39, 57, 99):
 _entry(
     "vovnet27_slim", "vovnet39a", V1_PAPER, {}, "No file is published.", residual=True, block_per_stage=[1] * 4, **SLIM
 )
-for size, claim in ((39, "76.77"), (57, "77.73")):
-    note = f"The authors claim {claim}% top-1 at 224x224. {NO_FILE}"
-    _entry(f"vovnet{size}", f"vovnet{size}a", V1_PAPER, {}, note, residual=True)
+for size, *accuracy in ((39, 76.77, 93.43), (57, 77.73, 93.72)):
+    published = (_v1_weights(size, *accuracy),)
+    _entry(f"vovnet{size}", f"vovnet{size}a", V1_PAPER, {}, weights=published, residual=True)
 _entry(
     "vovnet_test",
     "ese_vovnet19b_slim",
