@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.error
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,8 @@ import zoo
 from tests import golden
 from tests.profiles import profiled
 from zoo.config import load_config
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, DownloadError
+from zoo.registry import get_entry
 from zoo.training import TrainingConfig
 
 QUICK: tuple[str, ...] = ("resnet50_max", "resnet50_max@200x232", "resnet50_hybrid", "resnet50_pf")
@@ -226,9 +229,17 @@ def test_bad_arguments(name, arguments, message):
 
 
 @pytest.mark.parametrize("name", ["resnet50_max", "resnet50_hybrid", "vit_s_max", "pit_s_max"])
-def test_weights_that_a_person_must_fetch_say_so(name):
-    with pytest.raises(zoo.ZooError, match=r"drive\.google\.com"):
-        zoo.create_model(name, pretrained=True)
+def test_weights_are_fetched_from_the_authors_drive(name, monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(request, *args, **options):
+        asked.append(request if isinstance(request, str) else request.full_url)
+        raise urllib.error.URLError("no network here")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(DownloadError, match=r"drive\.usercontent\.google\.com.*checkpoint_path="):
+        zoo.create_model(name, pretrained=True, cache_dir=tmp_path)
+    assert set(asked) == {get_entry(name).weights[0].url}
 
 
 @pytest.mark.parametrize("name", [f"{body}_{size}_max" for body in ("vit", "pit") for size in ("ti", "s", "b")])
