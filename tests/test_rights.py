@@ -180,3 +180,9 @@ def test_a_licence_that_asks_for_a_copy_gets_it(tmp_path: Path):
     draft = prepare(model, tmp_path / "draft", license_file=tmp_path / "AGREEMENT")
     assert (draft.folder / "LICENSE").read_text() == "You may."
     assert "LICENSE" in draft.files
+
+
+def test_what_a_file_says_of_its_origin_leaves_its_bytes_the_same(tmp_path: Path):
+    model = zoo.create_model("rmt_t", pretrained=False, depths=(1, 1, 1, 1))
+    folders = [zoo.save_pretrained(model, tmp_path / str(number)) for number in range(6)]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 1

@@ -1062,12 +1062,25 @@ def write_safetensors(
             safetensors.torch.save_file(plain, file.name, metadata={"format": "pt", **(metadata or {})})
             # the library has put a file of its own there, which only the owner may read and which is not synced
             os.chmod(file.name, mode)
+            _order_metadata(file.name)
             with open(file.name, "rb") as written:
                 os.fsync(written.fileno())
     except (OSError, safetensors.SafetensorError) as error:
         if isinstance(error, ZooError):
             raise
         raise CheckpointError(f"Cannot write {str(path)!r}: {error}. Nothing was left behind.") from error
+
+
+def _order_metadata(path: str) -> None:
+    """Sort the metadata, which safetensors writes in another order each time: the same model gives the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_json(path: Path) -> dict[str, Any]:
