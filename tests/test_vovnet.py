@@ -96,7 +96,7 @@ def test_a_misspelt_argument_is_told_the_nearest():
 
 
 def test_a_file_without_a_classifier_says_what_to_do(tmp_path):
-    torch.save(golden.state_dict(golden.load("vovnet", "vovnetv2_19_slim_dw")), tmp_path / "theirs.pth")
+    torch.save(golden.state_dict(golden.load("vovnet", "ese_vovnet19b_slim_dw")), tmp_path / "theirs.pth")
     with pytest.raises(CheckpointError, match="holds no classifier: build the model with num_classes=0"):
         zoo.create_model("ese_vovnet19b_slim_dw", checkpoint_path=tmp_path / "theirs.pth")
     zoo.create_model("ese_vovnet19b_slim_dw", checkpoint_path=tmp_path / "theirs.pth", num_classes=0)
