@@ -48,7 +48,7 @@ from zoo.training import ImageClassification, TrainingConfig, fit
 from zoo.training.config import ModelConfig, OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
 from zoo.training.loop import make_accelerator
 
-MODELS = ("poolformer_s12", "caformer_s18")
+MODELS = ("poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18")
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 MEMORY_STEPS = 3
 

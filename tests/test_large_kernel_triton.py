@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel_triton as large
+from zoo.layers.large_kernel import large_kernel_sum
 
 pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,7 +42,7 @@ def compare(shape, edges, dtype, tolerance, device="cpu", scale=1.0):
     shapes = [shape, *((shape[1], 1, *edge) for edge in edges), (shape[1],)]
     x, *weights, bias = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
     tensors = [(x * scale).requires_grad_(), *(w.requires_grad_() for w in weights), (bias * scale).requires_grad_()]
-    y = large.depthwise_conv2d_branches(tensors[0], tensors[1:-1], tensors[-1])
+    y = large.depthwise_conv2d(tensors[0], tensors[1:-1], tensors[-1])
     gradient = torch.randn(shape, generator=generator).to(device, dtype)
     gradients = torch.autograd.grad(y, tensors, gradient)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -68,7 +69,7 @@ def test_a_cpu_tensor_is_refused_by_name():
     x = torch.zeros(1, 2, 8, 8)
     assert not large.is_available(x)
     with pytest.raises(ConfigError, match=r"torch.float32 on cpu: use zoo.layers.large_kernel, which falls back"):
-        large.depthwise_conv2d(x, torch.zeros(2, 1, 5, 5))
+        large.depthwise_conv2d(x, [torch.zeros(2, 1, 5, 5)])
 
 
 def test_without_triton_or_in_float64_nothing_is_available(monkeypatch):
@@ -91,12 +92,12 @@ def test_without_triton_or_in_float64_nothing_is_available(monkeypatch):
 )
 def test_shapes_that_do_not_fit_are_refused(shape, weights, message):
     with pytest.raises(ConfigError, match=message):
-        large.depthwise_conv2d_branches(torch.zeros(shape), [torch.zeros(w) for w in weights])
+        large.depthwise_conv2d(torch.zeros(shape), [torch.zeros(w) for w in weights])
 
 
 def test_a_bias_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match=r"must be \(2,\), not \(3,\)"):
-        large.depthwise_conv2d(torch.zeros(1, 2, 8, 8), torch.zeros(2, 1, 3, 3), torch.zeros(3))
+        large.depthwise_conv2d(torch.zeros(1, 2, 8, 8), [torch.zeros(2, 1, 3, 3)], torch.zeros(3))
 
 
 def test_arithmetic_under_the_interpreter():
@@ -130,45 +131,60 @@ class TestInterpreted:
     def test_16_bits(self, dtype, size):
         compare((2, 2, size, size), [(13, 5), (5, 13), (5, 5)], dtype, TOLERANCES[dtype])
 
+    @pytest.mark.parametrize(
+        ("shape", "edge", "used"),
+        [
+            ((1, 2, 20, 20), 51, True),  # 39 taps of 51 meet the map
+            ((1, 1, 36, 36), 71, False),  # more taps than the kernels take: plain convolutions
+        ],
+    )
+    def test_large_kernels_come_here_cropped(self, shape, edge, used):
+        """`zoo.layers.large_kernel` chooses these kernels for what they take."""
+        x, *weights = (torch.randn(s) for s in (shape, (shape[1], 1, edge, 3), (shape[1], 1, 3, edge)))
+        with torch.profiler.profile() as profile:
+            y = large_kernel_sum(x, *weights, None)
+        assert error(y, reference(x.double(), [w.double() for w in weights])) < TOLERANCES["tf32"]
+        assert any(event.key == "zoo::depthwise_bands" for event in profile.key_averages()) == used
+
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
     @pytest.mark.parametrize("size", [7, 14])
     def test_magnitudes_beyond_float16(self, size, scale, precision):
         """float32 is scaled into float16's range, so its own range remains."""
         x, weight = torch.randn(2, 2, size, size) * scale, torch.randn(2, 1, 13, 5)
-        y = large.depthwise_conv2d(x, weight)
+        y = large.depthwise_conv2d(x, [weight])
         assert error(y, reference(x.double(), [weight.double()])) < TOLERANCES[precision]
 
     def test_zeros_stay_zeros(self):
         for size in (7, 14):
             zeros, weight = torch.zeros(1, 2, size, size), torch.zeros(2, 1, 13, 5)
-            assert not large.depthwise_conv2d(zeros, weight + 1).any()
-            assert not large.depthwise_conv2d(zeros + 1, weight).any()
+            assert not large.depthwise_conv2d(zeros, [weight + 1]).any()
+            assert not large.depthwise_conv2d(zeros + 1, [weight]).any()
 
     def test_branches_are_summed_whichever_lies_within_which(self):
         x = torch.randn(1, 1, 9, 9)
         every = [(7, 3), (3, 7), (5, 1), (1, 3), (5, 5)]
         for edges in [*itertools.combinations(every, 2), every]:
             weights = [torch.randn(1, 1, *edge) for edge in edges]
-            y = large.depthwise_conv2d_branches(x, weights)
+            y = large.depthwise_conv2d(x, weights)
             assert error(y, reference(x.double(), [w.double() for w in weights])) < 1e-3, edges
 
     def test_memory_format_is_kept(self):
         x, weight = torch.randn(2, 3, 9, 9), torch.randn(3, 1, 7, 3)
-        y = large.depthwise_conv2d(x, weight)
+        y = large.depthwise_conv2d(x, [weight])
         assert y.is_contiguous()
-        last = large.depthwise_conv2d(x.contiguous(memory_format=torch.channels_last), weight)
+        last = large.depthwise_conv2d(x.contiguous(memory_format=torch.channels_last), [weight])
         assert last.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(last, y)
 
     def test_strided_input_and_cropped_kernel(self):
         x, weight = torch.randn(2, 3, 9, 18)[..., ::2], torch.randn(3, 1, 11, 5)[:, :, 2:9, 1:4]
-        assert error(large.depthwise_conv2d(x, weight), reference(x.double(), [weight.double()])) < 1e-3
+        assert error(large.depthwise_conv2d(x, [weight]), reference(x.double(), [weight.double()])) < 1e-3
 
     @pytest.mark.parametrize("shape", [(0, 2, 9, 9), (2, 0, 9, 9)])
     def test_nothing_in_nothing_out(self, shape):
         x = torch.zeros(shape, requires_grad=True)
         weight = torch.randn(shape[1], 1, 5, 3, requires_grad=True)
-        y = large.depthwise_conv2d(x, weight)
+        y = large.depthwise_conv2d(x, [weight])
         y.sum().backward()
         assert y.shape == shape
         assert not weight.grad.any()
@@ -177,7 +193,7 @@ class TestInterpreted:
         x = torch.randn(1, 2, 9, 9)
         weight = torch.randn(2, 1, 7, 3, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
-            y = large.depthwise_conv2d(x, weight)
+            y = large.depthwise_conv2d(x, [weight])
         y.float().sum().backward()
         assert y.dtype == torch.bfloat16
         assert weight.grad.dtype == torch.float32
@@ -191,14 +207,14 @@ class TestInterpreted:
             return torch.autograd.grad(sum(g.pow(2).sum() for g in first), tensors)
 
         exact = second(reference, [tensor.detach().double().requires_grad_() for tensor in inputs])
-        for value, expected in zip(second(large.depthwise_conv2d_branches, inputs), exact, strict=True):
+        for value, expected in zip(second(large.depthwise_conv2d, inputs), exact, strict=True):
             assert error(value, expected) < {"tf32": 5e-3, "ieee": 1e-5}[precision]
 
     def test_compiles_whole_with_gradients(self):
         weights = [torch.randn(2, 1, *edge, requires_grad=True) for edge in ((7, 3), (3, 7), (3, 3))]
 
         def step(x):
-            return (large.depthwise_conv2d_branches(x, weights) * 2).relu()
+            return (large.depthwise_conv2d(x, weights) * 2).relu()
 
         x = torch.randn(2, 2, 9, 9)
         compiled = torch.compile(step, backend="aot_eager", fullgraph=True)

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +226,14 @@ def test_checkpoints_of_others_are_refused():
         arguments_of({"stem.conv.weight": torch.zeros(8, 3, 4, 4)})
     tensors = zoo.create_model("slak_tiny", pretrained=False, device="meta").state_dict()
     model = zoo.create_model("slak_tiny_k31", pretrained=False, device="meta")
-    with pytest.raises(CheckpointError, match="51x5, the model has 124x1x31x5"):
+    with pytest.raises(CheckpointError, match="51x5, the model has 124x1x31x5") as told:
         zoo.load_checkpoint(model, tensors)
+    advice = re.search(r"Its shapes are those of (zoo\.create_model\(.*\))\.$", str(told.value), re.MULTILINE)
+    assert advice
+    as_told = eval(advice[1])
+    assert {key: tensor.shape for key, tensor in as_told.state_dict().items()} == {
+        key: tensor.shape for key, tensor in tensors.items()
+    }
 
 
 def test_distilled_convnexts_are_timms():

@@ -154,6 +154,7 @@ class Entry:
     reported: Reported | None = None
     weights: tuple[Weights, ...] = ()
     convert: Callable[[StateDict, nn.Module], StateDict] | None = None
+    arguments_of: Callable[[StateDict], dict[str, Any]] | None = None  # reads them from the shapes of a checkpoint
     input_size: tuple[int, int, int] = (3, 224, 224)
     pool_size: tuple[int, int] | None = None  # of the last map, where it is not input_size / 32, rounded up
     fixed_input_size: bool = False  # the module takes `img_size` and runs at that size alone

@@ -647,7 +647,7 @@ def _load(
         name,
         strict,
         "The model was left as it was: build it with the arguments that the checkpoint was trained with, or pass "
-        "strict=False to load what fits.",
+        f"strict=False to load what fits.{_fitting_arguments(entry, tensors)}",
     )
     _assign(module, fit.tensors, ours)
     return LoadReport(
@@ -914,6 +914,18 @@ class _Fit:
             raise CheckpointError(f"{name} does not fit {architecture}. {advice}\n" + "\n".join(lists))
         self.notes += lists
         self._drop([*unexpected, *misshapen])
+
+
+def _fitting_arguments(entry: Entry | None, tensors: StateDict) -> str:
+    """How to create the model that a checkpoint belongs to, as a sentence; "" for a family that cannot tell."""
+    if entry is None or entry.arguments_of is None:
+        return ""
+    try:
+        found = entry.arguments_of(tensors)
+    except CheckpointError:  # of another family
+        return ""
+    arguments = [f"{key}={value!r}" for key, value in found.items() if value != entry.default(key, value)]
+    return f" Its shapes are those of zoo.create_model({', '.join([repr(entry.name), *arguments])})."
 
 
 def _shape(tensor: Tensor) -> str:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ConfigError
+from zoo.layers import large_kernel_triton
 
 
 @torch.fx.wrap
@@ -78,19 +79,13 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
         if type(height) is int and type(width) is int and not torch.compiler.is_dynamo_compiling():
             weights = [_crop(weight, height, width) for weight in weights]
         return _plain(x, weights, bias)
-    if x.is_cuda:
-        from zoo.layers import large_kernel_triton
-
+    if large_kernel_triton.is_available(x):
         weights = [_crop(weight, height, width) for weight in weights]
-        edge = max(max(weight.shape[2:]) for weight in weights)
-        if edge > large_kernel_triton.MAX_EDGE or not large_kernel_triton.is_available(x):
+        if max(max(weight.shape[2:]) for weight in weights) > large_kernel_triton.MAX_EDGE:
             return _plain(x, weights, bias)
-        if len(weights) == 1:
-            return large_kernel_triton.depthwise_conv2d(x, weights[0], bias)
-        return large_kernel_triton.depthwise_conv2d_branches(x, weights, bias)
+        return large_kernel_triton.depthwise_conv2d(x, weights, bias)
     if not x.is_cpu:
         return _plain(x, weights, bias)
-
     weights = _merge([_crop(weight, height, width) for weight in weights])
     if torch.is_autocast_enabled("cpu"):
         x, weights = _lowered(x), [_lowered(weight) for weight in weights]

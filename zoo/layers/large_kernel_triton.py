@@ -70,12 +70,7 @@ def _has_tensor_cores(device: int | None) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`depthwise_conv2d_branches` with one kernel."""
-    return depthwise_conv2d_branches(x, [weight], bias)
-
-
-def depthwise_conv2d_branches(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+def depthwise_conv2d(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
     """The sum of depthwise convolutions of `x` in one pass: (B, C, H, W) -> (B, C, H, W), in `x`'s memory format.
 
     Each of `weights` is (C, 1, kh, kw) with odd edges up to 63, `bias` is (C). Zero padding keeps the size. Under

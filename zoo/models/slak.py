@@ -589,6 +589,7 @@ def _entry(
         "code_license": "mit",
         "code_url": "https://github.com/VITA-Group/SLaK",
         "convert": convert,
+        "arguments_of": arguments_of,
         "first_conv": "stem.conv",
         "classifier": "head.fc",
     }
