@@ -1,6 +1,7 @@
 """EUPE's encoders against their authors' code, and their figures."""
 
 import pytest
+import timm
 import torch
 
 import zoo
@@ -76,6 +77,16 @@ def test_weights_are_offered_with_their_licence(name):
     assert [w.tag for w in weights] == ["eupe_lvd1689m", "meta_lvd1689m"]
     assert {w.license for w in weights} == {LICENSE}
     assert all("oncommercial" in str(w.note) for w in weights)
+
+
+def test_images_are_prepared_as_whoever_published_the_weights_says():
+    found = {}
+    for tag in ("eupe_lvd1689m", "meta_lvd1689m"):
+        model = zoo.create_model(f"eupe_vits16.{tag}", pretrained=False, device="meta")
+        config = timm.data.resolve_model_data_config(model)
+        found[tag] = config["input_size"], config["crop_mode"], config["interpolation"], config["crop_pct"]
+    assert found["eupe_lvd1689m"] == ((3, 256, 256), "center", "bicubic", 1.0)
+    assert found["meta_lvd1689m"] == ((3, 256, 256), "squash", "bilinear", 1.0)
 
 
 def test_dense_features_by_name():

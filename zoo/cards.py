@@ -195,13 +195,24 @@ def language_weights(infos: Sequence[ModelInfo], notes: dict[str, int]) -> str:
     return "\n\n".join(filter(None, text))
 
 
+SCALED = {
+    "center": "resize the shorter side to input / crop ({}), crop the centre",
+    "squash": "resize both sides to input / crop ({}), whatever the image's shape, crop the centre",
+}
+
+
 def preprocessing(weights: Sequence[Weights]) -> str:
-    kinds = list(dict.fromkeys((w.interpolation, w.mean, w.std) for w in weights))
-    return "\n".join(
-        f"Preprocessing: resize the shorter side to input / crop ({interpolation}), crop the centre, scale to 0..1, "
-        f"subtract the mean {tuple(mean)} and divide by the deviation {tuple(std)}."
-        for interpolation, mean, std in kinds
-    )
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for w in weights:
+        kinds.setdefault((w.crop_mode, w.interpolation, w.mean, w.std), []).append(w.tag)
+    lines = []
+    for (mode, interpolation, mean, std), tags in kinds.items():
+        which = " of " + ", ".join(f"`{tag}`" for tag in dict.fromkeys(tags)) if len(kinds) > 1 else ""
+        lines.append(
+            f"Preprocessing{which}: {SCALED[mode].format(interpolation)}, scale to 0..1, subtract the mean "
+            f"{tuple(mean)} and divide by the deviation {tuple(std)}."
+        )
+    return "\n\n".join(lines)
 
 
 def results_section(infos: Sequence[ModelInfo]) -> str:

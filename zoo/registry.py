@@ -99,6 +99,7 @@ class Weights:
     input_size: tuple[int, int, int] = (3, 224, 224)
     pool_size: tuple[int, int] | None = None  # of the last map, where that is not input_size / 32, rounded up
     crop_pct: float = 0.875
+    crop_mode: Literal["center", "squash"] = "center"  # timm's; "squash" does not keep the shape of the image
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -129,8 +130,8 @@ def is_restricted(license: str | None) -> bool:
 
 # fields of Weights that say nothing of a language model
 OF_IMAGES = (
-    *("top1", "top5", "miou", "num_classes", "input_size", "pool_size", "crop_pct", "interpolation", "mean", "std"),
-    "use_ema",
+    *("top1", "top5", "miou", "num_classes", "input_size", "pool_size", "crop_pct", "crop_mode"),
+    *("interpolation", "mean", "std", "use_ema"),
 )
 
 
@@ -206,7 +207,7 @@ class Entry:
                 "input_size": size,
                 "pool_size": weights.pool_size or own_pool or tuple(-(-side // 32) for side in size[1:]),
                 "crop_pct": weights.crop_pct,
-                "crop_mode": "center",
+                "crop_mode": weights.crop_mode,
                 "interpolation": weights.interpolation,
                 "mean": weights.mean,
                 "std": weights.std,

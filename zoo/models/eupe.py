@@ -114,7 +114,9 @@ def _encoder(name: str, timm_name: str, convert: Any, **fields: Any) -> None:
     )
 
 
-def _entry(name: str, timm_name: str, hub: str, convert: Any, params: float, macs: float, note: str) -> None:
+def _entry(
+    name: str, timm_name: str, hub: str, convert: Any, params: float, macs: float, note: str, results: str
+) -> None:
     """Register one published encoder; `params` in millions and `macs` in billions, as the authors state them."""
     side = 256 // (16 if convert is convert_vit else 32)
     layout: dict[str, Any] = {
@@ -125,6 +127,7 @@ def _entry(name: str, timm_name: str, hub: str, convert: Any, params: float, mac
         "pool_size": (side, side),
         "crop_pct": 1.0,
     }
+    claims = f"The authors' results with frozen features (arXiv 2603.22387): {results}."
     terms = "Noncommercial research only; whoever passes the weights on must do so under the same licence."
     _encoder(
         name,
@@ -134,13 +137,13 @@ def _entry(name: str, timm_name: str, hub: str, convert: Any, params: float, mac
             params=round(params * 1e6), macs=round(macs * 1e9), input_size=(3, 256, 256), source="arXiv 2603.22387"
         ),
         weights=(
-            Weights(tag="eupe_lvd1689m", hub_id=f"timm/{timm_name}.eupe_lvd1689m", note=terms, **layout),
+            Weights(tag="eupe_lvd1689m", hub_id=f"timm/{timm_name}.eupe_lvd1689m", note=f"{claims} {terms}", **layout),
             Weights(
                 tag="meta_lvd1689m",
                 hub_id=f"facebook/EUPE-{hub}",
                 filename=f"EUPE-{hub}.pt",
-                note=f"The authors' own file. {terms}",
-                **layout,
+                note=f"The authors' own file, with the preprocessing of their README. {claims} {terms}",
+                **layout | {"crop_mode": "squash", "interpolation": "bilinear"},
             ),
         ),
         note=note,
@@ -149,12 +152,19 @@ def _entry(name: str, timm_name: str, hub: str, convert: Any, params: float, mac
 
 VIT_NOTE = "The authors' figure for the ViTs is FLOPs, two to a MAC; theirs also count the key biases, which are zero."
 CONVNEXT_NOTE = "The authors count the classifier that ConvNeXt has on ImageNet; the encoder has none."
-for letter, size, params, flops in (("t", "tiny", 6, 4), ("s", "small", 21, 12), ("b", "base", 86, 47)):
+# the paper's "GFLOPs" at 256x256; ImageNet-1k by nearest neighbours and zero-shot (%), ADE20k by a linear layer (mIoU)
+for letter, size, params, flops, *results in (
+    ("t", "tiny", 6, 4, 66.3, 50.5, 36.7),
+    ("s", "small", 21, 12, 78.2, 69.8, 46.6),
+    ("b", "base", 86, 47, 84.1, 79.7, 52.4),
+):
     timm_name = f"vit_{size}_patch16_dinov3_qkvb"
-    _entry(f"eupe_vit{letter}16", timm_name, f"ViT-{letter.upper()}", convert_vit, params, flops / 2, VIT_NOTE)
-for size, params, macs in (("tiny", 29, 5), ("small", 50, 11), ("base", 89, 20)):
-    hub = f"ConvNeXt-{size[0].upper()}"
-    _entry(f"eupe_convnext_{size}", f"convnext_{size}", hub, convert_convnext, params, macs, CONVNEXT_NOTE)
+    knn, zero_shot, miou = results
+    claims = f"ImageNet-1k top-1 {knn}% by nearest neighbours and {zero_shot}% zero-shot, ADE20k mIoU {miou}%"
+    _entry(f"eupe_vit{letter}16", timm_name, f"ViT-{letter.upper()}", convert_vit, params, flops / 2, VIT_NOTE, claims)
+for size, params, macs, miou in (("tiny", 29, 5, 43.5), ("small", 50, 11, 46.8), ("base", 89, 20, 48.9)):
+    hub, claims = f"ConvNeXt-{size[0].upper()}", f"ADE20k mIoU {miou}%"
+    _entry(f"eupe_convnext_{size}", f"convnext_{size}", hub, convert_convnext, params, macs, CONVNEXT_NOTE, claims)
 _encoder(
     "eupe_test",
     "vit_tiny_patch16_dinov3_qkvb",
