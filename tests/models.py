@@ -33,7 +33,7 @@ def each_model(names: list[str]) -> list[Any]:
     """Parameters for all of `names`, slow but for the smallest of each series, and those that no index knows yet."""
     known = {info.name: info for info in zoo.search(sort="params")}
     smallest: dict[str, str] = {}
-    for name in known:
+    for name in filter(set(names).__contains__, known):
         smallest.setdefault(series(name), name)
     quick = set(smallest.values())
     return [pytest.param(n, marks=() if n in quick or n not in known else pytest.mark.slow) for n in names]

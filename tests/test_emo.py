@@ -11,7 +11,7 @@ from torch import nn
 
 import zoo
 from tests import golden
-from tests.models import set_to_random
+from tests.models import each_model, set_to_random
 from tests.profiles import profiled
 from zoo.config import load_config
 from zoo.errors import ConfigError
@@ -73,7 +73,16 @@ COSTS = {
 }
 
 
-@pytest.mark.parametrize("name", COSTS)
+def test_the_index_holds_the_costs_of_the_authors_code():
+    for name, (params, _) in COSTS.items():
+        info = zoo.model_info(name)
+        assert info.params == params, name
+        if name in golden.names("emo"):
+            theirs = golden.load("emo", name)["macs_by_operator"]
+            assert info.macs == theirs["conv"] + theirs["matmul"] + theirs["linear"], name
+
+
+@pytest.mark.parametrize("name", each_model(list(COSTS)))
 def test_costs_are_those_of_the_authors_code(name):
     profile = profiled(name, zoo.model_info(name).input_size)
     counted = {operator.name: operator.fvcore_total for operator in profile.operators}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import zoo
 from tests.hub_stub import Hub
+from tests.models import each_vision_model
 from tests.test_data import make_folder
 from tests.test_training import SMALL, assert_goes_on_exactly, configure
 from zoo.errors import ConfigError
@@ -228,7 +229,7 @@ def test_what_cannot_be_frozen(recipe: Path, tmp_path: Path, pattern: str, messa
 # ----------------------------------------------------------------------------------------------------------- optimizers
 
 
-@pytest.mark.parametrize("name", zoo.list_models(task="vision"))
+@pytest.mark.parametrize("name", each_vision_model())
 def test_only_matrices_and_kernels_are_decayed(name: str):
     """Of every variant: no bias, norm, layer scale, residual scale or StarReLU, with layer decay and without."""
     model = zoo.create_model(name, device="meta")

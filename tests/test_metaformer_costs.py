@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 import zoo
+from tests.models import each_model
 from tests.profiles import profiled
 from zoo.profiling.flops import NORMS
 
@@ -89,7 +90,21 @@ def test_the_rounding_of_einsum():
     assert einsum_rounding(profiled("randformer_s24", (3, 224, 224))) == 12 * 1_880 + 4 * 188
 
 
-@pytest.mark.parametrize("name", BASIC)
+def test_the_index_holds_the_authors_figures():
+    """Of every model, as the tests below, but what they measure is taken from the index."""
+    for name, figures in BASIC.items():
+        info = zoo.model_info(name)
+        assert (info.params, info.trainable_params) == (figures.params, TRAINABLE.get(name, figures.params)), name
+        if name not in TRAINABLE:
+            assert giga(info.macs) == figures.macs, name
+    for (name, size), figures in MIXED.items():
+        info = zoo.model_info(name)
+        assert info.params == info.trainable_params == figures.params, name
+        if info.input_size == (3, size, size):
+            assert giga(info.macs) == figures.macs, name
+
+
+@pytest.mark.parametrize("name", each_model(list(BASIC)))
 def test_basic_models(name):
     figures, profile = BASIC[name], profiled(name, (3, 224, 224))
     assert profile.params == figures.params
@@ -102,7 +117,10 @@ def test_basic_models(name):
     assert giga(profile.fvcore_total - share(profile, uncounted) + einsum_rounding(profile)) == figures.fvcore
 
 
-@pytest.mark.parametrize(("name", "size"), MIXED)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param(*key, marks=() if key[0].endswith("_s18") else pytest.mark.slow) for key in MIXED],
+)
 def test_convolution_and_attention_models(name, size):
     figures, profile = MIXED[name, size], profiled(name, (3, size, size))
     assert profile.params == profile.trainable_params == figures.params

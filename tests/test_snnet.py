@@ -418,6 +418,7 @@ def weights_after(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "last" / "model.safetensors")
 
 
+@pytest.mark.slow  # a minute: nine processes
 def test_several_processes_train(tmp_path):
     """A path that leaves weights out is learned by two as by one; with paths drawn, every process draws its own."""
     (tmp_path / "small.yaml").write_text(SMALL)
@@ -470,7 +471,9 @@ def test_swin(number):
     assert not torch.equal(model.stitch_layers[2][0][0].transform.weight, before)
 
 
-@pytest.mark.parametrize("number", [0, 1, 5])
+@pytest.mark.parametrize(
+    "number", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_contract_of_swin(number):
     model = small_swin(stitch=number, num_classes=7).eval()
     expected = model(images())
