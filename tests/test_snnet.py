@@ -358,6 +358,27 @@ def test_saved_and_opened(tmp_path):
     assert larger.anchors[1].pos_embed.shape == (1, 145, 64)
 
 
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_path_is_saved_and_opened(tmp_path, number):
+    """A path that was extracted opens as such, and can be had of the whole network's weights."""
+    model = small().eval()
+    whole = zoo.save_pretrained(model, tmp_path / "whole")
+    alone = model.extract(number)
+    folder = zoo.save_pretrained(alone, tmp_path / "alone")
+    for again in (
+        zoo.create_model(f"local-dir:{folder}").eval(),
+        zoo.create_model(f"local-dir:{whole}", extract=number).eval(),
+        zoo.create_model("snnet_test", checkpoint_path=whole, extract=number).eval(),
+    ):
+        assert again.num_stitches == 1
+        assert again.state_dict().keys() == alone.state_dict().keys() < model.state_dict().keys()
+        torch.testing.assert_close(again(images()), alone(images()), rtol=0, atol=0)
+    small_head = zoo.create_model("snnet_test", checkpoint_path=whole, extract=number, num_classes=3)
+    assert small_head(images()).shape == (2, 3)
+    with pytest.raises(ConfigError, match="There are stitches 0 to 8, and no 9"):
+        zoo.create_model("snnet_test", extract=9)
+
+
 def test_layers_decay_side_by_side():
     model = small(device="meta")
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.5)

@@ -185,10 +185,7 @@ class SNNet(ZooModelHubMixin, nn.Module):
 
     @torch.jit.ignore
     def extract(self, stitch: int | None = None) -> "SNNet":
-        """A copy that holds the weights of one path alone (the current one by default), as its only stitch.
-
-        For inference and `zoo.export`; a folder that `create_model` opens holds the whole model and its `stitch`.
-        """
+        """A copy that holds the weights of one path alone (the current one by default), as its only stitch."""
         config = self.stitch_config(self.stitch if stitch is None else stitch)
         first, last = config.anchors[0], config.anchors[-1]
 
@@ -213,7 +210,17 @@ class SNNet(ZooModelHubMixin, nn.Module):
         kept.stitch_layers = copy.deepcopy(self.stitch_layers, replaced([la for la in layers if la not in running]))
         kept.stitches = (config,)
         kept.set_stitch(0)
+        args: dict[str, Any] = self.__dict__.get("_model_args", {})
+        number = self.stitch if stitch is None else stitch
+        kept.__dict__["_model_args"] = {"extract": number, **{key: args[key] for key in args if key != "stitch"}}
         return kept
+
+    def _set_stitches(self, stitches: Iterable[Stitch], stitch: int, extract: int | None) -> None:
+        """What a subclass does last: with all paths there, choose one, or be that one alone."""
+        self.stitches = tuple(stitches)
+        self.set_stitch(stitch)
+        if extract is not None:
+            self.__dict__ = self.extract(extract).__dict__
 
     def path(self) -> Stitch:
         """The path of this call: the chosen one or, in training with `sample_stitches`, one drawn anew."""
@@ -414,6 +421,7 @@ class StitchedViT(SNNet):
         stride: blocks that it slides at a time.
         nearest: stitch neighbouring anchors alone; otherwise any two, and paths through three.
         stitch: number of the path to compute, see `set_stitch`.
+        extract: number of the path whose weights alone the model has, as its only stitch, see `extract`.
         sample_stitches: draw a path anew for each call in training, as the authors train.
         end_norm: whether a stitched path ends with its last anchor's norm; the authors' does not.
         drop_rate: dropout before the classifiers.
@@ -440,6 +448,7 @@ class StitchedViT(SNNet):
         stride: int = 1,
         nearest: bool = True,
         stitch: int = 0,
+        extract: int | None = None,
         sample_stitches: bool = False,
         end_norm: bool = False,
         drop_rate: float = 0.0,
@@ -492,8 +501,7 @@ class StitchedViT(SNNet):
                 for one, two in itertools.product(pairs, pairs)
                 if two[0] >= one[1]
             ]
-        self.stitches = tuple(stitches)
-        self.set_stitch(stitch)
+        self._set_stitches(stitches, stitch, extract)
 
     def embed(self, anchor: int, x: Tensor) -> Tensor:
         vit: Any = self.anchors[anchor]
@@ -553,6 +561,7 @@ class StitchedSwin(SNNet):
         num_heads: attention heads of each anchor's first stage; they double with each stage.
         window_size: side of attention's windows.
         stitch: number of the path to compute, see `set_stitch`.
+        extract: number of the path whose weights alone the model has, as its only stitch, see `extract`.
         sample_stitches: draw a path anew for each call in training, as the authors train.
         drop_rate: dropout before the classifiers.
         drop_path_rate: stochastic depth of every anchor, growing linearly from 0 at its first block to this.
@@ -575,6 +584,7 @@ class StitchedSwin(SNNet):
         num_heads: Sequence[int] = (3, 3, 4),
         window_size: int = 7,
         stitch: int = 0,
+        extract: int | None = None,
         sample_stitches: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -621,8 +631,7 @@ class StitchedSwin(SNNet):
                     nn.ModuleList(StitchingLayer(*widths) for _ in range(max(pairs.values(), default=-1) + 1))
                 )
             self.stitch_layers.append(layers)
-        self.stitches = tuple(stitches)
-        self.set_stitch(stitch)
+        self._set_stitches(stitches, stitch, extract)
 
     def embed(self, anchor: int, x: Tensor) -> Tensor:
         swin: Any = self.anchors[anchor]
@@ -676,7 +685,10 @@ class StitchedSwin(SNNet):
 
 
 def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of ziplab/SN-Net, or one of ours, for `model`, whose position tables it is resized to."""
+    """A checkpoint of ziplab/SN-Net, or one of ours, for `model`, whose position tables it is resized to.
+
+    Of a whole network's, a model of one path gets what that path needs.
+    """
     tables = {key: tensor for key, tensor in model.state_dict().items() if key.endswith(".pos_embed")}
     microsoft = any(".layers.0.downsample." in key for key in state_dict)
     converted = {_from_microsoft(key): tensor for key, tensor in state_dict.items()} if microsoft else dict(state_dict)
@@ -685,6 +697,10 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
         if key in converted and converted[key].ndim == 3 and converted[key].shape[1] != table.shape[1]:
             anchor: Any = model.get_submodule(key.rpartition(".")[0])
             converted[key] = resample_abs_pos_embed(converted[key], list(anchor.patch_embed.grid_size))
+    if getattr(model, "num_stitches", None) == 1:
+        own = model.state_dict()
+        idle = ("anchors.", "stitch_layers.")
+        converted = {key: tensor for key, tensor in converted.items() if key in own or not key.startswith(idle)}
     return converted
 
 
