@@ -125,7 +125,8 @@ def compare(
     measure: Callable[[Run, TrainingConfig], dict[str, Any]] = figures,
     go_on: bool = False,
 ) -> Report:
-    """Train what `configurations` gives for each seed; `results.json` and pictures are written anew after each run.
+    """Train what `configurations` gives for each seed; `results.json` and pictures are written anew after each run,
+    and at the end, where there was nothing left to run, too: the command that they state is the last one.
 
     With `go_on`, runs that the results hold already are left as they are; several commands may then run at once, each
     with other models or seeds.
@@ -147,6 +148,13 @@ def compare(
     def known() -> dict[str, dict[str, Any]]:
         return json.loads(path.read_text())["runs"] if go_on and path.is_file() else {}
 
+    def write() -> None:
+        report["runs"] |= known()
+        report["summary"] = summarize(report["runs"], describe)
+        with whole_file(path) as file:
+            file.write((json.dumps(report, indent=1) + "\n").encode())
+        draw(report, arguments.results)
+
     report["runs"] = known()
     for seed in arguments.seeds:  # seeds outside: a comparison that is cut short has as many of each
         with tempfile.TemporaryDirectory() as folder:
@@ -158,12 +166,8 @@ def compare(
                 recipe = to_plain(dataclasses.replace(config, data=dataclasses.replace(config.data, path="cifar10")))
                 recipe.pop("output")
                 recipe["model"].pop("checkpoint_path")
-                report["runs"] |= known()
                 report["runs"][f"{name}/seed{seed}"] = found | {"config": recipe}
-                report["summary"] = summarize(report["runs"], describe)
-                with whole_file(path) as file:
-                    file.write((json.dumps(report, indent=1) + "\n").encode())
-                draw(report, arguments.results)
+                write()
                 print(f"{name} seed {seed}: top-1 {found['last_top1']:.2f}%, {found['seconds']:.0f} s", flush=True)
-    report["summary"] = summarize(report["runs"], describe)
+    write()
     return report
