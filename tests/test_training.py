@@ -33,6 +33,7 @@ from zoo.training import ImageClassification, TrainingConfig, TrainingError, fit
 from zoo.training.checkpoint import write_checkpoint
 from zoo.training.config import OptimizerConfig, SchedulerConfig
 from zoo.training.loop import make_accelerator, make_optimizer, make_scheduler
+from zoo.training.plots import plot_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = """
@@ -597,3 +598,13 @@ def test_a_configuration_survives_its_own_yaml(recipe: Path, tmp_path: Path):
     assert changed.optimizer.lr == 0.5
     with pytest.raises(dataclasses.FrozenInstanceError):
         changed.resume = "auto"  # type: ignore[misc]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("runs", [1, 2, 14])
+def test_curves_of_many_runs_have_room(runs: int, tmp_path: Path):
+    """matplotlib warns where legends leave none."""
+    rows = [{"epoch": e, "train_loss": 2 / e, "val_loss": 1 / e, "val_top1": 10.0 * e} for e in (1, 2)]
+    path = plot_curves({f"run {number}": rows for number in range(runs)}, "top1", "Runs", tmp_path / "curves.png")
+    with Image.open(path) as picture:
+        assert picture.width == (1680 if runs == 14 else 1320)

@@ -21,17 +21,20 @@ def plot_curves(
     path that cannot be written.
     """
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
 
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    several, many = len(runs) > 1, len(runs) > 4  # many have one legend beside the axes, which they would fill
+    figure = Figure(figsize=(14 if many else 11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    several = len(runs) > 1
+    colours: Any = colormaps["tab10" if len(runs) <= 10 else "tab20"]
     unit, digits = (" (%)", 2) if metric.startswith("top") else ("", 4)
     for number, (name, rows) in enumerate(runs.items()):
-        colour = f"C{number}"
+        colour = colours(number % colours.N)
         prefix = f"{name}: " if several else ""
         for key, style, label in (("train_loss", "--", "training"), ("val_loss", "-", "evaluation")):
             left.plot(*_points(rows, key), style, color=colour, marker=_marker(rows), label=f"{prefix}{label}")
@@ -47,7 +50,13 @@ def plot_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(True, color="0.92")
         axes.set_axisbelow(True)
-        axes.legend(frameon=False)
+    if many:
+        styles = {"training": "--", "evaluation": "-"}
+        left.legend([Line2D([], [], color="0.3", linestyle=style) for style in styles.values()], styles, frameon=False)
+        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    else:
+        left.legend(frameon=False)
+        right.legend(frameon=False)
     figure.suptitle(title)
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
