@@ -647,7 +647,8 @@ def _load(
         name,
         strict,
         "The model was left as it was: build it with the arguments that the checkpoint was trained with, or pass "
-        f"strict=False to load what fits.{_fitting_arguments(entry, tensors)}",
+        "strict=False to load what fits.",
+        given=tensors,
     )
     _assign(module, fit.tensors, ours)
     return LoadReport(
@@ -799,6 +800,7 @@ class _Fit:
         self.targets: StateDict = model.state_dict(keep_vars=True)
         self.tensors = tensors
         self.cfg = cfg
+        self.entry = entry
         self.classifiers = _names(cfg.get("classifier") or (entry.classifier if entry else None))
         self.first_convs = _names(cfg.get("first_conv") or (entry.first_conv if entry else None))
         self.dropped: list[str] = []
@@ -879,8 +881,11 @@ class _Fit:
         self.adapted.append(key)
         self.notes.append(f"{key} adapted from {before} to {after} input channels")
 
-    def check(self, name: str, strict: bool, advice: str) -> None:
-        """Raise CheckpointError for what does not fit, or drop it if that is allowed."""
+    def check(self, name: str, strict: bool, advice: str, given: StateDict | None = None) -> None:
+        """Raise CheckpointError for what does not fit, or drop it if that is allowed.
+
+        The error says with which arguments a model would fit the checkpoint as it was `given`, where the family can tell.
+        """
         missing = [key for key in self.targets if key not in self.tensors and key not in self.may_miss]
         unexpected = [key for key in self.tensors if key not in self.targets]
         misshapen = [
@@ -910,6 +915,8 @@ class _Fit:
                 "It holds no classifier: build the model with num_classes=0 for none, or pass strict=False to keep the "
                 "one that the model was initialised with."
             )
+        elif strict and given is not None:
+            advice += _fitting_arguments(self.entry, given)
         if strict:
             raise CheckpointError(f"{name} does not fit {architecture}. {advice}\n" + "\n".join(lists))
         self.notes += lists
