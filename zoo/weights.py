@@ -884,7 +884,7 @@ class _Fit:
     def check(self, name: str, strict: bool, advice: str, given: StateDict | None = None) -> None:
         """Raise CheckpointError for what does not fit, or drop it if that is allowed.
 
-        The error says with which arguments a model would fit the checkpoint as it was `given`, where the family can tell.
+        The error says with which arguments a model would fit what was `given`, where the family can tell.
         """
         missing = [key for key in self.targets if key not in self.tensors and key not in self.may_miss]
         unexpected = [key for key in self.tensors if key not in self.targets]
