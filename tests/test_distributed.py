@@ -241,6 +241,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow  # as two processes do, by another way of starting them
 def test_two_machines_learn_what_one_does(home: Path, runs: dict[str, Path]):
     """`accelerate launch` on each of two machines, here both on loopback: what one process learns, written once."""
     output, port = home / "machines", free_port()

@@ -492,9 +492,8 @@ def test_swin(number):
     assert not torch.equal(model.stitch_layers[2][0][0].transform.weight, before)
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(5, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # a minute: compiled and exported; test_swin has the rest
+@pytest.mark.parametrize("number", [0, 1, 5])
 def test_contract_of_swin(number):
     model = small_swin(stitch=number, num_classes=7).eval()
     expected = model(images())
