@@ -6,8 +6,9 @@ Operators: the tall, wide and small kernels of a block ("decomposed"), and the w
 ("whole"), in both memory formats; the forward as inference has it, with the branches summed, and forward and backward
 as training has it, with an output of each branch. Models: slak_tiny at 224x224, with F.conv2d in both memory formats
 ("plain"; in NCHW the large kernels meet contiguous maps, as in the authors' code), with our operator, and as
-`zoo.optimize_for_inference` makes it; a training step is forward, loss, backward and AdamW. On a GPU PyTorch's side is
-cuDNN's, or what PyTorch prefers to it.
+`zoo.optimize_for_inference` makes it; a training step is forward, loss, backward and AdamW, and of "ours" it is as
+`train.py` takes it on a CPU, within `zoo.layers.products.FastProducts` ("ours_kernels_alone": without). On a GPU
+PyTorch's side is cuDNN's, or what PyTorch prefers to it.
 
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. `limit_ms` is the larger
@@ -20,6 +21,7 @@ time over ours. The models have first shown that they give the same logits.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -42,6 +44,7 @@ from zoo.config import run_command
 from zoo.errors import ZooError
 from zoo.files import whole_file
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
+from zoo.layers.products import FastProducts
 from zoo.models.slak import DepthwiseConv2d
 from zoo.plots import check_picture
 
@@ -221,6 +224,8 @@ def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str
     }
     if not training:
         models["ours_optimized"] = zoo.optimize_for_inference(model)
+    elif clock.device.type == "cpu":
+        models["ours_kernels_alone"] = copy.deepcopy(model)
     models = {name: model for name, model in models.items() if name not in skip}
     images = torch.randn(batch_size, 3, 224, 224, device=clock.device)
     labels = torch.randint(1000, (batch_size,), device=clock.device)
@@ -236,7 +241,8 @@ def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str
 
     def train(name: str) -> object:
         x = images.contiguous(memory_format=torch.channels_last) if name == "plain_channels_last" else images
-        F.cross_entropy(models[name](x), labels).backward()
+        with FastProducts() if name == "ours" else contextlib.nullcontext():
+            F.cross_entropy(models[name](x), labels).backward()
         optimizers[name].step()
         return optimizers[name].zero_grad()
 
@@ -282,14 +288,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.grid(True, axis="y", color="0.9")
     top.legend(ncols=5, frameon=False, fontsize=8)
     top.set_title(f"Large depthwise kernels: {report['device']}, batch {report['settings']['batch_size']}")
+    shades = {"plain_nchw": "0.75", "plain_channels_last": "0.5", "ours": "C0", "ours_optimized": "C2"}
+    shades |= {"ours_kernels_alone": "C9"}
     entries = [
         (f"{kind.replace('_', ' ')}, batch {batch}: {name.replace('_', ' ')}", found[name]["ms"], name)
         for kind, batches in report.get("models", {}).items()
         for batch, found in batches.items()
-        for name in ("plain_nchw", "plain_channels_last", "ours", "ours_optimized")
+        for name in shades
         if name in found
     ]
-    shades = {"plain_nchw": "0.75", "plain_channels_last": "0.5", "ours": "C0", "ours_optimized": "C2"}
     bottom.barh(
         [label for label, _, _ in entries], [ms for _, ms, _ in entries], color=[shades[n] for *_, n in entries]
     )
