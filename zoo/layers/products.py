@@ -1,7 +1,7 @@
 """Faster linear layers and pointwise convolutions in training on a CPU: their matrix products by oneDNN.
 
-PyTorch multiplies float32 matrices with MKL, and takes MKL for 1x1 convolutions too where one thread has few images.
-oneDNN's products, which PyTorch keeps for layers packed for inference, are faster on most shapes of these layers;
+PyTorch multiplies float32 matrices with MKL, and one thread with few images 1x1 convolutions, too. oneDNN's products,
+which PyTorch keeps for layers packed for inference, are faster on most shapes of these layers;
 `benchmarks/train_step.py` says what that brings.
 """
 
@@ -22,7 +22,7 @@ SMALLEST = 2**20  # multiplications: below, calling takes longer than what is ga
 
 
 class FastProducts(TorchFunctionMode):
-    """Within it, `F.linear`, and where PyTorch would take MKL 1x1 `F.conv2d`, are differentiable products by oneDNN.
+    """Within it, `F.linear`, and of few images 1x1 `F.conv2d`, are differentiable products by oneDNN.
 
     Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled or traced
     code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run again outside.
@@ -74,8 +74,7 @@ def _is_pointwise(
         and stride in (1, (1, 1))
         and padding in (0, (0, 0))
         and x.ndim == 4
-        and len(x) < 16
-        and torch.get_num_threads() == 1  # else PyTorch takes oneDNN's convolution, which is as fast
+        and len(x) < 16  # else PyTorch takes oneDNN's convolution, which is as fast
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
@@ -120,5 +119,6 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _multiply_long(grads: Tensor, rows: Tensor) -> Tensor:
     """`grads.t() @ rows`, a sum over many rows: (rows, N), (rows, K) -> (N, K)."""
-    outs, ins = grads.shape[1], rows.shape[1]
-    return _multiply(grads.t(), rows.t()) if outs >= 256 and ins >= 512 else grads.t() @ rows  # MKL splits long sums
+    if grads.shape[1] > rows.shape[1]:  # oneDNN is up to three times as fast where the longer edge comes last
+        return _multiply(rows.t(), grads.t()).t()
+    return _multiply(grads.t(), rows.t())
