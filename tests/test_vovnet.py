@@ -1,6 +1,7 @@
 """VoVNet against its authors' code, and its figures."""
 
 import pytest
+import timm
 import torch
 
 import zoo
@@ -100,6 +101,28 @@ def test_a_file_without_a_classifier_says_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match="holds no classifier: build the model with num_classes=0"):
         zoo.create_model("ese_vovnet19b_slim_dw", checkpoint_path=tmp_path / "theirs.pth")
     zoo.create_model("ese_vovnet19b_slim_dw", checkpoint_path=tmp_path / "theirs.pth", num_classes=0)
+    tagged = zoo.create_model("ese_vovnet19b_slim_dw.youngwanlee_in1k", checkpoint_path=tmp_path / "theirs.pth")
+    assert tagged.num_classes == 0
+    assert tagged.pretrained_cfg["license"] == "cc-by-nc-4.0"
+
+
+@pytest.mark.parametrize("kind", ["ese_vovnet19b_slim_dw", "ese_vovnet19b_slim", "ese_vovnet19b_dw"])
+def test_backbones_without_a_classifier_leave_the_model_its_own(kind):
+    (theirs,) = (w for w in get_entry(kind).weights if w.tag == "youngwanlee_in1k")
+    assert (theirs.num_classes, theirs.license, theirs.top1) == (0, "cc-by-nc-4.0", None)
+    for model in (zoo.create_model(kind, pretrained=False, device="meta"), zoo.create_model(kind, num_classes=3)):
+        assert model.num_classes == model.head.fc.out_features != 0
+
+
+@pytest.mark.parametrize("size", [19, 39, 57, 99])
+def test_the_backbones_of_v2_lie_with_their_authors(size):
+    (theirs,) = get_entry(f"vovnetv2_{size}").weights
+    assert f"vovnet{size}_ese_detectron2.pth" in theirs.note
+    with pytest.raises(DownloadError, match=r"by hand, from https://github.com/youngwanLEE.*checkpoint_path="):
+        zoo.create_model(f"vovnetv2_{size}", pretrained=True)
+    zoo.register_with_timm()
+    with torch.device("meta"):
+        assert timm.create_model(f"vovnetv2_{size}").num_classes == 1000
 
 
 @pytest.mark.parametrize(("name", "top1"), [("vovnet39", 76.77), ("vovnet57", 77.73)])

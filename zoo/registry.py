@@ -203,7 +203,9 @@ class Entry:
             size = weights.input_size
             own_pool = self.pool_size if size == self.input_size else None
             cfg |= {
-                "num_classes": weights.num_classes,
+                "num_classes": self.args.get("num_classes", weights.num_classes)
+                if tag is None
+                else weights.num_classes,
                 "input_size": size,
                 "pool_size": weights.pool_size or own_pool or tuple(-(-side // 32) for side in size[1:]),
                 "crop_pct": weights.crop_pct,

@@ -41,7 +41,10 @@ def register_with_timm(override: bool = False) -> list[str]:
 
 def _register(entry: Entry) -> None:
     tags = [weights.tag for weights in entry.weights]
-    configs = {f"{entry.name}.{tag}": entry.pretrained_cfg(tag) for tag in tags} or {entry.name: entry.pretrained_cfg()}
+    configs = {f"{entry.name}.{tag}": entry.pretrained_cfg(tag) for tag in tags}
+    default, first = entry.pretrained_cfg(), next(iter(configs.values()), None)
+    if first is None or default["num_classes"] != first["num_classes"]:  # those weights lack the model's classifier
+        configs = {entry.name: default, **configs}
     for config in configs.values():
         config.pop("tag")  # timm takes it from the name
     default_cfgs.update(generate_default_cfgs(configs))

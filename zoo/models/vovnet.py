@@ -17,7 +17,8 @@ published code computes something else, there is an entry of our own:
 - timm registers no `vovnetv2_19`.
 
 The published files hold V2 without a classifier (trained for detection) and V1 with one. They lie on Dropbox, where a
-person fetches them: `checkpoint_path` takes them in their own layout, V2's with `num_classes=0`.
+person fetches them: `checkpoint_path` takes them in their own layout, V2's with `num_classes=0` or with the tag in the
+name (`vovnetv2_39.youngwanlee_in1k`).
 """
 
 import re
@@ -88,8 +89,7 @@ def _rename(key: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- variants
 
-NO_CLASSIFIER = "The authors' ImageNet files hold the backbone alone, trained for detection: no accuracy is stated."
-NO_CLASSIFIER += " They lie on Dropbox: fetch one by hand, and give it as checkpoint_path with num_classes=0."
+NO_CLASSIFIER = "The authors' ImageNet weights are of the backbone alone (num_classes=0): no accuracy is stated."
 
 
 def _v1_weights(size: int, top1: float, top5: float) -> Weights:
@@ -104,8 +104,21 @@ def _v1_weights(size: int, top1: float, top5: float) -> Weights:
     )
 
 
+def _v2_weights(kind: str) -> Weights:
+    return Weights(
+        tag="youngwanlee_in1k",
+        page="https://github.com/youngwanLEE/vovnet-detectron2",
+        license="cc-by-nc-4.0",
+        num_classes=0,
+        note=f"vovnet{kind}_detectron2.pth, on Dropbox: a backbone for detectors, which prepare images as the "
+        "configuration of the detector says, blue channel first; mean and std here are ImageNet's.",
+    )
+
+
 def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note: str = "", **fixed: Any) -> None:
     adapt, published = fixed.pop("adapt", None), fixed.pop("weights", ())
+    # by default a classifier, as timm's, though the authors' weights have none
+    args = {"num_classes": 1000} if any(not weights.num_classes for weights in published) else {}
     facts: dict[str, Any] = {"compact": "The outputs of a module's convolutions are concatenated once, at its end."}
     facts |= {key: fixed.pop(key) for key in ("compact", "input_size") if key in fixed}
     v1 = paper is V1_PAPER
@@ -114,10 +127,11 @@ def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note
             name=name,
             build=timm_builder(timm_name, adapt=adapt, **fixed),
             family="vovnet",
+            args=args,
             paper=paper,
             code_license="unstated" if v1 else "cc-by-nc-4.0",
             code_url=f"https://github.com/{'stigma0617/VoVNet.pytorch' if v1 else 'youngwanLEE/vovnet-detectron2'}",
-            weights=timm_weights(name, top1) if name == timm_name else published,
+            weights=(*timm_weights(name, top1), *published) if name == timm_name else published,
             convert=convert,
             first_conv="stem.0.conv",
             classifier="head.fc",
@@ -129,31 +143,37 @@ def _entry(name: str, timm_name: str, paper: Paper, top1: dict[str, float], note
 
 for name in ("vovnet39a", "vovnet57a"):
     _entry(name, name, V1_PAPER, {}, "timm's form, without the identity mappings that the published code has.")
+for kind, top1 in (("slim_dw", {}), ("slim", {}), ("dw", {"ra_in1k": 76.828})):
+    _entry(
+        f"ese_vovnet19b_{kind}",
+        f"ese_vovnet19b_{kind}",
+        V2_PAPER,
+        top1,
+        f"Computes what the published code does. {NO_CLASSIFIER}",
+        weights=(_v2_weights(f"19_ese_{kind}"),),
+    )
 for name, top1 in (
-    ("ese_vovnet19b_slim_dw", {}),
-    ("ese_vovnet19b_slim", {}),
-    ("ese_vovnet19b_dw", {"ra_in1k": 76.828}),
     ("ese_vovnet39b", {"ra_in1k": 79.312}),
     ("ese_vovnet57b", {"ra4_e3600_r256_in1k": 82.460}),
     ("ese_vovnet99b", {}),
     ("eca_vovnet39b", {}),
 ):
-    same = name.startswith("ese_vovnet19b")
-    _entry(
-        name,
-        name,
-        V2_PAPER,
-        top1,
-        f"Computes what the published code does. {NO_CLASSIFIER}"
-        if same
-        else "timm's form, with attention in the last module of a stage alone.",
-    )
+    _entry(name, name, V2_PAPER, top1, "timm's form, with attention in the last module of a stage alone.")
 
 WIDE = {"stage_conv_chs": [128, 160, 192, 224], "stage_out_chs": [256, 512, 768, 1024]}
 SLIM = {"stage_conv_chs": [64, 80, 96, 112], "stage_out_chs": [128, 256, 384, 512]}
-_entry("vovnetv2_19", "ese_vovnet19b_slim", V2_PAPER, {}, NO_CLASSIFIER, **WIDE)
+_entry("vovnetv2_19", "ese_vovnet19b_slim", V2_PAPER, {}, NO_CLASSIFIER, weights=(_v2_weights("19_ese"),), **WIDE)
 for size in (39, 57, 99):
-    _entry(f"vovnetv2_{size}", f"ese_vovnet{size}b", V2_PAPER, {}, NO_CLASSIFIER, adapt=attend_everywhere)
+    published = (_v2_weights(f"{size}_ese"),)
+    _entry(
+        f"vovnetv2_{size}",
+        f"ese_vovnet{size}b",
+        V2_PAPER,
+        {},
+        NO_CLASSIFIER,
+        weights=published,
+        adapt=attend_everywhere,
+    )
 _entry(
     "vovnet27_slim", "vovnet39a", V1_PAPER, {}, "No file is published.", residual=True, block_per_stage=[1] * 4, **SLIM
 )
