@@ -239,10 +239,10 @@ def test_nothing_is_drawn_where_nothing_is_mixed():
     maps = whole(torch.zeros(2, 1, 2, 2))
     maps = LabelMaps(*(tensor.repeat(2, *[1] * (tensor.ndim - 1)) for tensor in maps))
     labelling = TokenLabeling(model, (32, 32), 4, criterion=nn.CrossEntropyLoss(), alpha=1.0)
-    before = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    before = np.random.get_state()[1].tolist()
     labelling.loss(labelling.learner, torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]), maps, mix=False)
     assert model.asked == [None]
-    assert np.random.get_state()[1].tolist() == before  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == before
 
 
 # ------------------------------------------------------------------------------------------------------------- MixToken
@@ -306,7 +306,7 @@ def test_a_run_with_maps_that_the_command_made(home: Path, tmp_path: Path):
     losses = [row["train_loss"] for row in run.history]
     assert losses[-1] < losses[0] - 0.3
     assert run.best > 60  # chance is 25
-    model = load_model(str(run.folder)).eval()
+    model: Any = load_model(str(run.folder)).eval()
     split = load_split(DataConfig(name="folder", path=str(home / "digits")), training=False)
     transform = eval_transform(preprocessing(model))
     images = torch.stack([transform(split.source.open(i).convert("RGB")) for i in range(len(split))])

@@ -64,7 +64,10 @@ class MapFolder:
                 "missing."
             ) from None
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-            raise DataError(f"The label map {str(path)!r} cannot be read: {reason(error)}") from None
+            raise DataError(
+                f"The label map {str(path)!r} cannot be read. Remove it, and `zoo token-labels` makes it anew. "
+                f"{reason(error)}"
+            ) from None
         if not (
             isinstance(found, Tensor)
             and found.ndim == 4

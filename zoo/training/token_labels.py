@@ -68,7 +68,7 @@ class TokenLabeling:
     ) -> None:
         if not (hasattr(model, "forward_tokens") and hasattr(model, "token_grid")):
             raise ConfigError(
-                f"data.token_labels needs a model that classifies its tokens, such as rmt_s_token_label: "
+                "data.token_labels needs a model that classifies its tokens, such as rmt_s_token_label: "
                 f"{type(model).__name__} has no forward_tokens."
             )
         try:
@@ -83,9 +83,8 @@ class TokenLabeling:
         """`criterion(image, label) + weight * (cross-entropy of the tokens, mean over them)` (section 3).
 
         For images (B, C, H, W), labels (B,) and maps, all on one device. With `mix`, MixToken exchanges a box: tokens
-        and their labels alike, the label of the image in proportion to the box's area. The label of
-        the image is its class, as the paper has it, and not what the teacher saw in the crop; it is smoothed, and the
-        teacher's are not.
+        and their labels alike, the label of the image in proportion to the box's area. The label of the image is its
+        class, as the paper has it, and not what the teacher saw in the crop; it is smoothed, the tokens' are not.
         """
         exchanged = draw_box(self.grid, self.alpha) if mix and self.alpha else None
         own = 1.0 if exchanged is None else 1.0 - exchanged.float().mean().item()
