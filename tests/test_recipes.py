@@ -227,6 +227,12 @@ def test_recipe_takes_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.
         for split, count in (("train", 2), ("val", 1)):
             make_folder(tmp_path / "data" / split, "abc", count)
         changes |= {"path": str(tmp_path / "data"), "input_size": [3, 64, 64]}
+        if config.data.token_labels is not None:
+            changes["token_labels"] = str(tmp_path / "labels")
+            for image in (tmp_path / "data" / "train").rglob("*.png"):
+                place = tmp_path / "labels" / image.parent.name / f"{image.stem}.pt"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(torch.ones(2, 1, 3, 3), place)
     elif config.data.name == "parquet":
         for split in ("train", "test"):
             make_parquet(tmp_path / "data" / f"{split}.parquet", [0, 1, 2, 0], ["a", "b", "c"])

@@ -333,8 +333,12 @@ def test_the_class_stands_for_itself():
     assert RMT(num_classes=3, **one_stage)(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
-@pytest.mark.parametrize(("name", "drop_path"), [("rmt_t", 0.1), ("rmt_s", 0.15), ("rmt_b", 0.4), ("rmt_l", 0.5)])
-def test_recipes_are_the_authors(name, drop_path):
+DROP_PATH = {"rmt_t": 0.1, "rmt_s": 0.15, "rmt_b": 0.4, "rmt_l": 0.5}
+
+
+@pytest.mark.parametrize("name", [*DROP_PATH, "rmt_s_token_label", "rmt_b_token_label", "rmt_l_token_label"])
+def test_recipes_are_the_authors(name):
+    drop_path, token_label = DROP_PATH[name.removesuffix("_token_label")], name.endswith("_token_label")
     config = load_config(TrainingConfig, f"configs/vision/imagenet1k/{name}.yaml")
     assert (config.model.name, config.model.args) == (name, {"drop_path_rate": drop_path})
     assert (config.optimizer.opt, config.optimizer.lr, config.train.global_batch_size) == ("adamw", 2e-3, 2048)
@@ -346,9 +350,13 @@ def test_recipes_are_the_authors(name, drop_path):
     assert (augment.aa, augment.color_jitter, augment.train_interpolation) == (
         "rand-m9-mstd0.5-inc1",
         0.4,
-        "bicubic",
+        "random" if token_label else "bicubic",
     )
-    assert (augment.mixup, augment.cutmix, augment.mixup_switch_prob) == (0.8, 1.0, 0.5)
+    mixing = (augment.mixup, augment.cutmix, augment.mixup_switch_prob, augment.mix_token)
+    assert mixing == ((0, 0, 0.5, 1.0) if token_label else (0.8, 1.0, 0.5, 0))
+    assert config.loss.token_weight == 0.5
+    assert (config.data.token_labels is not None) == token_label
+    assert config.data.crop_pct == (0.96 if token_label else None)
     assert (augment.reprob, augment.remode, augment.aug_repeats) == (0.25, "pixel", 3)
     assert config.loss.smoothing == 0.1
     assert config.train.model_ema

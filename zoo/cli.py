@@ -269,6 +269,28 @@ zoo predict cat.jpg --model caformer_s18 --cam cam.png --class 'tabby cat'""",
     sub.add_argument("--class", dest="class_name", metavar="CLASS", help="the map's class, by name or number")
     as_json(sub)
 
+    sub = command(
+        "token-labels",
+        run_token_labels,
+        "let a teacher label every place of training images, for training with token labels",
+        """
+zoo token-labels imagenet labels --teacher timm/dm_nfnet_f6.dm_in1k --size 576 --amp bf16
+zoo token-labels pets labels --teacher runs/pets --device cpu""",
+    )
+    sub.add_argument("data", metavar="DATA", help="the folder with train/<class>/*.jpg")
+    sub.add_argument("out", metavar="OUT", help="the folder to write; maps that are there already are kept")
+    sub.add_argument(
+        "--teacher", required=True, metavar="NAME", help="a name, timm/NAME, hf-hub:owner/name or a folder"
+    )
+    sub.add_argument("--checkpoint", metavar="PATH", help="weights for a teacher that is given by its name")
+    sub.add_argument("--split", default="train", metavar="NAME", help="the folder in DATA (default: train)")
+    sub.add_argument("--size", type=int, metavar="N", help="side that images are resized to (default: the teacher's)")
+    sub.add_argument("--topk", type=int, default=5, metavar="K", help="classes to keep of each place (default: 5)")
+    sub.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
+    sub.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
+    sub.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, mps (default: the accelerator there is)")
+    sub.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)")
+
     def language_model(sub: Parser, temperature: float, top_p: float | None, max_new_tokens: str) -> None:
         sub.add_argument("--model", required=True, metavar="NAME", help="a name, hf-hub:owner/name, a run or a folder")
         sub.add_argument("--checkpoint", metavar="PATH", help="weights for a model that is given by its name")
@@ -652,6 +674,32 @@ def run_predict(args: argparse.Namespace) -> None:
         print_json(answers)
     if len(answers) < len(args.images):
         raise ZooError(f"{len(args.images) - len(answers)} of {len(args.images)} images cannot be read.")
+
+
+def run_token_labels(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from zoo.evaluation.token_labels import make_token_labels
+    from zoo.loading import load_model
+
+    made = make_token_labels(
+        load_model(args.teacher, args.checkpoint),
+        args.data,
+        args.out,
+        name=args.teacher if args.checkpoint is None else f"{args.teacher} with {args.checkpoint}",
+        split=args.split,
+        size=args.size,
+        topk=args.topk,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+        amp=args.amp,
+        console=Console(stderr=True),
+    )
+    if made.skipped:
+        note(f"Damaged, and without a map: {', '.join(made.skipped[:20])}{', ...' if len(made.skipped) > 20 else ''}.")
+    kept = f", {made.kept:,} kept" if made.kept else ""
+    print(f"{made.written:,} label maps of {shape(made.shape)} written{kept}: {made.folder}")
 
 
 def run_generate(args: argparse.Namespace) -> None:

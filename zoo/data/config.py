@@ -32,6 +32,8 @@ class DataConfig:
         shuffle_buffer: images, not yet decoded, among which a worker draws the next of a stream.
         num_classes: of a stream that does not name its classes, and has no classes.txt beside it.
         batch_size: images per process and step.
+        token_labels: folder with a label map for each training image ("folder"), as `zoo token-labels` makes them: the
+            model learns from its tokens, too (`loss.token_weight`, `augment.mix_token`).
         workers: processes that decode and augment; 0 does it in the main process.
         strict: end with an error at a damaged image, instead of skipping, counting and listing it.
         input_size: channels, height and width that the model gets; by default what its weights were trained with.
@@ -50,6 +52,7 @@ class DataConfig:
     streaming: bool = False
     shuffle_buffer: int = 1000
     num_classes: int | None = None
+    token_labels: str | None = None
     batch_size: int = 128
     workers: int = 4
     strict: bool = False
@@ -73,6 +76,10 @@ class DataConfig:
             raise ConfigError(f"data.name is {self.name!r}: say where it lies with data.path.")
         if self.streaming and self.name in ("digits", "folder"):
             raise ConfigError(f"data.streaming is for parquet files and data sets of the Hub, not for {self.name!r}.")
+        if self.token_labels is not None and self.name != "folder":
+            raise ConfigError(
+                f"data.token_labels has a file for each image file: it is for data.name folder, not {self.name}."
+            )
         for key in ("batch_size", "workers", "shuffle_buffer"):
             if type(value := getattr(self, key)) is not int:
                 raise ConfigError(f"data.{key} must be a whole number, not {value!r}.")
@@ -132,6 +139,8 @@ class AugmentConfig:
         mixup_switch_prob: probability of cutmix where both are on.
         mixup_mode: what shares one draw: "batch", "pair" or "elem".
         mixup_off_epoch: epoch from which on nothing is mixed; 0 for never.
+        mix_token: alpha of MixToken's Beta distribution, for training with `data.token_labels`: a box of the stem's map
+            is exchanged with another image's, and their labels alike (arXiv 2104.10858, section 3); 0 for none.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -152,12 +161,13 @@ class AugmentConfig:
     mixup_switch_prob: float = 0.5
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     mixup_off_epoch: int = 0
+    mix_token: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"augment.{name} is a probability, from 0 to 1, not {getattr(self, name)}.")
-        for name in ("color_jitter", "mixup", "cutmix", "mixup_off_epoch", "aug_repeats"):
+        for name in ("color_jitter", "mixup", "cutmix", "mixup_off_epoch", "mix_token", "aug_repeats"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"augment.{name} must not be negative, but is {getattr(self, name)}.")
         if self.recount < 1:

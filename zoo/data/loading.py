@@ -26,7 +26,18 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from zoo.data.config import AugmentConfig, DataConfig
 from zoo.data.sources import ImageSplit
 from zoo.data.streaming import RawSample, Shards, reason, shuffled
-from zoo.data.transforms import NO_ERASURES, Batch, Prepare, eval_transform, random_transform, to_tensor
+from zoo.data.token_labels import MapFolder
+from zoo.data.transforms import (
+    NO_ERASURES,
+    Batch,
+    LabelMaps,
+    Prepare,
+    RandomTransform,
+    View,
+    eval_transform,
+    random_transform,
+    to_tensor,
+)
 from zoo.errors import ConfigError, DataError, ZooError
 
 __all__ = [
@@ -59,7 +70,8 @@ def training_loader(
 ) -> TrainingLoader:
     """The training batches of one of `processes` that share `data`.
 
-    Raises DataError when `data` does not fill one batch for each process, ConfigError for augmentation that cannot be.
+    Raises DataError when `data` does not fill one batch for each process, or label maps are missing or damaged (which
+    may come out later), ConfigError for augmentation that cannot be.
     """
     transform = random_transform(preprocess, augment)
     per_process = len(data) // processes
@@ -80,7 +92,15 @@ def training_loader(
         loader = _stream_loader(order, config, pin_memory)
     else:
         order = EpochSampler(len(data), seed=seed, rank=rank, processes=processes, repeats=augment.aug_repeats)
-        dataset = ImageDataset(data, transform, channels=channels, seed=seed, replace_damaged=True)
+        maps = None
+        if config.token_labels is not None:
+            if augment.train_crop_mode == "src":
+                raise ConfigError(
+                    "data.token_labels goes with augment.train_crop_mode rrc: src adds a border, of which no label map "
+                    "says anything."
+                )
+            maps = MapFolder(config.token_labels, data)
+        dataset = ImageDataset(data, transform, channels=channels, seed=seed, replace_damaged=True, maps=maps)
         loader = make_loader(dataset, config, sampler=order, drop_last=True, pin_memory=pin_memory)
     return TrainingLoader(loader, order, data.source.check, transform.prepare, config.batch_size, batches)
 
@@ -159,7 +179,7 @@ class EvaluationLoader:
 def _sound(batches: Iterator[Batch | ZooError], check: Callable[[], None]) -> Iterator[Batch]:
     """What workers hand over, as long as they hand over batches and the data is still there."""
     for batch in batches:
-        if isinstance(batch, ZooError):  # raised in a worker, it would come wrapped in a traceback
+        if isinstance(batch, ZooError):
             raise batch
         if batch.damaged:
             check()
@@ -174,6 +194,8 @@ class Sample(NamedTuple):
     label: int
     damaged: tuple[str, ...] = ()  # names of images that were tried and cannot be read
     erased: Sequence[tuple[int, ...]] = ()  # areas for random erasing
+    label_map: Tensor | None = None  # (2, k, H, W), of the whole image
+    view: View | None = None  # what of it `image` shows
 
 
 class PixelTransform(Protocol):
@@ -188,7 +210,7 @@ class ImageDataset(Dataset[Sample]):
 
     An item's number is an index, or `(epoch, index, copy)`: then random transforms draw from these and the seed alone.
     With `replace_damaged`, the next readable image takes a damaged one's place, so that training batches keep their
-    size.
+    size. With `maps`, samples that are transformed at random bring their images' label maps.
     """
 
     def __init__(
@@ -199,16 +221,20 @@ class ImageDataset(Dataset[Sample]):
         channels: int = 3,
         seed: int = 0,
         replace_damaged: bool = False,
+        maps: MapFolder | None = None,
     ) -> None:
         self.split, self.transform, self.seed, self.replace_damaged = split, transform, seed, replace_damaged
-        self.channels = channels
+        self.channels, self.maps = channels, maps
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int, int]]) -> list[Sample]:
+    def __getitems__(self, keys: Sequence[int | tuple[int, int, int]]) -> list[Sample] | ZooError:
         with _chance_kept():
-            return [self._sample(key) for key in keys]
+            try:
+                return [self._sample(key) for key in keys]
+            except ZooError as error:  # raised in a worker, it would come wrapped in a traceback
+                return error
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> Sample:
         with _chance_kept():
@@ -232,7 +258,11 @@ class ImageDataset(Dataset[Sample]):
             return Sample(self.transform.pixels(image), label, tuple(damaged))
         epoch, _, copy = key
         _seed(self.seed, epoch, index, copy)
-        return Sample(self.transform.pixels(image), label, tuple(damaged), self.transform.erasures())
+        if self.maps is None:
+            return Sample(self.transform.pixels(image), label, tuple(damaged), self.transform.erasures())
+        assert isinstance(self.transform, RandomTransform)
+        pixels, view = self.transform.pixels_and_view(image)
+        return Sample(pixels, label, tuple(damaged), self.transform.erasures(), self.maps.read(index), view)
 
 
 def decode(file: Image.Image, channels: int) -> Tensor:
@@ -309,7 +339,7 @@ def make_loader(
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=drop_last,
-        collate_fn=collate,
+        collate_fn=_collate_sound,
         **_worker_options(config, pin_memory),
     )
 
@@ -322,6 +352,10 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _collate_sound(samples: list[Sample] | ZooError) -> Batch | ZooError:
+    return samples if isinstance(samples, ZooError) else collate(samples)
+
+
 def collate(samples: list[Sample]) -> Batch:
     good = [sample for sample in samples if sample.image is not None]
     damaged = tuple(name for sample in samples for name in sample.damaged)
@@ -330,7 +364,17 @@ def collate(samples: list[Sample]) -> Batch:
     images = default_collate([sample.image.permute(1, 2, 0) for sample in good])  # type: ignore[union-attr]
     labels = torch.tensor([sample.label for sample in good])
     areas = [(number, *area) for number, sample in enumerate(good) for area in sample.erased]
-    return Batch(images.permute(0, 3, 1, 2), labels, damaged, torch.tensor(areas) if areas else NO_ERASURES)
+    erased = torch.tensor(areas) if areas else NO_ERASURES
+    return Batch(images.permute(0, 3, 1, 2), labels, damaged, erased, _label_maps(good))
+
+
+def _label_maps(samples: list[Sample]) -> LabelMaps | None:
+    maps = [sample.label_map for sample in samples if sample.label_map is not None]
+    views = [sample.view for sample in samples if sample.view is not None]
+    if not maps:
+        return None
+    regions, flips = (torch.tensor(values) for values in zip(*views, strict=True))
+    return LabelMaps(torch.stack(maps), regions, flips)
 
 
 def _worker_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:

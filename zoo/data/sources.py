@@ -17,7 +17,7 @@ from zoo.data.config import DataConfig
 from zoo.data.streaming import Shards, class_names, count_parquets, count_tars, find_tars, reason
 from zoo.errors import DataError, MissingDependencyError, did_you_mean
 
-__all__ = ["ImageSource", "ImageSplit", "align_classes", "load_split"]
+__all__ = ["ImageFiles", "ImageSource", "ImageSplit", "align_classes", "load_split"]
 
 VAL_SPLITS = ("val", "validation", "test")
 DIGITS_SPLIT_SEED = 0
@@ -53,7 +53,9 @@ class ImageSplit:
         return len(self.source) if isinstance(self.source, Shards) else len(self.labels)
 
 
-class _Files:
+class ImageFiles:
+    """Image files below a folder. An `ImageSource`."""
+
     def __init__(self, root: Path, paths: Sequence[str]) -> None:
         self.root = root
         # one block: forked workers do not copy a million strings
@@ -64,6 +66,10 @@ class _Files:
 
     def name(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
+
+    def place(self, index: int) -> Path:
+        """Of the file, from the folder of the split on: `<class>/<image>.jpg`."""
+        return Path(self.name(index)).relative_to(self.root)
 
     def check(self) -> None:
         if not self.root.is_dir():
@@ -179,7 +185,7 @@ def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
     if not samples:
         raise DataError(f"There are no images in {str(folder)!r}. Looked for {', '.join(IMG_EXTENSIONS)}.")
     paths, labels = zip(*samples, strict=True)
-    return ImageSplit(_Files(folder, paths), np.array(labels, dtype=np.int64), tuple(classes), alphabetical=True)
+    return ImageSplit(ImageFiles(folder, paths), np.array(labels, dtype=np.int64), tuple(classes), alphabetical=True)
 
 
 def _load_parquet(config: DataConfig, training: bool) -> ImageSplit:

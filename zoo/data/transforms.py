@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,10 @@ from zoo.errors import ConfigError
 __all__ = [
     "Batch",
     "EvalTransform",
+    "LabelMaps",
     "Prepare",
     "RandomTransform",
+    "View",
     "eval_transform",
     "preprocessing",
     "random_transform",
@@ -37,17 +40,33 @@ __all__ = [
 NO_ERASURES = torch.empty(0, 6, dtype=torch.int64)
 
 
+class LabelMaps(NamedTuple):
+    """Label maps of a batch, (B, 2, k, H, W) as they are stored, and what of each the image shows (see `View`)."""
+
+    maps: Tensor
+    regions: Tensor  # (B, 4) float32
+    flips: Tensor  # (B, 2) bool
+
+
+class View(NamedTuple):
+    """What a random transform shows of an image: left, top, right, bottom in shares of its sides, and how it flips."""
+
+    region: tuple[float, float, float, float]
+    flips: tuple[bool, bool]  # left to right, upside down
+
+
 class Batch(NamedTuple):
     """What workers hand over: images (B, C, H, W) uint8, labels (B,), and the damaged images met on the way.
 
     `erased` (K, 6) lists the areas that random erasing chose: number in the batch, top, left, height, width and the
-    seed of the noise that fills it.
+    seed of the noise that fills it. `label_maps` are there where images have such (`zoo.data.token_labels`).
     """
 
     images: Tensor
     labels: Tensor
     damaged: tuple[str, ...]
     erased: Tensor = NO_ERASURES
+    label_maps: LabelMaps | None = None
 
 
 def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
@@ -177,8 +196,10 @@ class RandomTransform(_ImageTransform):
         self.augment, self.size = augment, tuple(preprocess["input_size"][1:])
         random_one = augment.train_interpolation == "random"
         self.interpolations = ("bilinear", "bicubic") if random_one else (augment.train_interpolation,)
-        self.flips = [transforms.RandomHorizontalFlip(augment.hflip)] * (augment.hflip > 0)
-        self.flips += [transforms.RandomVerticalFlip(augment.vflip)] * (augment.vflip > 0)
+        self.flips: list[Callable[[Tensor], Tensor] | None] = [
+            transforms.RandomHorizontalFlip(augment.hflip) if augment.hflip else None,
+            transforms.RandomVerticalFlip(augment.vflip) if augment.vflip else None,
+        ]
         self.shift = transforms.RandomCrop(self.size, padding=4, padding_mode="reflect")
         self.on_pil = policy(preprocess, augment)
         self.erasing = (
@@ -186,26 +207,36 @@ class RandomTransform(_ImageTransform):
         )
 
     def pixels(self, image: Tensor) -> Tensor:
-        image = self._crop(image)
+        return self.pixels_and_view(image)[0]
+
+    def pixels_and_view(self, image: Tensor) -> tuple[Tensor, View | None]:
+        """What `pixels` gives, and which part of the image that is; None for the crop "src", which adds a border.
+
+        Shears and the like of a policy come after it, and are not told.
+        """
+        image, region = self._crop(image)
+        flipped = []
         for flip in self.flips:
-            image = flip(image)
+            before, image = image, image if flip is None else flip(image)
+            flipped.append(image is not before)  # torchvision hands back what it does not flip
         if self.on_pil:
             picture = to_pil(image)
             for step in self.on_pil:
                 picture = step(picture)
             image = to_tensor(picture)
-        return image
+        return image, None if region is None else View(region, (flipped[0], flipped[1]))
 
-    def _crop(self, image: Tensor) -> Tensor:
+    def _crop(self, image: Tensor) -> tuple[Tensor, tuple[float, float, float, float] | None]:
+        whole = image.shape[1:]
         if self.augment.train_crop_mode == "src":
-            height, width = image.shape[1:]
-            scale = max(self.size[0] / height, self.size[1] / width)
-            whole = (max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale)))
-            return self.shift(resize(image, whole, self._interpolation()))
+            scale = max(self.size[0] / whole[0], self.size[1] / whole[1])
+            size = (max(self.size[0], round(whole[0] * scale)), max(self.size[1], round(whole[1] * scale)))
+            return self.shift(resize(image, size, self._interpolation())), None
         top, left, height, width = RandomResizedCropAndInterpolation.get_params(
             image, self.augment.scale, self.augment.ratio
         )
-        return resize(image[:, top : top + height, left : left + width], self.size, self._interpolation())
+        region = (left / whole[1], top / whole[0], (left + width) / whole[1], (top + height) / whole[0])
+        return resize(image[:, top : top + height, left : left + width], self.size, self._interpolation()), region
 
     def _interpolation(self) -> str:
         return random.choice(self.interpolations) if len(self.interpolations) > 1 else self.interpolations[0]

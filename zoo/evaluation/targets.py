@@ -18,7 +18,7 @@ from zoo.data import ImageSplit, align_classes
 from zoo.errors import ConfigError, DataError, UnknownModelError, did_you_mean
 from zoo.registry import get_entry
 
-__all__ = ["LABEL_MAPS", "Targets", "check_label_map", "class_names", "find_targets", "fit_classes"]
+__all__ = ["LABEL_MAPS", "Targets", "check_label_map", "class_names", "class_outputs", "find_targets", "fit_classes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +232,12 @@ def fit_classes(split: ImageSplit, model: nn.Module) -> tuple[ImageSplit, tuple[
         f"The data has {len(split.classes)} classes and the model {num_classes}, and their names do not tell which is "
         f"which: the data's begin with {', '.join(map(repr, split.classes[:3]))}."
     )
+
+
+def class_outputs(split: ImageSplit, model: nn.Module) -> np.ndarray:
+    """The model's number of each class of `split`, (C,), matched as `fit_classes` does. Raises DataError."""
+    one_each = ImageSplit(split.source, np.arange(len(split.classes)), split.classes, split.alphabetical)
+    return fit_classes(one_each, model)[0].labels
 
 
 def _first(names: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, per_stage
 from zoo.layers.folding import fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
+from zoo.layers.mix_token import exchange_tokens
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -526,15 +527,32 @@ class RMT(StagedNet):
         return super().prune_intermediate_layers(indices, prune_norm=True, prune_head=prune_head)
 
     @torch.jit.ignore
-    def forward_tokens(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the image, (B, num_classes), and of each token of the last map, (B, H/32 * W/32, num_classes).
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens that `forward_tokens` classifies in an image of `height` x `width`.
 
         Raises ConfigError for a model without `token_label`.
         """
+        self._check_tokens()
+        pixels = self.feature_info[-1]["reduction"]
+        return -(-height // pixels), -(-width // pixels)
+
+    @torch.jit.ignore
+    def forward_tokens(self, x: Tensor, exchanged: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits of the image, (B, num_classes), and of each token of the last map, (B, H/32 * W/32, num_classes).
+
+        Where `exchanged` (H/32, W/32), bool, is true, the stem's map of image i gives place to that of image B - 1 - i
+        (MixToken, arXiv 2104.10858). Raises ConfigError for a model without `token_label`.
+        """
+        self._check_tokens()
+        x = self.stem(x)
+        if exchanged is not None:
+            x = exchange_tokens(x, exchanged, 2 ** (len(self.stages) - 1))
+        x = self.stages(x)
+        return self.head.image(x), self.head.tokens(x)
+
+    def _check_tokens(self) -> None:
         if self.head.aux is None:
             raise ConfigError("Only a model with token_label=True classifies its tokens.")
-        x = self.forward_features(x)
-        return self.head.image(x), self.head.tokens(x)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

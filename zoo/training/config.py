@@ -57,23 +57,26 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised: cross-entropy, against mixed labels where mixup or cutmix is on.
+    """What is minimised: cross-entropy, against mixed labels where mixup, cutmix or MixToken is on.
 
     Args:
         smoothing: share of each label that is spread over all classes.
         bce_loss: binary cross-entropy for each class instead.
         bce_sum: sum it over the classes instead of averaging.
         bce_target_thresh: with it, a class is there (1) where its mixed or smoothed label is above this, else not (0).
+        token_weight: with `data.token_labels`, weight of the tokens' cross-entropy, beside 1 for the image's loss.
     """
 
     smoothing: float = 0.1
     bce_loss: bool = False
     bce_sum: bool = False
     bce_target_thresh: float | None = None
+    token_weight: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
             raise ConfigError(f"loss.smoothing must be from 0 up to, but not, 1; it is {self.smoothing}.")
+        check_not_negative("loss", self, "token_weight")
         if self.bce_target_thresh is not None and not 0 <= self.bce_target_thresh < 1:
             raise ConfigError(
                 f"loss.bce_target_thresh must be from 0 up to, but not, 1; it is {self.bce_target_thresh}."
@@ -449,7 +452,25 @@ class TrainingConfig:
             raise ConfigError(
                 f"Mixup pairs the images of a batch: data.batch_size ({self.data.batch_size}) must be even."
             )
+        self._check_token_labels()
         check_schedule(self.scheduler, self.optimizer)
+
+    def _check_token_labels(self) -> None:
+        if self.data.token_labels is None:
+            if self.augment.mix_token:
+                raise ConfigError(
+                    "augment.mix_token mixes tokens and their labels: say where these lie, too, with data.token_labels."
+                )
+            return
+        if self.augment.mixes:
+            raise ConfigError(
+                "data.token_labels does not go with augment.mixup and augment.cutmix, which mix pixels: set both to 0. "
+                "augment.mix_token mixes tokens."
+            )
+        if self.distill.teacher is not None:
+            raise ConfigError(
+                "data.token_labels are a teacher's already, and do not go with distill.teacher: leave out one of them."
+            )
 
 
 def check_schedule(scheduler: SchedulerConfig, optimizer: OptimizerConfig) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models import group_parameters
 from torch import Tensor, nn
 
 from zoo.data import ImageSplit, preprocessing
 from zoo.errors import ConfigError, DataError
-from zoo.evaluation.targets import fit_classes
+from zoo.evaluation.targets import class_outputs
 from zoo.loading import load_model
 from zoo.training.config import DistillConfig
+from zoo.training.learner import Learner
 
 __all__ = ["Distillation", "FeatureStudent", "Teacher", "hard_loss", "soft_loss"]
 
@@ -96,33 +96,21 @@ def _forward_with_features(model: Any, images: Tensor, stages: Sequence[int]) ->
     return model.forward_head(last), features
 
 
-class FeatureStudent(nn.Module):
+class FeatureStudent(Learner):
     """A model, and the projections of its features into the teacher's.
 
     (B, in_chans, H, W) -> logits (B, num_classes), [maps (B, C, H', W') or vectors (B, C) of the teacher's width].
     """
 
     def __init__(self, model: nn.Module, stages: Sequence[int], dims: Sequence[int], teacher_dims: Sequence[int]):
-        super().__init__()
-        self.model, self.stages = model, tuple(stages)
+        super().__init__(model)
+        self.stages = tuple(stages)
         pairs = zip(dims, teacher_dims, strict=True)
         self.projections = nn.ModuleList(nn.Conv2d(d, t, 1) if stages else nn.Linear(d, t) for d, t in pairs)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits, features = _forward_with_features(self.model, images, self.stages)
         return logits, [project(feature) for project, feature in zip(self.projections, features, strict=True)]
-
-    def no_weight_decay(self) -> set[str]:
-        names = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()  # type: ignore[operator]
-        return {f"model.{name}" for name in names}
-
-    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """The model's layers; projections learn as fast as its last."""
-        if not hasattr(self.model, "group_matcher"):
-            raise ConfigError(f"{type(self.model).__name__} does not tell its layers: it has no group_matcher.")
-        matcher = self.model.group_matcher(coarse=coarse)  # type: ignore[operator]
-        layers = group_parameters(self.model, matcher, reverse=True)
-        return lambda name: layers.get(name.removeprefix("model."), max(layers.values()))
 
 
 class Distillation:
@@ -204,8 +192,7 @@ def _widths(model: nn.Module, image: Tensor, stages: Sequence[int], option: str)
 
 def _class_numbers(teacher: nn.Module, training: ImageSplit) -> np.ndarray:
     """The teacher's number of each class of the data, matched as in evaluation. Raises DataError."""
-    one_each = ImageSplit(training.source, np.arange(len(training.classes)), training.classes, training.alphabetical)
     try:
-        return fit_classes(one_each, teacher)[0].labels
+        return class_outputs(training, teacher)
     except DataError as error:
         raise DataError(f"distill.teacher knows other classes than the data has. {error}") from None

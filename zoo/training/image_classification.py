@@ -24,6 +24,7 @@ from zoo.data import (
     preprocessing,
     training_loader,
 )
+from zoo.data.transforms import LabelMaps
 from zoo.errors import ConfigError
 from zoo.evaluation.image_classification import Counts, check_image_model, count
 from zoo.factory import create_model
@@ -34,6 +35,7 @@ from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
 from zoo.training.distillation import Distillation
 from zoo.training.freezing import freeze
 from zoo.training.loop import Run, fit, make_accelerator, prepare_folder
+from zoo.training.token_labels import TokenLabeling
 
 __all__ = ["ImageClassification", "train_image_classifier"]
 
@@ -99,6 +101,18 @@ class ImageClassification:
                 config.distill, self.model, training, preprocess, accelerator.device, self.memory_format
             )
             self.learner = self.distillation.learner
+        self.token_labeling = None
+        if data.token_labels is not None:
+            self.token_labeling = TokenLabeling(
+                self.model,
+                preprocess["input_size"][1:],
+                self.num_classes,
+                criterion=self.soft_loss,
+                smoothing=config.loss.smoothing,
+                weight=config.loss.token_weight,
+                alpha=augment.mix_token,
+            )
+            self.learner = self.token_labeling.learner
 
     def _describe(self, preprocess: dict) -> None:
         """Let the model's `pretrained_cfg` say what it is being trained with: prediction later needs nothing else."""
@@ -122,7 +136,12 @@ class ImageClassification:
         labels = batch.labels.to(device, non_blocking=True)
         criterion = self.hard_loss
         off_from = self.config.augment.mixup_off_epoch
-        if self.mixup is not None and not (off_from and epoch >= off_from):
+        mixes = not (off_from and epoch >= off_from)
+        if self.token_labeling is not None:
+            assert batch.label_maps is not None
+            maps = LabelMaps(*(tensor.to(device, non_blocking=True) for tensor in batch.label_maps))
+            return self.token_labeling.loss(model, images, labels, maps, mixes)
+        if self.mixup is not None and mixes:
             images, labels = self.mixup(images, labels)
             criterion = self.soft_loss
         if self.distillation is None:
@@ -130,7 +149,7 @@ class ImageClassification:
         return self.distillation.loss(model, images, lambda logits: criterion(logits, labels))
 
     def plain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Cross-entropy, with neither mixup, smoothing nor a teacher."""
+        """Cross-entropy, with neither mixup, smoothing, labels of tokens nor a teacher."""
         device = self.accelerator.device
         images = self.train_loader.prepare(batch, device, self.memory_format)
         return nn.functional.cross_entropy(model(images), batch.labels.to(device))

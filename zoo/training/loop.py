@@ -9,8 +9,8 @@ for bit, on the same number of processes.
 Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
 update takes `data.batch_size` x processes x `train.grad_accum_steps` successive images of that order, and gradients are
-averaged over them. Only what is drawn for a batch, not an image, differs: mixup, drop path, dropout, SN-Net's path. On
-several machines, run the same command on each, with a folder for the run that all of them share:
+averaged over them. Only what is drawn for a batch, not an image, differs: mixup, MixToken, drop path, dropout, SN-Net's
+path. On several machines, run the same command on each, with a folder for the run that all of them share:
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --config ...
 
@@ -328,15 +328,20 @@ class _Loop:
             self._load_averaged(*saved)
         else:
             self.peers.copy_from_first([*learner.parameters(), *learner.buffers()])
+        self.sharded = train.parallel == "fsdp" and processes > 1
         self.ema = (
-            ModelEmaV3(model, decay=train.model_ema_decay, use_warmup=train.model_ema_warmup)
+            ModelEmaV3(
+                model,
+                decay=train.model_ema_decay,
+                use_warmup=train.model_ema_warmup,
+                foreach=not self.sharded,  # it takes no shards beside whole buffers, such as batch norms'
+            )
             if train.model_ema
             else None
         )
         if saved is not None:
             self._load_learner(*saved)
 
-        self.sharded = train.parallel == "fsdp" and processes > 1
         selective = any(getattr(module, "selective", False) for module in learner.modules())
         if selective:  # else DDP waits for the gradients of weights that took no part
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
