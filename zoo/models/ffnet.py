@@ -512,7 +512,8 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """A published checkpoint in our layout. Takes Qualcomm-AI-research/FFNet's layout, torchvision's and ours.
 
     A Cityscapes file serves a model with `pre_down` and without: the latter has no use for the filter. Weights of a
-    backbone alone (torchvision's ResNets, FFNet's self-supervised ones) need `strict=False`.
+    backbone alone (torchvision's ResNets, FFNet's self-supervised ones) need `strict=False`; the
+    latter lie in `SSL_weights.zip` of the authors' release "weights".
     """
     own = model.state_dict(keep_vars=True)
     converted = {}
