@@ -108,6 +108,15 @@ def evaluation_loader(
     return EvaluationLoader(loader, data.source.check, transform.prepare)
 
 
+class LoadingConfig(Protocol):
+    """What loading asks of a configuration of data."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+
+
 class _Order(Protocol):
     def seek(self, epoch: int, start: int) -> None:
         """Let the next pass begin at sample `start` of this process's share of `epoch`."""
@@ -207,11 +216,11 @@ class ImageDataset(Dataset[Sample]):
         return len(self.split)
 
     def __getitems__(self, keys: Sequence[int | tuple[int, int, int]]) -> list[Sample]:
-        with _chance_kept():
+        with chance_kept():
             return [self._sample(key) for key in keys]
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> Sample:
-        with _chance_kept():
+        with chance_kept():
             return self._sample(key)
 
     def _sample(self, key: int | tuple[int, int, int]) -> Sample:
@@ -231,7 +240,7 @@ class ImageDataset(Dataset[Sample]):
         if not isinstance(key, tuple):
             return Sample(self.transform.pixels(image), label, tuple(damaged))
         epoch, _, copy = key
-        _seed(self.seed, epoch, index, copy)
+        draw_from(self.seed, epoch, index, copy)
         return Sample(self.transform.pixels(image), label, tuple(damaged), self.transform.erasures())
 
 
@@ -249,7 +258,7 @@ def decode(file: Image.Image, channels: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _chance_kept() -> Iterator[None]:
+def chance_kept() -> Iterator[None]:
     """Random numbers outside the block go on as if nothing had been drawn in it."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -260,7 +269,7 @@ def _chance_kept() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def _seed(*entropy: int) -> None:
+def draw_from(*entropy: int) -> None:
     """Let all random numbers follow from `entropy` alone."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
@@ -296,20 +305,21 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
 
 
 def make_loader(
-    dataset: ImageDataset,
-    config: DataConfig,
+    dataset: Dataset,
+    config: LoadingConfig,
     *,
     sampler: Sampler | Sequence[int] | None = None,
     drop_last: bool = False,
     pin_memory: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
-    """Batches of `dataset`, in order unless a `sampler` says otherwise."""
+    """Batches of `dataset`, in order unless a `sampler` says otherwise; of images, unless `collate_fn` does."""
     return DataLoader(
         dataset,
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=drop_last,
-        collate_fn=collate,
+        collate_fn=collate_fn or collate,
         **_worker_options(config, pin_memory),
     )
 
@@ -333,7 +343,7 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(images.permute(0, 3, 1, 2), labels, damaged, torch.tensor(areas) if areas else NO_ERASURES)
 
 
-def _worker_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
+def _worker_options(config: LoadingConfig, pin_memory: bool) -> dict[str, Any]:
     return {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
@@ -413,7 +423,7 @@ class StreamBatches(IterableDataset[Batch | ZooError]):
         else:
             samples = self._in_order(stretch)
         while group := list(itertools.islice(samples, self.batch_size)):
-            with _chance_kept():
+            with chance_kept():
                 batch = [self._decoded(epoch, *found) for found in group]
             yield collate(_filled(batch) if self.training else batch)
 
@@ -457,7 +467,7 @@ class StreamBatches(IterableDataset[Batch | ZooError]):
             return Sample(None, -1, (*problems, f"{raw.name}: {reason(error)}"))
         if not self.training:
             return Sample(self.transform.pixels(image), label, tuple(problems))
-        _seed(self.seed, epoch, *at)
+        draw_from(self.seed, epoch, *at)
         return Sample(self.transform.pixels(image), label, tuple(problems), self.transform.erasures())
 
 
