@@ -549,6 +549,7 @@ def _base_of_run(run: RunRecord, module: nn.Module) -> Base | None:
     section = run.config.get("model")
     section = section if isinstance(section, Mapping) else {}
     name, checkpoint = str(section.get("name", "")), section.get("checkpoint_path")
+    checkpoint = checkpoint or section.get("backbone_weights")
     if isinstance(checkpoint, str) and checkpoint:
         return _base_by_name(checkpoint, module)
     named = ":" in name or "." in name or Path(name).expanduser().is_dir()

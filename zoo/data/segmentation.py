@@ -74,7 +74,7 @@ CITYSCAPES: dict[str, tuple[int, tuple[int, int, int]]] = {
 # a page of digits: two by two cells of so many pixels, in each a scan of 8x8 enlarged to a side drawn from these
 CELL = 48
 SCAN_SIDES = (32, 48)
-INK = 128  # of 255: where a page is darker, it is the digit's
+INK = 96  # of 255: where a page is brighter, it is the digit's
 PAGES_SEED = 0
 
 
@@ -110,7 +110,7 @@ class SegmentationSplit:
             with self.masks.open(index) as file:
                 values = np.array(file)
         except UNREADABLE as error:
-            raise ValueError(f"its mask: {reason(error)}") from error
+            raise ValueError(f"its mask: {reason(error)}") from None
         name = self.masks.name(index)
         if values.ndim != 2:
             raise DataError(f"{name} is no mask: it has {values.shape[-1]} channels, and not one of class numbers.")
@@ -168,7 +168,7 @@ def _load_pages(config: SegmentationDataConfig, training: bool, classes: Sequenc
     """Pages of scikit-learn's handwritten digits: real scans, but composed here, four to a page.
 
     A page is 96x96, black, with up to four scans of the 1,797 enlarged from 8x8 and put where chance says. A pixel's
-    class is the digit where the enlarged scan is bright (128 of 255 and above), and else the background: nobody
+    class is the digit where the enlarged scan is bright (96 of 255 and above), and else the background: nobody
     labelled pixels. Each scan is on one page, so no scan is in both splits: 360 training pages, 90 test pages.
     """
     scans, labels = digit_scans(config, training)
