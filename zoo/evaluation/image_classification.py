@@ -130,17 +130,17 @@ class Setting:
         device: str | torch.device | None,
         amp: Amp,
         channels_last: bool,
-        kind: type = DataConfig,
+        kind: Any = DataConfig,
     ) -> None:
         if not isinstance(data, kind):
             raise ConfigError(f"data must be a zoo.data.{kind.__name__}, not {type(data).__name__}.")
         if amp not in get_args(Amp):
             raise ConfigError(f"amp must be one of {', '.join(get_args(Amp))}, not {amp!r}.")
-        self.data: Any = data
+        self.data = data
         self.model, self.amp = model, amp
         self.device = choose_device(model, device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.damage = DamageReport(self.data.strict)
+        self.damage = DamageReport(data.strict)
         shared = dist.is_available() and dist.is_initialized()
         self.rank, self.processes = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         model.to(device=self.device, memory_format=self.memory_format)  # type: ignore[call-overload]
