@@ -216,6 +216,17 @@ def test_zero_may_stand_for_no_label(tmp_path: Path):
     assert np.array_equal(labels, np.where(mask == 0, 255, mask.astype(int) - 1))
 
 
+def test_a_mask_may_have_a_palette(tmp_path: Path):
+    """As Pascal VOC's, whose colours are for people: the numbers are what counts."""
+    config = write_folder(tmp_path, (1, 1))
+    _, mask = pages(1)[0]
+    picture = Image.fromarray(mask)
+    picture.putpalette([7 * value % 256 for value in range(768)])
+    assert picture.mode == "P"
+    save_png(tmp_path / "annotations" / "train" / "some" / "0.png", picture)
+    assert np.array_equal(load_segmentation_split(config, training=True).read(0, 3)[1], mask)
+
+
 def test_more_classes_than_a_byte_holds(tmp_path: Path):
     """Masks of 16 bits, and a number of one's own for what has no class."""
     config = dataclasses.replace(write_folder(tmp_path, (1, 1)), num_classes=1000, ignore_index=60000)

@@ -1,4 +1,4 @@
-"""Data: images, thin over `datasets`, torchvision and `timm.data`; texts, and the tokenizers that read them."""
+"""Data: images and masks, thin over `datasets`, torchvision and `timm.data`; texts, and their tokenizers."""
 
 from zoo.data.config import AugmentConfig, DataConfig
 from zoo.data.loading import (

@@ -38,6 +38,7 @@ SEGMENTATION_EXAMPLES = """
 python eval.py --model runs/digits_segmentation --output runs/digits_segmentation/evaluation
 python eval.py --model ffnet78s_dbbb_mobile.cityscapes --data.name cityscapes --data.path cityscapes --output results
 python eval.py --model runs/first runs/second --data.path ade20k --data.num_classes 150 --data.reduce_zero_label true"""
+KINDS = {"vision": "an image classifier", "segmentation": "a segmentation network", "language": "a language model"}
 OF_THE_MODEL = ("input_size", "crop_pct", "interpolation", "mean", "std")  # what a run's model says itself
 
 
@@ -260,9 +261,6 @@ def parse_evaluation(
     )
 
 
-_KINDS = {"vision": "an image classifier", "segmentation": "a segmentation network", "language": "a language model"}
-
-
 def _task(argv: Sequence[str]) -> str:
     """What the models in `argv` are made for. Raises ConfigError where that is not one thing."""
     found: dict[str, str] = {}
@@ -271,7 +269,7 @@ def _task(argv: Sequence[str]) -> str:
             found.setdefault(model_task(model), model)
     if len(found) > 1:
         (task, first), (other, second) = list(found.items())[:2]
-        raise ConfigError(f"{first} is {_KINDS[task]} and {second} {_KINDS[other]}: evaluate them by two commands.")
+        raise ConfigError(f"{first} is {KINDS[task]} and {second} {KINDS[other]}: evaluate them by two commands.")
     task = next(iter(found), "vision")
     if task != "language":
         for flag in ("--tasks", "--suite", "--tokenizer"):

@@ -29,6 +29,7 @@ from zoo.data import (
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.image_classification import Amp, Setting, check_takes_images, run_over
 from zoo.evaluation.segmentation_results import Sample, SegmentationResults, class_figures
+from zoo.evaluation.targets import label_names
 
 __all__ = ["PixelCounts", "count_pixels", "evaluate_segmentation", "resized_to_mask"]
 
@@ -207,12 +208,6 @@ def check_segmentation_model(model: nn.Module) -> None:
         )
     if not getattr(model, "num_classes", 0):
         raise ConfigError("The model has no classifier (num_classes=0): there are no classes to predict.")
-
-
-def label_names(model: nn.Module) -> tuple[str, ...] | None:
-    """The classes that the model's weights state; None where they state none."""
-    names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr,operator]
-    return tuple(map(str, names)) if names and len(names) == model.num_classes else None
 
 
 def fit_split(split: SegmentationSplit, model: nn.Module) -> SegmentationSplit:
