@@ -313,12 +313,12 @@ def test_damaged_images_and_masks_are_skipped_and_named(tmp_path: Path):
     mask.write_bytes(mask.read_bytes()[:100])
     split = load_segmentation_split(config, training=True)
     loader = segmentation_training_loader(split, config, PREPROCESS, SegmentationAugmentConfig(), seed=0)
-    batches = list(loader.batches(0))
+    batches: list[Any] = list(loader.batches(0))
     assert [len(batch.images) for batch in batches] == [2, 2]  # the next readable takes a damaged one's place
     damaged = {name for batch in batches for name in batch.damaged}
     assert len(damaged) == 2
     assert any("2.png: its mask: " in name for name in damaged)
-    found = list(segmentation_evaluation_loader(split, config, PREPROCESS))
+    found: list[Any] = list(segmentation_evaluation_loader(split, config, PREPROCESS))
     assert [len(batch.masks) for batch in found] == [1, 1]
 
 
@@ -559,7 +559,7 @@ def test_a_backbone_of_a_classifier_with_a_fresh_head(tmp_path: Path):
 
 def test_the_shortcut_that_a_classifier_lacks_stays_fresh(tmp_path: Path):
     """The form called d halves the map in its first block: 64 x 64 weights and a norm of 64, which is 4,224."""
-    small = {"depths": (1, 1, 1, 1), "dims": (64, 8, 8, 8)}
+    small: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (64, 8, 8, 8)}
     classifier = zoo.create_model("ffnet_test", **small)
     folder = str(zoo.save_pretrained(classifier, tmp_path / "classifier"))
     args = {**small, "first_stride": 2}
@@ -799,10 +799,10 @@ def test_the_task_is_named(recipe: Path):
 def test_the_loss_of_a_batch_is_that_of_its_pixels(recipe: Path, tmp_path: Path):
     config = configure(recipe, tmp_path / "run")
     task = Segmentation(config, make_accelerator(config.train, config.output))
-    batch = next(task.batches(0, 0))
+    batch: Any = next(task.batches(0, 0))
     task.model.eval()
-    images = task.train_loader.prepare(batch, torch.device("cpu"))  # type: ignore[arg-type]
+    images = task.train_loader.prepare(batch, torch.device("cpu"))
     logits = F.interpolate(task.model(images), (32, 32), mode="bilinear")
-    expected = F.cross_entropy(logits, batch.masks.long(), ignore_index=255)  # type: ignore[union-attr]
+    expected = F.cross_entropy(logits, batch.masks.long(), ignore_index=255)
     torch.testing.assert_close(task.loss(task.model, batch, 0), expected)
     torch.testing.assert_close(task.plain_loss(task.model, batch), expected)
