@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -546,7 +547,15 @@ def test_a_backbone_of_a_classifier_with_a_fresh_head(tmp_path: Path):
     classifier = zoo.create_model("ffnet_test")
     folder = zoo.save_pretrained(classifier, tmp_path / "classifier")
     theirs = classifier.state_dict()
-    for source in (str(folder), str(folder / "model.safetensors")):
+    published = {}  # as FFNet's authors name tensors
+    for key, tensor in theirs.items():
+        stage = re.match(r"stages\.(\d)\.(.*)", key)
+        name = f"layer{int(stage[1]) + 1}.{stage[2]}" if stage else key.removeprefix("stem.")
+        if key.startswith(("stem.", "stages.")):
+            published[f"backbone_model.{name}"] = tensor
+    published["head.layers.2.classifier.weight"] = theirs["head.fc.weight"]
+    torch.save(published, tmp_path / "published.pth")
+    for source in (str(folder), str(folder / "model.safetensors"), str(tmp_path / "published.pth")):
         config = SegmentationModelConfig(name="ffnet_test_segmentation", backbone_weights=source)
         model, said = build_segmentation_model(config, 7, None)
         assert "Fresh: neck, head." in said
