@@ -1,4 +1,7 @@
-"""Evaluate models of images and language: `python eval.py --model runs/digits`, or any names, folders and Hub ids."""
+"""Evaluate classifiers, segmentation networks and language models: `python eval.py --model runs/digits`.
+
+Models are named as everywhere: by name, run, folder or Hub id.
+"""
 
 import os
 import sys

@@ -7,6 +7,7 @@ from zoo.config import run_command
 EXAMPLES = """
 python train.py --config configs/vision/digits_poolformer.yaml --output.dir runs/digits
 python train.py --config configs/vision/imagenet1k/poolformer_s12.yaml --data.path imagenet --resume auto
+python train.py --config configs/vision/digits_segmentation.yaml --output.dir runs/pages
 python train.py --config configs/language/pydoc_demo.yaml --output.dir runs/pydoc
 torchrun --nproc_per_node 8 train.py --config configs/vision/imagenet1k/caformer_s18.yaml --data.path imagenet"""
 

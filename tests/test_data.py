@@ -418,6 +418,8 @@ def test_thousands_of_images_pass_through_every_shipped_recipe():
     recipes = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "vision").rglob("*.yaml"))]
     distinct: dict[str, AugmentConfig] = {}
     for recipe in recipes:
+        if "task" in recipe:  # of other transforms
+            continue
         given = {key: value for key, value in (recipe.get("augment") or {}).items() if not key.startswith("mix")}
         chosen = AugmentConfig(**given)
         distinct[repr((chosen.aa, chosen.color_jitter, chosen.train_crop_mode, chosen.reprob > 0))] = chosen

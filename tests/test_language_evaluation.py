@@ -327,7 +327,7 @@ def test_options_of_the_other_kind(eval_py: Any, folder: Path):
     status, _, errors = eval_py("--model", folder, "poolformer_s12", "--data.name", "pydoc")
     assert (status, errors) == (
         1,
-        f"error: {folder} is a language model and poolformer_s12 is not: evaluate them by two commands.\n",
+        f"error: {folder} is a language model and poolformer_s12 an image classifier: evaluate them by two commands.\n",
     )
     with pytest.raises(zoo.ZooError, match="takes tokens, not images: it is a language model"):
         zoo.evaluation.image_classification.evaluate(small(), zoo.data.DataConfig(name="digits"))

@@ -6,6 +6,8 @@ sail-sg/metaformer set them.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ import torch
 import zoo
 from tests.models import each_vision_model
 from tests.test_data import make_folder, make_parquet
+from tests.test_segmentation_training import write_cityscapes
 from zoo.config import load_config, to_plain
 from zoo.registry import split_name
-from zoo.training import ImageClassification, TrainingConfig, fit
+from zoo.training import ImageClassification, Segmentation, SegmentationTrainingConfig, TrainingConfig, fit
 from zoo.training.loop import make_accelerator
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +31,9 @@ CONFIGS = ROOT / "configs" / "vision"
 RECIPES = sorted(CONFIGS.rglob("*.yaml"))
 SCRATCH = CONFIGS / "imagenet1k"
 TUNED = CONFIGS / "imagenet1k_384"
+CITYSCAPES = CONFIGS / "cityscapes"
+SEGMENTATION = [*sorted(CITYSCAPES.glob("*.yaml")), CONFIGS / "digits_segmentation.yaml"]
+CLASSIFICATION = [path for path in RECIPES if path not in SEGMENTATION]
 
 # optimizer, learning rate, batch, epochs of warm-up
 HYPER_PARAMETERS = {
@@ -54,6 +60,7 @@ DROP = {
     "caformer_m36": (0.4, 0.4),
     "caformer_b36": (0.6, 0.5),
 }
+FEW = ("ffnet40s_dbbb_mobile", "ffnet46ns_ccc_mobile_pre_down")  # of Cityscapes', which the default tests train
 DROP_384 = {
     "convformer_s18": (0.3, 0.4),
     "convformer_s36": (0.5, 0.4),
@@ -81,14 +88,14 @@ AUGMENTATION = {
 }
 
 
+@functools.cache
 def read(path: Path) -> dict[str, Any]:
-    return to_plain(load_config(TrainingConfig, path))
+    return to_plain(load_config(SegmentationTrainingConfig if path in SEGMENTATION else TrainingConfig, path))
 
 
 def header(path: Path) -> str:
     """The comment at the top, as one line."""
-    lines = path.read_text().split("\nmodel:")[0].splitlines()
-    assert all(line.startswith("#") for line in lines if line)
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
     return " ".join(" ".join(line.lstrip("# ") for line in lines).split())
 
 
@@ -179,12 +186,16 @@ def test_headers_say_what_a_reader_needs(path: Path):
         *((SCRATCH / f"{name}.yaml", "sail_in1k") for name in DROP),
         *((path, "sail_in1k_384") for path in TUNED.glob("*")),
         *((path, None) for path in SCRATCH.glob("*.yaml") if path.stem not in DROP),
+        *((path, None) for path in sorted(CITYSCAPES.glob("*.yaml"))),
     ],
     ids=lambda value: getattr(value, "stem", value),
 )
 def test_what_headers_expect_is_what_the_authors_claim(path: Path, tag: str | None):
     """`tag` None: of any of the weights; a model without published weights has nothing here to compare with."""
     weights = zoo.model_info(path.stem).weights
+    if path.parent == CITYSCAPES:
+        assert f"Expect: {expected_miou(path.stem)}; not measured here" in header(path)
+        return
     if not weights:
         pytest.skip(f"{path.stem} has no published weights")
     claims = [w for w in weights if w.top1 is not None and tag in (None, w.tag)]
@@ -192,6 +203,58 @@ def test_what_headers_expect_is_what_the_authors_claim(path: Path, tag: str | No
         assert "Expect: the authors state no accuracy; not measured here" in header(path)
         return
     assert any(f"Expect: {w.top1:.1f}% top-1 ({w.accuracy_source}); not measured here" in header(path) for w in claims)
+
+
+def expected_miou(name: str) -> str:
+    (weights,) = zoo.model_info(name).weights
+    if weights.miou is None:
+        assert zoo.model_info(f"{name}_pre_down").weights[0].miou is not None
+        return "the authors state no mIoU but that of the form with pre_down"
+    return f"{weights.miou:.1f}% mIoU ({weights.accuracy_source})"
+
+
+def test_every_published_segmentation_network_has_a_recipe():
+    published = {info.name: info for info in zoo.search(task="segmentation") if info.weights}
+    assert {path.stem for path in CITYSCAPES.glob("*.yaml")} == set(published)
+    for name, info in published.items():
+        config = read(CITYSCAPES / f"{name}.yaml")
+        assert config["model"]["name"] == name
+        assert config["data"]["input_size"] == list(info.input_size)
+        halves = [side // 2 for side in info.input_size[1:]]
+        assert config["augment"]["crop_size"] == halves
+        # HRNet's, arXiv 1908.07919
+        assert (config["augment"]["scale"], config["augment"]["hflip"]) == ([0.5, 2.0], 0.5)
+        optimizer, scheduler = config["optimizer"], config["scheduler"]
+        assert [optimizer[key] for key in ("opt", "lr", "momentum", "weight_decay")] == ["momentum", 0.01, 0.9, 5e-4]
+        assert [scheduler[key] for key in ("sched", "decay_rate", "min_lr", "warmup_epochs")] == ["poly", 0.9, 0, 0]
+        assert scheduler["epochs"] * (2975 // 12) == pytest.approx(120_000, abs=123)
+        assert config["train"]["global_batch_size"] == 12
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in FEW else pytest.mark.slow)
+        for path in sorted(CITYSCAPES.glob("*.yaml"))
+    ],
+)
+def test_the_backbone_of_a_recipe_is_the_networks(path: Path):
+    """Tensor for tensor, but for the shortcut that the forms called d have in their first block."""
+    model = read(path)["model"]
+    name, tag = model["backbone_weights"].split(".")
+    assert zoo.model_info(name).weights[0].tag == tag
+    shapes = []
+    for each in (model["name"], name):
+        tensors = zoo.create_model(each, pretrained=False, device="meta").state_dict()
+        shapes.append({k: v.shape for k, v in tensors.items() if k.startswith(("stem.", "stages."))})
+    own, theirs = shapes
+    more = {key for key in own if key not in theirs}
+    assert own == theirs | {key: own[key] for key in more}
+    assert all(key.startswith("stages.0.0.downsample.") for key in more)
+    is_d = re.search(r"_d[ab]", path.stem) is not None
+    basic_d = is_d and not path.stem.startswith(("ffnet50_", "ffnet101_"))  # a bottleneck's has one anyway
+    assert bool(more) == basic_d
+    assert ("shortcut" in header(path)) == basic_d
 
 
 def test_the_index_of_recipes_names_all():
@@ -210,7 +273,7 @@ def test_the_index_of_recipes_names_all():
 def quick_ones() -> Iterator[Any]:
     """The smallest variant of each series; larger ones with the slow tests, as ten times the parameters take long."""
     slow = {param.values[0] for param in each_vision_model() if param.marks}
-    for path in RECIPES:
+    for path in CLASSIFICATION:
         marks = pytest.mark.slow if path.stem in slow else ()
         yield pytest.param(path, marks=marks, id=str(path.relative_to(CONFIGS)))
 
@@ -273,3 +336,43 @@ def test_recipe_takes_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.
     trained = {name for name, parameter in task.model.named_parameters() if parameter.requires_grad}
     assert changed <= trained | {name for name, _ in task.model.named_buffers()}  # such as running means
     assert {name for name in trained if name.startswith("head.") and name.endswith("weight")} <= changed
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in (*FEW, "digits_segmentation") else pytest.mark.slow)
+        for path in SEGMENTATION
+    ],
+)
+def test_recipe_of_segmentation_takes_two_steps(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The whole network on small crops, in Cityscapes' layout, with the recipe's loss, optimizer and schedule."""
+    config = load_config(SegmentationTrainingConfig, path)
+    changes: dict[str, Any] = {"workers": 0, "batch_size": 2}
+    augment: dict[str, Any] = {}
+    if config.data.name == "cityscapes":
+        write_cityscapes(tmp_path / "data", (4, 1))
+        changes |= {"path": str(tmp_path / "data"), "input_size": [3, 64, 128]}
+        augment = {"crop_size": [64, 128]}
+    batch = config.train.global_batch_size or config.data.batch_size
+    config = load_config(
+        SegmentationTrainingConfig,
+        path,
+        model={"backbone_weights": None},
+        data=changes,
+        augment=augment,
+        optimizer={"lr": config.optimizer.lr * 2 / batch},
+        train={"max_updates": 2, "device": "cpu", "global_batch_size": None},
+        output={"dir": str(tmp_path / "run"), "tracker": None},
+    )
+    monkeypatch.setattr("zoo.training.loop.write_checkpoint", lambda *_: None)
+    accelerator = make_accelerator(config.train, config.output)
+    task = Segmentation(config, accelerator)
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    run = fit(task, config, accelerator)
+    assert run.history[-1]["updates"] == 2
+    assert math.isfinite(run.history[-1]["train_loss"])
+    assert 0 <= run.history[-1]["val_miou"] <= 100
+    after = task.model.state_dict()
+    changed = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert {name for name, _ in task.model.named_parameters() if name.startswith("head.")} <= changed

@@ -191,7 +191,9 @@ def _segmentation_model(
 
     whose = {key: backbone.pretrained_cfg.get(key) for key in ORIGIN_KEYS}
     cfg = {**cfg, **{key: value for key, value in whose.items() if value}}
-    own = {"num_classes": model.num_classes, "first_conv": "", "classifier": "head.conv2"}
+    own: dict[str, Any] = {"num_classes": model.num_classes, "first_conv": "", "classifier": "head.conv2"}
+    if given.get("in_chans") is not None:
+        own["input_size"] = (given["in_chans"], *cfg["input_size"][1:])
     model.__dict__.update(pretrained_cfg={**cfg, **own}, default_cfg={**cfg, **own})
     given = {**{key: value for key, value in backbone._model_args.items() if key not in parts}, **given}
     model.__dict__["_model_args"] = {key: value for key, value in given.items() if _is_plain(value)}

@@ -65,7 +65,7 @@ def of_run(path: str, prefix: str = "") -> str:
 
 
 def model_task(source: str) -> str:
-    """What `load_model(source)` is made for, "vision" or "language", without building it.
+    """What `load_model(source)` is made for, "vision", "segmentation" or "language", without building it.
 
     Raises what `load_model` raises for a name that does not exist.
     """
@@ -76,7 +76,8 @@ def model_task(source: str) -> str:
         folder = checkpoint_folder(path)
         source = source if folder is None else f"local-dir:{folder}"
     if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return get_entry(load_config(source)[0]).task
+        architecture, args, _ = load_config(source)
+        return args.get("task") or get_entry(architecture).task
     return get_entry(split_name(source)[0]).task
 
 

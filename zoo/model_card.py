@@ -24,7 +24,15 @@ from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
 from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize
 
-__all__ = ["Base", "RunRecord", "command_without_paths", "read_run", "render_model_card", "without_paths"]
+__all__ = [
+    "Base",
+    "RunRecord",
+    "command_without_paths",
+    "is_segmentation",
+    "read_run",
+    "render_model_card",
+    "without_paths",
+]
 
 HUB = "https://huggingface.co"
 ENVIRONMENT = "environment.json"  # of a run: what it was made with, a row for each start
@@ -99,13 +107,13 @@ def _number(text: str) -> int | float | None:
 
 
 def _row_of(folder: Path, checkpoint: str, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    metrics = ("val_top1", "val_bits_per_byte", "val_loss")  # the first there is decides, as in training
+    metrics = ("val_top1", "val_miou", "val_bits_per_byte", "val_loss")  # the first there is decides, as in training
     metric = next((key for key in metrics if any(row.get(key) is not None for row in history)), None)
     if metric is None:
         return None
     evaluated = [row for row in history if row.get(metric) is not None]
     if checkpoint == "best":  # the first of equals, as the loop keeps it
-        return (max if metric == "val_top1" else min)(evaluated, key=lambda row: row[metric])
+        return (max if metric in ("val_top1", "val_miou") else min)(evaluated, key=lambda row: row[metric])
     return evaluated[-1] if _is_of_epoch(folder, history[-1]) and evaluated[-1] is history[-1] else None
 
 
@@ -218,7 +226,7 @@ def render_model_card(
     )
     sections = {
         "Model": _model_section(model, cfg, info, half),
-        "Use": _use_section(place, cfg, info, opens_in_timm),
+        "Use": _use_section(place, model, info, opens_in_timm),
         "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
         "Training": training_section(run, base, files),
         "Limits": _limits_section(run, results, about, base),
@@ -316,6 +324,9 @@ def facts_of(architecture: str) -> ModelInfo | None:
 METRICS = {
     "top1": ("accuracy", "Top-1 accuracy, %"),
     "top5": ("accuracy", "Top-5 accuracy, %"),
+    "miou": ("mean_iou", "mIoU, %"),
+    "mean_accuracy": ("accuracy", "Mean accuracy of the classes, %"),
+    "pixel_accuracy": ("accuracy", "Accuracy of pixels, %"),
     "loss": ("loss", "Cross-entropy"),
     "ece": ("expected_calibration_error", "Expected calibration error, %"),
 }
@@ -343,14 +354,16 @@ def _metadata(
     measured_in: str,
     files: Sequence[str],
 ) -> ModelCardData:
+    segments = is_segmentation(model)
     task = "image-classification" if getattr(model, "num_classes", 0) else "image-feature-extraction"
+    task = "image-segmentation" if segments else task
     measured = []
     if data is not None:
         linked = repo_id is not None and measured_in in files
         measured = [
             EvalResult(
                 task_type=task,
-                task_name="Image classification",
+                task_name="Semantic segmentation" if segments else "Image classification",
                 dataset_type=data.hub_id or re.sub(r"[^a-z0-9]+", "-", data.name.lower()).strip("-") or "data",
                 dataset_name=data.title,
                 dataset_split=data.split,
@@ -371,7 +384,7 @@ def _metadata(
         tags=[task, "zoo", *(["timm"] if opens_in_timm else []), *([info.family] if info else [])],
         datasets=[trained_on] if trained_on else None,
         base_model=base.hub_id if base else None,
-        metrics=["accuracy"] if measured else None,
+        metrics=["mean_iou" if segments else "accuracy"] if measured else None,
         model_name=name if measured else None,
         eval_results=measured or None,
         **licence_metadata(license),
@@ -399,6 +412,8 @@ def _summary(
         text += f", {'fine-tuned from' if base.trained else 'with the weights'} `{base.name}`"
     if data is not None and "top1" in figures:
         text += f". Top-1 accuracy on {data.title}: {figures['top1']:.2f}%, measured"
+    if data is not None and "miou" in figures:
+        text += f". mIoU on {data.title}: {figures['miou']:.2f}%, measured"
     return text + "."
 
 
@@ -415,7 +430,7 @@ def _model_section(model: nn.Module, cfg: Mapping[str, Any], info: ModelInfo | N
         ("MACs", f"{humanize(costs.macs)} for one input of {shape(size)}"),
         ("activations", humanize(costs.activations)),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
-        ("preprocessing", _preprocessing(cfg)),
+        ("preprocessing", _preprocessing(cfg, whole=is_segmentation(model))),
     ]
     text = [
         markdown_table(("", ""), rows),
@@ -440,17 +455,30 @@ def dtypes_of(model: nn.Module) -> str:
     return ", ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in model.parameters()))
 
 
-def _preprocessing(cfg: Mapping[str, Any]) -> str:
+def is_segmentation(model: nn.Module) -> bool:
+    return getattr(model, "task", None) == "segmentation"
+
+
+def _preprocessing(cfg: Mapping[str, Any], *, whole: bool) -> str:
     def numbers(values: Sequence[float]) -> str:
         return f"({', '.join(f'{value:g}' for value in values)})"
 
-    return (
-        f"resize the shorter side to input / {cfg.get('crop_pct', 1.0):g} ({cfg.get('interpolation')}), crop the "
-        f"centre, scale to 0..1, subtract {numbers(cfg['mean'])}, divide by {numbers(cfg['std'])}"
+    cut = (
+        f"resize the shorter side to input / {cfg.get('crop_pct', 1.0):g} ({cfg.get('interpolation')}), crop the centre"
     )
+    if whole:
+        cut = f"resize to fit into the input ({cfg.get('interpolation')}), fill up with the mean"
+    return f"{cut}, scale to 0..1, subtract {numbers(cfg['mean'])}, divide by {numbers(cfg['std'])}"
 
 
-def _use_section(place: str, cfg: Mapping[str, Any], info: ModelInfo | None, opens_in_timm: bool) -> str:
+def _use_section(place: str, model: nn.Module, info: ModelInfo | None, opens_in_timm: bool) -> str:
+    cfg: Any = model.pretrained_cfg
+    if is_segmentation(model):
+        size = ", ".join(map(str, cfg["input_size"]))
+        return (
+            f'```python\nimport torch\nimport zoo\n\nmodel = zoo.create_model("hf-hub:{place}").eval()\n'
+            f"logits = model(torch.zeros(1, {size}))  # of each class, at a part of the input's height and width\n```"
+        )
     text = []
     if info is not None:
         text.append(
@@ -559,14 +587,16 @@ def _recipe(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Dotted keys and values that differ from the defaults, without those that say where a run lay."""
     chosen = dict(_flat(without_paths({k: v for k, v in config.items() if k not in ("output", "resume")})))
     try:
-        from zoo.data import DataConfig
+        from zoo.data import DataConfig, SegmentationDataConfig
         from zoo.data.text import TextDataConfig
-        from zoo.training import LanguageTrainingConfig, TrainingConfig
+        from zoo.training import LanguageTrainingConfig, SegmentationTrainingConfig, TrainingConfig
     except MissingDependencyError:  # without the training extra there are no defaults to compare with
         return list(chosen.items())
     default: Any = TrainingConfig(data=DataConfig(name="digits"))
     if config.get("task") == "language":
         default = LanguageTrainingConfig(data=TextDataConfig(name="pydoc"))
+    elif config.get("task") == "segmentation":
+        default = SegmentationTrainingConfig(data=SegmentationDataConfig(name="digits"))
     defaults = dict(_flat(to_plain(default)))
     return [(key, value) for key, value in chosen.items() if key == "data.name" or defaults.get(key) != value]
 

@@ -37,7 +37,15 @@ from zoo.factory import create_model
 from zoo.files import checkpoint_places, whole_file
 from zoo.hub import CONFIG, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
-from zoo.model_card import ENVIRONMENT, Base, RunRecord, read_run, render_model_card, without_paths
+from zoo.model_card import (
+    ENVIRONMENT,
+    Base,
+    RunRecord,
+    is_segmentation,
+    read_run,
+    render_model_card,
+    without_paths,
+)
 from zoo.registry import UNSTATED, Weights, get_entry, is_restricted, list_models, model_info, split_name
 from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
 
@@ -549,6 +557,7 @@ def _base_of_run(run: RunRecord, module: nn.Module) -> Base | None:
     section = run.config.get("model")
     section = section if isinstance(section, Mapping) else {}
     name, checkpoint = str(section.get("name", "")), section.get("checkpoint_path")
+    checkpoint = checkpoint or section.get("backbone_weights")
     if isinstance(checkpoint, str) and checkpoint:
         return _base_by_name(checkpoint, module)
     named = ":" in name or "." in name or Path(name).expanduser().is_dir()
@@ -723,8 +732,9 @@ def _read_results(found: _Source, given: str | Path | None) -> tuple[dict[str, A
                 "nor tasks."
             )
         return results, []
-    if not isinstance(results.get("top1"), int | float):
-        raise ConfigError(f"{str(path)!r} does not hold the results of an evaluation: it has no top1.")
+    figure = "miou" if is_segmentation(found.model) else "top1"
+    if not isinstance(results.get(figure), int | float):
+        raise ConfigError(f"{str(path)!r} does not hold the results of this model's evaluation: it has no {figure}.")
     if results.get("method", "classifier") != "classifier":
         raise ConfigError(f"{str(path)!r} is of the features by {results['method']}, and not of the classifier.")
     some = results.get("label_map") in ("a", "r", "mini")  # parts of ImageNet, where other outputs are not asked

@@ -1,4 +1,4 @@
-"""Data: images, thin over `datasets`, torchvision and `timm.data`; texts, and the tokenizers that read them."""
+"""Data: images and masks, thin over `datasets`, torchvision and `timm.data`; texts, and their tokenizers."""
 
 from zoo.data.config import AugmentConfig, DataConfig
 from zoo.data.loading import (
@@ -12,6 +12,14 @@ from zoo.data.loading import (
     make_loader,
     training_loader,
 )
+from zoo.data.segmentation import (
+    SegmentationBatch,
+    SegmentationSplit,
+    load_segmentation_split,
+    segmentation_evaluation_loader,
+    segmentation_training_loader,
+)
+from zoo.data.segmentation_config import SegmentationAugmentConfig, SegmentationDataConfig
 from zoo.data.sources import ImageSplit, align_classes, load_split
 from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
 from zoo.data.transforms import Batch, eval_transform, preprocessing, random_transform
@@ -26,16 +34,23 @@ __all__ = [
     "EvaluationLoader",
     "ImageDataset",
     "ImageSplit",
+    "SegmentationAugmentConfig",
+    "SegmentationBatch",
+    "SegmentationDataConfig",
+    "SegmentationSplit",
     "Tokenizer",
     "TrainingLoader",
     "align_classes",
     "create_tokenizer",
     "eval_transform",
     "evaluation_loader",
+    "load_segmentation_split",
     "load_split",
     "make_loader",
     "preprocessing",
     "random_transform",
+    "segmentation_evaluation_loader",
+    "segmentation_training_loader",
     "train_tokenizer",
     "training_loader",
 ]

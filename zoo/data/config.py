@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, get_args
 
 from zoo.errors import ConfigError, did_you_mean
 
-__all__ = ["AugmentConfig", "DataConfig"]
+__all__ = ["AugmentConfig", "DataConfig", "check_image_options", "check_options"]
 
 SourceName = Literal["digits", "folder", "parquet", "hub", "webdataset"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
@@ -63,15 +64,8 @@ class DataConfig:
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for key, value, options in (
-            ("name", self.name, get_args(SourceName)),
-            ("interpolation", self.interpolation, (None, *get_args(Interpolation))),
-        ):
-            if value not in options:
-                names = [option for option in options if option]
-                raise ConfigError(
-                    f"data.{key} is {value!r}, but must be one of {', '.join(names)}.{did_you_mean(str(value), names)}"
-                )
+        check_options("name", self.name, get_args(SourceName))
+        check_image_options(self)
         if self.name != "digits" and not self.path:
             raise ConfigError(f"data.name is {self.name!r}: say where it lies with data.path.")
         if self.streaming and self.name in ("digits", "folder"):
@@ -80,29 +74,62 @@ class DataConfig:
             raise ConfigError(
                 f"data.token_labels has a file for each image file: it is for data.name folder, not {self.name}."
             )
-        for key in ("batch_size", "workers", "shuffle_buffer"):
-            if type(value := getattr(self, key)) is not int:
-                raise ConfigError(f"data.{key} must be a whole number, not {value!r}.")
-        if self.batch_size < 1:
-            raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}.")
+        if type(self.shuffle_buffer) is not int:
+            raise ConfigError(f"data.shuffle_buffer must be a whole number, not {self.shuffle_buffer!r}.")
         if self.shuffle_buffer < 1:
             raise ConfigError(f"data.shuffle_buffer must be at least 1, not {self.shuffle_buffer}.")
         if self.num_classes is not None and not (self.streaming or self.name == "webdataset"):
             raise ConfigError("data.num_classes is for streams that do not name their classes: leave it out.")
         if self.num_classes is not None and self.num_classes < 2:
             raise ConfigError(f"data.num_classes must be at least 2, not {self.num_classes}.")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers must be 0 or more, not {self.workers}.")
-        if self.input_size is not None and min(self.input_size) < 1:
-            raise ConfigError(f"data.input_size must be three numbers above zero, not {list(self.input_size)}.")
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ConfigError(f"data.crop_pct must be above 0 and at most 1, not {self.crop_pct}.")
-        for key in ("mean", "std"):
-            values = getattr(self, key)
-            if values is not None and not _finite_numbers(values):
-                raise ConfigError(f"data.{key} must be a list of finite numbers, one for each channel, not {values!r}.")
-        if self.std is not None and min(self.std) <= 0:
-            raise ConfigError(f"data.std must be above zero for each channel, not {list(self.std)}.")
+
+
+class _ImageOptions(Protocol):
+    """What configurations of images have in common."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+    @property
+    def input_size(self) -> tuple[int, int, int] | None: ...
+    @property
+    def interpolation(self) -> Interpolation | None: ...
+    @property
+    def mean(self) -> tuple[float, ...] | None: ...
+    @property
+    def std(self) -> tuple[float, ...] | None: ...
+
+
+def check_options(key: str, value: str | None, options: Sequence[str]) -> None:
+    """Raises ConfigError for a value of `data.<key>` that is none of `options`."""
+    if value not in options:
+        raise ConfigError(
+            f"data.{key} is {value!r}, but must be one of {', '.join(options)}.{did_you_mean(str(value), options)}"
+        )
+
+
+def check_image_options(config: _ImageOptions) -> None:
+    """Raises ConfigError for values that cannot be."""
+    if config.interpolation is not None:
+        check_options("interpolation", config.interpolation, get_args(Interpolation))
+    for key in ("batch_size", "workers"):
+        if type(value := getattr(config, key)) is not int:
+            raise ConfigError(f"data.{key} must be a whole number, not {value!r}.")
+    if config.batch_size < 1:
+        raise ConfigError(f"data.batch_size must be at least 1, not {config.batch_size}.")
+    if config.workers < 0:
+        raise ConfigError(f"data.workers must be 0 or more, not {config.workers}.")
+    if config.input_size is not None and min(config.input_size) < 1:
+        raise ConfigError(f"data.input_size must be three numbers above zero, not {list(config.input_size)}.")
+    for key in ("mean", "std"):
+        values = getattr(config, key)
+        if values is not None and not _finite_numbers(values):
+            raise ConfigError(f"data.{key} must be a list of finite numbers, one for each channel, not {values!r}.")
+    if config.std is not None and min(config.std) <= 0:
+        raise ConfigError(f"data.std must be above zero for each channel, not {list(config.std)}.")
 
 
 def _finite_numbers(values: Any) -> bool:

@@ -7,6 +7,7 @@ run after a day.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import random
@@ -128,6 +129,15 @@ def evaluation_loader(
     return EvaluationLoader(loader, data.source.check, transform.prepare)
 
 
+class LoadingConfig(Protocol):
+    """What loading asks of a configuration of data."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def workers(self) -> int: ...
+
+
 class _Order(Protocol):
     def seek(self, epoch: int, start: int) -> None:
         """Let the next pass begin at sample `start` of this process's share of `epoch`."""
@@ -205,7 +215,25 @@ class PixelTransform(Protocol):
     def erasures(self) -> list[tuple[int, ...]]: ...
 
 
-class ImageDataset(Dataset[Sample]):
+class SampleDataset(Dataset[Any]):
+    """Samples that a batch's workers make one by one, with random numbers of their own; an error ends the batch."""
+
+    def __getitems__(self, keys: Sequence[Any]) -> list[Any] | ZooError:
+        with chance_kept():
+            try:
+                return [self.sample(key) for key in keys]
+            except ZooError as error:  # raised in a worker, it would come wrapped in a traceback
+                return error
+
+    def __getitem__(self, key: Any) -> Any:
+        with chance_kept():
+            return self.sample(key)
+
+    def sample(self, key: Any) -> Any:
+        raise NotImplementedError
+
+
+class ImageDataset(SampleDataset):
     """Images of a split, transformed as far as workers do it.
 
     An item's number is an index, or `(epoch, index, copy)`: then random transforms draw from these and the seed alone.
@@ -229,18 +257,7 @@ class ImageDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitems__(self, keys: Sequence[int | tuple[int, int, int]]) -> list[Sample] | ZooError:
-        with _chance_kept():
-            try:
-                return [self._sample(key) for key in keys]
-            except ZooError as error:  # raised in a worker, it would come wrapped in a traceback
-                return error
-
-    def __getitem__(self, key: int | tuple[int, int, int]) -> Sample:
-        with _chance_kept():
-            return self._sample(key)
-
-    def _sample(self, key: int | tuple[int, int, int]) -> Sample:
+    def sample(self, key: int | tuple[int, int, int]) -> Sample:
         index = key[1] if isinstance(key, tuple) else key
         damaged: list[str] = []
         while True:
@@ -257,7 +274,7 @@ class ImageDataset(Dataset[Sample]):
         if not isinstance(key, tuple):
             return Sample(self.transform.pixels(image), label, tuple(damaged))
         epoch, _, copy = key
-        _seed(self.seed, epoch, index, copy)
+        draw_from(self.seed, epoch, index, copy)
         if self.maps is None:
             return Sample(self.transform.pixels(image), label, tuple(damaged), self.transform.erasures())
         assert isinstance(self.transform, RandomTransform)
@@ -279,7 +296,7 @@ def decode(file: Image.Image, channels: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _chance_kept() -> Iterator[None]:
+def chance_kept() -> Iterator[None]:
     """Random numbers outside the block go on as if nothing had been drawn in it."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -290,7 +307,7 @@ def _chance_kept() -> Iterator[None]:
         torch.set_rng_state(before[2])
 
 
-def _seed(*entropy: int) -> None:
+def draw_from(*entropy: int) -> None:
     """Let all random numbers follow from `entropy` alone."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
@@ -326,20 +343,21 @@ class EpochSampler(Sampler[tuple[int, int, int]]):
 
 
 def make_loader(
-    dataset: ImageDataset,
-    config: DataConfig,
+    dataset: Dataset,
+    config: LoadingConfig,
     *,
     sampler: Sampler | Sequence[int] | None = None,
     drop_last: bool = False,
     pin_memory: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
 ) -> DataLoader:
-    """Batches of `dataset`, in order unless a `sampler` says otherwise."""
+    """Batches of `dataset`, in order unless a `sampler` says otherwise; of images, unless `collate_fn` does."""
     return DataLoader(
         dataset,
         batch_size=config.batch_size,
         sampler=sampler,
         drop_last=drop_last,
-        collate_fn=_collate_sound,
+        collate_fn=functools.partial(_collate_sound, collate_fn or collate),
         **_worker_options(config, pin_memory),
     )
 
@@ -352,7 +370,7 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _collate_sound(samples: list[Sample] | ZooError) -> Batch | ZooError:
+def _collate_sound(collate: Callable[[list[Any]], Any], samples: list[Any] | ZooError) -> Any:
     return samples if isinstance(samples, ZooError) else collate(samples)
 
 
@@ -377,7 +395,7 @@ def _label_maps(samples: list[Sample]) -> LabelMaps | None:
     return LabelMaps(torch.stack(maps), regions, flips)
 
 
-def _worker_options(config: DataConfig, pin_memory: bool) -> dict[str, Any]:
+def _worker_options(config: LoadingConfig, pin_memory: bool) -> dict[str, Any]:
     return {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
@@ -457,7 +475,7 @@ class StreamBatches(IterableDataset[Batch | ZooError]):
         else:
             samples = self._in_order(stretch)
         while group := list(itertools.islice(samples, self.batch_size)):
-            with _chance_kept():
+            with chance_kept():
                 batch = [self._decoded(epoch, *found) for found in group]
             yield collate(_filled(batch) if self.training else batch)
 
@@ -501,7 +519,7 @@ class StreamBatches(IterableDataset[Batch | ZooError]):
             return Sample(None, -1, (*problems, f"{raw.name}: {reason(error)}"))
         if not self.training:
             return Sample(self.transform.pixels(image), label, tuple(problems))
-        _seed(self.seed, epoch, *at)
+        draw_from(self.seed, epoch, *at)
         return Sample(self.transform.pixels(image), label, tuple(problems), self.transform.erasures())
 
 

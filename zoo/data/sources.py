@@ -17,11 +17,37 @@ from zoo.data.config import DataConfig
 from zoo.data.streaming import Shards, class_names, count_parquets, count_tars, find_tars, reason
 from zoo.errors import DataError, MissingDependencyError, did_you_mean
 
-__all__ = ["ImageFiles", "ImageSource", "ImageSplit", "align_classes", "load_split"]
+__all__ = [
+    "Arrays",
+    "ImageFiles",
+    "ImageSource",
+    "ImageSplit",
+    "SplitNames",
+    "Table",
+    "align_classes",
+    "digit_scans",
+    "load_split",
+    "open_table",
+    "undecoded",
+    "wanted_splits",
+]
 
 VAL_SPLITS = ("val", "validation", "test")
 DIGITS_SPLIT_SEED = 0
 DIGITS_TEST_IMAGES = 360
+
+
+class SplitNames(Protocol):
+    """What finding a split asks of a configuration of data."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def train_split(self) -> str: ...
+    @property
+    def val_split(self) -> str | None: ...
 
 
 class ImageSource(Protocol):
@@ -76,7 +102,7 @@ class ImageFiles:
             raise DataError(f"The images are gone: there is no folder {str(self.root)!r} any more.")
 
 
-class _Table:
+class Table:
     """Rows of a `datasets.Dataset` whose image column is not decoded: `{bytes, path}`."""
 
     def __init__(self, table: Any, image_key: str, described_as: str) -> None:
@@ -95,15 +121,17 @@ class _Table:
         """Nothing: what is open stays readable."""
 
 
-class _Digits:
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images  # (N, 8, 8), 0 to 255
+class Arrays:
+    """Images that are in memory, (N, H, W) uint8; `what` one is called."""
+
+    def __init__(self, images: np.ndarray, what: str) -> None:
+        self.images, self.what = images, what
 
     def open(self, index: int) -> Image.Image:
         return Image.fromarray(self.images[index])
 
     def name(self, index: int) -> str:
-        return f"digit {index}"
+        return f"{self.what} {index}"
 
     def check(self) -> None:
         """Nothing: they are in memory."""
@@ -123,8 +151,8 @@ def load_split(config: DataConfig, training: bool) -> ImageSplit:
     load: Callable[[DataConfig, bool], ImageSplit] = {
         "digits": _load_digits,
         "folder": _load_folder,
-        "parquet": _stream_parquet if config.streaming else _load_parquet,
-        "hub": _stream_hub if config.streaming else _load_hub,
+        "parquet": _stream_parquet if config.streaming else _load_table,
+        "hub": _stream_hub if config.streaming else _load_table,
         "webdataset": _stream_tars,
     }[config.name]
     split = load(config, training)
@@ -142,7 +170,15 @@ def _is_one_split(config: DataConfig) -> bool:
 
 
 def _load_digits(config: DataConfig, training: bool) -> ImageSplit:
-    """Stratified by class, so that both splits hold every digit in equal shares."""
+    images, labels = digit_scans(config, training)
+    return ImageSplit(Arrays(images, "digit"), labels, tuple(map(str, range(10))))
+
+
+def digit_scans(config: SplitNames, training: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scikit-learn's digits of a split, (N, 8, 8) uint8, and which they are, (N,) int64.
+
+    Stratified by class, so that both splits hold every digit in equal shares.
+    """
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -157,8 +193,7 @@ def _load_digits(config: DataConfig, training: bool) -> ImageSplit:
         np.arange(len(labels)), test_size=DIGITS_TEST_IMAGES, stratify=labels, random_state=DIGITS_SPLIT_SEED
     )
     chosen = np.sort(parts[0 if wanted == "train" else 1])
-    images = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ImageSplit(_Digits(images), labels[chosen], tuple(map(str, digits.target_names)))
+    return np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8), labels[chosen]
 
 
 def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
@@ -167,7 +202,7 @@ def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
     root = Path(config.path or "").expanduser()
     if not root.is_dir():
         raise DataError(f"There is no folder {str(root)!r}.")
-    wanted = _wanted_splits(config, training)
+    wanted = wanted_splits(config, training)
     folder = next((root / name for name in wanted if (root / name).is_dir()), None)
     if folder is None and not training and config.val_split is None and not (root / config.train_split).is_dir():
         folder = root  # classes lie in it directly
@@ -188,30 +223,41 @@ def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
     return ImageSplit(ImageFiles(folder, paths), np.array(labels, dtype=np.int64), tuple(classes), alphabetical=True)
 
 
-def _load_parquet(config: DataConfig, training: bool) -> ImageSplit:
+def _load_table(config: DataConfig, training: bool) -> ImageSplit:
+    return _from_table(*open_table(config, training), config)
+
+
+def open_table(config: SplitNames, training: bool) -> tuple[Any, str]:
+    """The `datasets.Dataset` of a split of parquet files ("parquet") or of a data set of the Hub, and what to call it.
+
+    Raises DataError where there is none, MissingDependencyError.
+    """
+    return _open_hub(config, training) if config.name == "hub" else _open_parquet(config, training)
+
+
+def _open_parquet(config: SplitNames, training: bool) -> tuple[Any, str]:
     datasets = _datasets("parquet files")
     files = _parquet_files(config, training)
     try:
-        table = datasets.Dataset.from_parquet([str(file) for file in files])
+        return datasets.Dataset.from_parquet([str(file) for file in files]), files[0].name
     except Exception as error:  # pyarrow's and datasets' errors have no base in common
         raise DataError(f"{files[0]} cannot be read as parquet: {reason(error)}") from None
-    return _from_table(table, config, files[0].name)
 
 
-def _parquet_files(config: DataConfig, training: bool) -> list[Path]:
+def _parquet_files(config: SplitNames, training: bool) -> list[Path]:
     root = Path(config.path or "").expanduser()
     if root.is_file():
         return [root]
     if not root.is_dir():
         raise DataError(f"There is no file or folder {str(root)!r}.")
-    wanted = _wanted_splits(config, training)
+    wanted = wanted_splits(config, training)
     files = next(filter(None, (_shards(root, name) for name in wanted)), [])
     if not files:
         raise DataError(f"{str(root)!r} holds no file {' or '.join(f'{name}.parquet' for name in wanted)}.")
     return files
 
 
-def _wanted_splits(config: DataConfig, training: bool) -> Sequence[str]:
+def wanted_splits(config: SplitNames, training: bool) -> Sequence[str]:
     """Names of splits to look for, in this order."""
     return [config.train_split] if training else [config.val_split] if config.val_split else VAL_SPLITS
 
@@ -220,7 +266,7 @@ def _shards(root: Path, split: str) -> list[Path]:
     return sorted([*root.glob(f"{glob.escape(split)}.parquet"), *root.glob(f"{glob.escape(split)}-*.parquet")])
 
 
-def _load_hub(config: DataConfig, training: bool) -> ImageSplit:
+def _open_hub(config: SplitNames, training: bool) -> tuple[Any, str]:
     datasets = _datasets("data sets of the Hub")
     try:
         if training:
@@ -228,14 +274,13 @@ def _load_hub(config: DataConfig, training: bool) -> ImageSplit:
         else:
             names = datasets.get_dataset_split_names(config.path)
             split = config.val_split or next((name for name in VAL_SPLITS if name in names), VAL_SPLITS[0])
-        table = datasets.load_dataset(config.path, split=split)
+        return datasets.load_dataset(config.path, split=split), f"{config.path} ({split})"
     except Exception as error:  # not found, no network, gated, no such split: as many types as causes
         raise DataError(f"The data set {config.path!r} cannot be had from the Hub: {reason(error)}") from None
-    return _from_table(table, config, f"{config.path} ({split})")
 
 
 def _stream_tars(config: DataConfig, training: bool) -> ImageSplit:
-    urls = find_tars(config.path or "", _wanted_splits(config, training))
+    urls = find_tars(config.path or "", wanted_splits(config, training))
     classes = class_names(urls[0]) if config.num_classes is None else _numbers(config.num_classes)
     return _streamed(Shards(count_tars(urls), classes, config.image_key, config.label_key), classes, training)
 
@@ -250,7 +295,7 @@ def _stream_hub(config: DataConfig, training: bool) -> ImageSplit:
         files = datasets.load_dataset_builder(config.path).config.data_files or {}
     except Exception as error:  # as many types as causes
         raise DataError(f"The data set {config.path!r} cannot be had from the Hub: {reason(error)}") from None
-    wanted = _wanted_splits(config, training)
+    wanted = wanted_splits(config, training)
     split = next((name for name in wanted if name in files), None)
     if split is None:
         raise DataError(
@@ -305,16 +350,12 @@ def _columns(features: Any, config: DataConfig, described_as: str) -> tuple[str,
     return image_key, label_key
 
 
-def _from_table(table: Any, config: DataConfig, described_as: str) -> ImageSplit:
+def _from_table(table: Any, described_as: str, config: DataConfig) -> ImageSplit:
     import datasets
 
     features = table.features
     image_key, label_key = _columns(features, config, described_as)
-    table = table.select_columns([image_key, label_key])
-    try:
-        table = table.cast_column(image_key, datasets.Image(decode=False))
-    except Exception as error:
-        raise DataError(f"Column {image_key!r} of {described_as} holds no images: {reason(error)}") from None
+    table = undecoded(table.select_columns([image_key, label_key]), image_key, described_as)
     names_only = not isinstance(features[label_key], datasets.ClassLabel) and features[label_key].dtype in (
         "string",
         "large_string",
@@ -340,7 +381,17 @@ def _from_table(table: Any, config: DataConfig, described_as: str) -> ImageSplit
             f"{len(outside)} labels of {described_as} are out of range: row {outside[0]} has {labels[outside[0]]}, "
             f"and there are the {len(classes)} classes 0 to {len(classes) - 1}."
         )
-    return ImageSplit(_Table(table, image_key, described_as), labels.astype(np.int64), classes, alphabetical=names_only)
+    return ImageSplit(Table(table, image_key, described_as), labels.astype(np.int64), classes, alphabetical=names_only)
+
+
+def undecoded(table: Any, image_key: str, described_as: str) -> Any:
+    """`table` with the bytes of an image column as they are. Raises DataError where these are no images."""
+    import datasets
+
+    try:
+        return table.cast_column(image_key, datasets.Image(decode=False))
+    except Exception as error:
+        raise DataError(f"Column {image_key!r} of {described_as} holds no images: {reason(error)}") from None
 
 
 def _only_column(features: Any, kind: type, usual: str, described_as: str) -> str:

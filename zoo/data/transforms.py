@@ -23,6 +23,7 @@ from torchvision import transforms
 
 from zoo.data.config import AugmentConfig, DataConfig
 from zoo.data.policies import policy
+from zoo.data.segmentation_config import SegmentationDataConfig
 from zoo.errors import ConfigError
 
 __all__ = [
@@ -69,7 +70,7 @@ class Batch(NamedTuple):
     label_maps: LabelMaps | None = None
 
 
-def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[str, Any]:
+def preprocessing(model: nn.Module, config: DataConfig | SegmentationDataConfig | None = None) -> dict[str, Any]:
     """Input size, mean, std, crop and interpolation of `model`, from its `pretrained_cfg`, with `config` over them."""
     given = (
         {}
@@ -77,7 +78,7 @@ def preprocessing(model: nn.Module, config: DataConfig | None = None) -> dict[st
         else {
             key: value
             for key in ("input_size", "crop_pct", "interpolation", "mean", "std")
-            if (value := getattr(config, key)) is not None
+            if (value := getattr(config, key, None)) is not None
         }
     )
     cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]

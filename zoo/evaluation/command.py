@@ -9,20 +9,22 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from zoo.data import preprocessing
 from zoo.errors import ConfigError, ZooError
-from zoo.evaluation.config import EvaluationConfig, LanguageEvaluationConfig
+from zoo.evaluation.config import EvaluationConfig, LanguageEvaluationConfig, SegmentationEvaluationConfig
 from zoo.evaluation.features import evaluate_features
 from zoo.evaluation.image_classification import check_image_model, evaluate
 from zoo.evaluation.language import check_language_model, evaluate_language
 from zoo.evaluation.language_results import LanguageResults
 from zoo.evaluation.plots import plot_models, plot_sizes
 from zoo.evaluation.results import Results, write_csv
+from zoo.evaluation.segmentation import evaluate_segmentation
+from zoo.evaluation.segmentation_results import SegmentationResults
 from zoo.evaluation.targets import check_label_map
 from zoo.files import check_writable, make_folder
 from zoo.hub import tokenizer_beside
@@ -30,8 +32,10 @@ from zoo.loading import load_model
 
 __all__ = ["run"]
 
+AnyConfig = EvaluationConfig | SegmentationEvaluationConfig | LanguageEvaluationConfig
 
-def run(config: EvaluationConfig | LanguageEvaluationConfig, command: str | None = None) -> int:
+
+def run(config: AnyConfig, command: str | None = None) -> int:
     """Evaluate as `config` says, print and save; the exit status: 1 where one of several models could not be.
 
     `command` is what was typed, for the record. A model that fails alone raises its error.
@@ -39,6 +43,9 @@ def run(config: EvaluationConfig | LanguageEvaluationConfig, command: str | None
     output = make_folder(config.output) if config.output else None  # before the work, not after it
     if isinstance(config, LanguageEvaluationConfig):
         return _run_language(config, command, output)
+    if isinstance(config, SegmentationEvaluationConfig):
+        with _processes(config) as (config, speaks):
+            return _run_segmentation(config, command, output, speaks)
     if config.predictions:
         check_writable(config.predictions)
     if config.label_map:
@@ -61,6 +68,41 @@ def _run_images(config: EvaluationConfig, command: str | None, output: Path | No
             print("\n" + _table(rows))
         if output and len({row.model for row in rows}) > 1:
             plot_models(rows, output / "models.png")
+        _finish(config.models, failed, output if rows else None)
+    return 1 if failed else 0
+
+
+def _run_segmentation(
+    config: SegmentationEvaluationConfig, command: str | None, output: Path | None, speaks: bool
+) -> int:
+    rows: list[SegmentationResults] = []
+
+    def evaluate_one(name: str) -> None:
+        found = evaluate_segmentation(
+            load_model(name, config.checkpoint_path),
+            config.data,
+            name=name,
+            pictures=config.pictures if output else 0,
+            device=config.device,
+            amp=config.amp,
+            channels_last=config.channels_last,
+            torchcompile=config.torchcompile,
+        )
+        results = dataclasses.replace(found, command=command)
+        rows.append(dataclasses.replace(results, samples=()))
+        if not speaks:
+            return
+        print(results if len(config.models) == 1 else results.summary, flush=True)
+        if results.skipped:
+            print(f"Skipped {len(results.skipped)} damaged images:", *results.skipped[:20], sep="\n  ")
+        if output:
+            results.save(_folder(config, output, name))
+            write_csv(output / "results.csv", [row.to_row() for row in rows])
+
+    failed = _each(config.models, evaluate_one)
+    if speaks:
+        if len(rows) > 1:
+            print("\n" + _segmentation_table(rows))
         _finish(config.models, failed, output if rows else None)
     return 1 if failed else 0
 
@@ -198,7 +240,7 @@ def _check_sizes(model: nn.Module, name: str, sizes: Sequence[int]) -> None:
         raise ConfigError(f"{name} runs at its own input size alone, {shape}: it has no results at {others[0]}.")
 
 
-def _folder(config: EvaluationConfig | LanguageEvaluationConfig, output: Path, name: str) -> Path:
+def _folder(config: AnyConfig, output: Path, name: str) -> Path:
     """Where the files of a model lie: `output` itself, or of several models a folder called like the model."""
     if len(config.models) == 1:
         return output
@@ -208,8 +250,11 @@ def _folder(config: EvaluationConfig | LanguageEvaluationConfig, output: Path, n
     return output / (f"{folders[number]}_{alike + 1}" if alike else folders[number])
 
 
+OnDevice = TypeVar("OnDevice", EvaluationConfig, SegmentationEvaluationConfig)
+
+
 @contextlib.contextmanager
-def _processes(config: EvaluationConfig) -> Iterator[tuple[EvaluationConfig, bool]]:
+def _processes(config: OnDevice) -> Iterator[tuple[OnDevice, bool]]:
     """Join the other processes where `torchrun` or `accelerate launch` started several; whether this one prints."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield config, True
@@ -236,6 +281,17 @@ def _table(rows: Sequence[Results]) -> str:
         loss, ece = number(row.loss, 4), number(row.ece)
         lines.append((row.model, row.method, str(size), *map(number, figures), loss, ece, speed))
     return _aligned(lines, 2)
+
+
+def _segmentation_table(rows: Sequence[SegmentationResults]) -> str:
+    """One line for each model, the best first."""
+    lines: list[tuple[str, ...]] = [("model", "size", "mIoU", "mean acc.", "pixel acc.", "loss", "images/s")]
+    for row in sorted(rows, key=lambda row: -row.miou):
+        size = "x".join(map(str, row.preprocessing["input_size"][1:]))
+        figures = (f"{value:.2f}" for value in (row.miou, row.mean_accuracy, row.pixel_accuracy))
+        speed = f"{row.model_images_per_second or row.images_per_second:.1f}"
+        lines.append((row.model, size, *figures, f"{row.loss:.4f}", speed))
+    return _aligned(lines, 1)
 
 
 def _language_table(rows: Sequence[LanguageResults]) -> str:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from zoo.config import UsageError, flag_values, parse_config, plain_flags, read_yaml
-from zoo.data import DataConfig
+from zoo.data import DataConfig, SegmentationDataConfig
 from zoo.data.text import TextDataConfig
 from zoo.errors import ConfigError, ZooError
 from zoo.evaluation.features import FeatureConfig, Method
 from zoo.evaluation.predictions import check_topk
 from zoo.loading import looks_like_path, model_task
 
-__all__ = ["EvaluationConfig", "LanguageEvaluationConfig", "parse_evaluation"]
+__all__ = ["EvaluationConfig", "LanguageEvaluationConfig", "SegmentationEvaluationConfig", "parse_evaluation"]
 
 LISTS = ("--model", "--features", "--sizes", "--tasks")  # flags that take several values
 EXAMPLES = """
@@ -34,6 +34,11 @@ python eval.py --model smollm_135m --data.name hub --data.path Salesforce/wikite
     --data.val_split test --joined true
 python eval.py --model smollm_135m --suite zero_shot --output results
 python eval.py --model runs/books --tasks my_task --include_path my_tasks --num_fewshot 2 --limit 100"""
+SEGMENTATION_EXAMPLES = """
+python eval.py --model runs/digits_segmentation --output runs/digits_segmentation/evaluation
+python eval.py --model ffnet78s_dbbb_mobile.cityscapes --data.name cityscapes --data.path cityscapes --output results
+python eval.py --model runs/first runs/second --data.path ade20k --data.num_classes 150 --data.reduce_zero_label true"""
+KINDS = {"vision": "an image classifier", "segmentation": "a segmentation network", "language": "a language model"}
 OF_THE_MODEL = ("input_size", "crop_pct", "interpolation", "mean", "std")  # what a run's model says itself
 
 
@@ -95,6 +100,46 @@ class EvaluationConfig:
     @property
     def models(self) -> list[str]:
         """Every model there is, with those that text files list. Raises ConfigError for a file that lists none."""
+        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentationEvaluationConfig:
+    """Evaluate segmentation networks.
+
+    Args:
+        model: one or several: a name in the zoo with the tag of its weights or without, "hf-hub:owner/name", the folder
+            of a run (its best checkpoint, and its data unless other data is named), a folder in the Hub's layout, or a
+            text file that lists such, one on a line.
+        data: which images and masks.
+        checkpoint_path: weights for a model that is given by its name.
+        pictures: images to show with their true and their predicted classes in predictions.png.
+        device: where to run; "auto" takes the accelerator there is.
+        amp: mixed precision.
+        channels_last: memory layout of model and images.
+        torchcompile: compile the model first.
+        output: folder for results.json, results.csv, tables and pictures; null to print only.
+    """
+
+    model: list[str] | str
+    data: SegmentationDataConfig
+    checkpoint_path: str | None = None
+    pictures: int = 4
+    device: str = "auto"
+    amp: Literal["no", "bf16", "fp16"] = "no"
+    channels_last: bool = False
+    torchcompile: bool = False
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_path is not None and len(self.models) > 1:
+            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+        if self.pictures < 0:
+            raise ConfigError(f"pictures must not be negative, but is {self.pictures}.")
+
+    @property
+    def models(self) -> list[str]:
+        """As of EvaluationConfig."""
         return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
 
 
@@ -172,14 +217,17 @@ class LanguageEvaluationConfig:
         return [name.strip() for names in given for name in names.split(",") if name.strip()]
 
 
-def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig | LanguageEvaluationConfig:
+def parse_evaluation(
+    argv: Sequence[str],
+) -> EvaluationConfig | SegmentationEvaluationConfig | LanguageEvaluationConfig:
     """The configuration in `argv`; a run's own data fills in where that names a run. Raises as `parse_config` does.
 
-    What the models are made for decides which of the two it is. The flags of lists take their values one after the
+    What the models are made for decides which of the three it is. The flags of lists take their values one after the
     other, as in `--model A B C`.
     """
     argv = _gather_lists(argv)
-    is_language = _task(argv) == "language"
+    task = _task(argv)
+    is_language = task == "language"
     flags: list[str] = []
     named = ("--data.name", "--data.path", "--config", *(("--tasks", "--suite") if is_language else ()))
     if not any(token.startswith(named) for token in argv):
@@ -194,12 +242,21 @@ def parse_evaluation(argv: Sequence[str]) -> EvaluationConfig | LanguageEvaluati
             "lm-evaluation-harness. For image classifiers: eval.py --help.",
             examples=LANGUAGE_EXAMPLES,
         )
+    if task == "segmentation":
+        return parse_config(
+            SegmentationEvaluationConfig,
+            [*flags, *argv],
+            prog="eval.py",
+            description="Evaluate segmentation networks: mIoU, accuracies, loss, per class, confusion, pictures. For "
+            "image classifiers: eval.py --help.",
+            examples=SEGMENTATION_EXAMPLES,
+        )
     return parse_config(
         EvaluationConfig,
         [*flags, *argv],
         prog="eval.py",
         description="Evaluate image classifiers: accuracy, loss, calibration, per class, confusion, throughput. For "
-        "language models: eval.py --model NAME --help.",
+        "language models and segmentation networks: eval.py --model NAME --help.",
         examples=EXAMPLES,
     )
 
@@ -209,16 +266,15 @@ def _task(argv: Sequence[str]) -> str:
     found: dict[str, str] = {}
     for model in _models(argv):
         with contextlib.suppress(ZooError):  # a name that does not exist fails when its turn comes
-            found.setdefault("language" if model_task(model) == "language" else "vision", model)
+            found.setdefault(model_task(model), model)
     if len(found) > 1:
-        raise ConfigError(
-            f"{found['language']} is a language model and {found['vision']} is not: evaluate them by two commands."
-        )
+        (task, first), (other, second) = list(found.items())[:2]
+        raise ConfigError(f"{first} is {KINDS[task]} and {second} {KINDS[other]}: evaluate them by two commands.")
     task = next(iter(found), "vision")
-    if task == "vision":
+    if task != "language":
         for flag in ("--tasks", "--suite", "--tokenizer"):
             if found and any(token.partition("=")[0] == flag for token in argv):
-                raise UsageError(f"{flag} is for language models, and {found['vision']} is none.")
+                raise UsageError(f"{flag} is for language models, and {found[task]} is none.")
     return task
 
 

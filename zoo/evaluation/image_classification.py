@@ -126,16 +126,18 @@ class Setting:
     def __init__(
         self,
         model: nn.Module,
-        data: DataConfig,
+        data: Any,
         device: str | torch.device | None,
         amp: Amp,
         channels_last: bool,
+        kind: Any = DataConfig,
     ) -> None:
-        if not isinstance(data, DataConfig):
-            raise ConfigError(f"data must be a zoo.data.DataConfig, not {type(data).__name__}.")
+        if not isinstance(data, kind):
+            raise ConfigError(f"data must be a zoo.data.{kind.__name__}, not {type(data).__name__}.")
         if amp not in get_args(Amp):
             raise ConfigError(f"amp must be one of {', '.join(get_args(Amp))}, not {amp!r}.")
-        self.model, self.data, self.amp = model, data, amp
+        self.data = data
+        self.model, self.amp = model, amp
         self.device = choose_device(model, device)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.damage = DamageReport(data.strict)
@@ -165,10 +167,26 @@ class Setting:
         take: Callable[[Tensor, Tensor], None],
         forward: Callable[[Tensor], Tensor],
     ) -> float | None:
-        """Run `forward` over the batches, hand `take` what comes out; the speed of `forward` alone, in images/s."""
+        """As `each`, of which `take` gets the labels alone."""
+
+        def labelled(output: Tensor, batch: Batch) -> None:
+            take(output, batch.labels.to(self.device, non_blocking=True))
+
+        return self.each(loader, labelled, forward)
+
+    def each(
+        self,
+        loader: EvaluationLoader,
+        take: Callable[[Tensor, Any], None],
+        forward: Callable[[Tensor], Tensor],
+    ) -> float | None:
+        """Run `forward` over the batches, hand `take` what comes out and the batch; the speed of `forward` in images/s.
+
+        The time of loading and of `take` is not counted.
+        """
         clock = Clock(self.device)
         try:
-            _run(
+            run_over(
                 self.model,
                 loader,
                 take,
@@ -282,15 +300,19 @@ def count(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> None:
     """Run `model` over `loader` in evaluation mode and add up what comes out."""
-    counts.first_damaged = _run(
-        model, loader, counts.add, device=device, damage=damage, autocast=autocast, memory_format=memory_format
+
+    def add(output: Tensor, batch: Batch) -> None:
+        counts.add(output, batch.labels.to(device, non_blocking=True))
+
+    counts.first_damaged = run_over(
+        model, loader, add, device=device, damage=damage, autocast=autocast, memory_format=memory_format
     )
 
 
-def _run(
+def run_over(
     model: nn.Module,
     loader: EvaluationLoader,
-    take: Callable[[Tensor, Tensor], None],
+    take: Callable[[Tensor, Any], None],
     *,
     device: torch.device,
     damage: DamageReport,
@@ -298,12 +320,11 @@ def _run(
     memory_format: torch.memory_format,
     forward: Callable[[Tensor], Tensor] | None = None,
 ) -> str | None:
-    """Hand `take` outputs and labels, batch by batch, in evaluation mode; the name of the first damaged image."""
+    """Hand `take` outputs and batches, one after the other, in evaluation mode; the name of the first damaged image."""
     training, first_damaged = model.training, None
     model.eval()
     try:
         with torch.inference_mode():
-            batch: Batch
             for batch in loader:
                 damage.add(batch.damaged)
                 if batch.damaged and first_damaged is None:
@@ -313,7 +334,7 @@ def _run(
                 images = loader.prepare(batch, device, memory_format)
                 with autocast():
                     output = (forward or model)(images)
-                take(output, batch.labels.to(device, non_blocking=True))
+                take(output, batch)
     finally:
         model.train(training)
     return first_damaged
@@ -329,6 +350,16 @@ def num_classes(model: nn.Module) -> int:
 
 
 def check_image_model(model: nn.Module) -> None:
+    """Raises ConfigError for what does not classify images, or does not say how they are prepared."""
+    check_takes_images(model)
+    if getattr(model, "task", None) == "segmentation":
+        raise ConfigError(
+            f"{type(model).__name__} classifies pixels, not images: call the model of zoo.create_model itself, "
+            "evaluate it with eval.py, or train it with `task: segmentation`."
+        )
+
+
+def check_takes_images(model: nn.Module) -> None:
     """Raises ConfigError for what does not say how its images are prepared."""
     cfg = getattr(model, "pretrained_cfg", None)
     if not isinstance(model, nn.Module) or not isinstance(cfg, Mapping):
@@ -338,7 +369,3 @@ def check_image_model(model: nn.Module) -> None:
         )
     if "input_size" not in cfg:
         raise ConfigError(f"{type(model).__name__} takes tokens, not images: it is a language model.")
-    if getattr(model, "task", None) == "segmentation":
-        raise ConfigError(
-            f"{type(model).__name__} classifies pixels, not images: call the model of zoo.create_model itself."
-        )

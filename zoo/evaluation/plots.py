@@ -1,28 +1,34 @@
-"""Results as pictures: confusion, calibration, several models, several sizes."""
+"""Results as pictures: confusion, calibration, several models, several sizes, predicted masks."""
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoo.data.segmentation import CITYSCAPES
 from zoo.errors import MissingDependencyError
 from zoo.files import whole_file
 
 if TYPE_CHECKING:
     from zoo.evaluation.results import Results
+    from zoo.evaluation.segmentation_results import Sample
 
 MAX_NAMED_CLASSES = 40
 MAX_NUMBERED_CLASSES = 20
+GOLDEN_RATIO = 0.618034
 
 
-def plot_confusion(confusion: np.ndarray, classes: Sequence[str], title: str, path: str | Path) -> Path:
+def plot_confusion(
+    confusion: np.ndarray, classes: Sequence[str], title: str, path: str | Path, *, of: str = "images"
+) -> Path:
     """Draw which share of each class (row) is taken for which (column), into a PNG at `path`.
 
-    `confusion` is (C, C), counts. Raises MissingDependencyError without matplotlib, ConfigError for a path that cannot
-    be written.
+    `confusion` is (C, C), counts of what `of` says; counts of pixels are written as percentages. Raises
+    MissingDependencyError without matplotlib, ConfigError for a path that cannot be written.
     """
     count = len(classes)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -30,7 +36,7 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], title: str, pa
     figure = _figure((side + 1, side))
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the images of the class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label=f"share of the {of} of the class")
     if count <= MAX_NAMED_CLASSES:
         longest = max(map(len, classes))
         axes.set_xticks(range(count), classes, rotation=90 if longest > 2 else 0)
@@ -38,7 +44,7 @@ def plot_confusion(confusion: np.ndarray, classes: Sequence[str], title: str, pa
     if count <= MAX_NUMBERED_CLASSES:
         for row, column in np.argwhere(confusion):
             colour = "white" if share[row, column] > 0.5 else "black"
-            number = f"{confusion[row, column]}"
+            number = f"{confusion[row, column]}" if of == "images" else f"{100 * share[row, column]:.0f}"
             axes.text(column, row, number, ha="center", va="center", color=colour, fontsize=8)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
@@ -112,6 +118,49 @@ def plot_models(results: Sequence[Results], path: str | Path) -> Path:
     axes.margins(x=0.2, y=0.12)
     axes.grid(True, which="major", color="0.92")
     return _save(figure, path)
+
+
+def plot_masks(samples: Sequence[Sample], classes: Sequence[str], title: str, path: str | Path) -> Path:
+    """Draw each image beside its true and its predicted classes, in colours, into a PNG. Raises as `plot_confusion`.
+
+    Pixels without a class are white. The legend names the classes that occur, the most frequent ones of many.
+    """
+    from matplotlib.patches import Patch
+
+    colours = np.array([*_colours(classes), (255, 255, 255)], dtype=np.uint8)
+    height, width = np.max([sample.mask.shape for sample in samples], axis=0)
+    each = 4.0, float(np.clip(4.0 * height / width, 1.0, 8.0))
+    figure = _figure((3 * each[0], len(samples) * each[1] + 1.2))
+    grid = figure.subplots(len(samples), 3, squeeze=False)
+    seen = np.zeros(len(classes) + 1, dtype=np.int64)
+    for row, sample in zip(grid, samples, strict=True):
+        grey = sample.image.shape[2] == 1
+        row[0].imshow(sample.image[..., 0] if grey else sample.image, cmap="gray", vmin=0, vmax=255)
+        for axes, numbers in zip(row[1:], (sample.mask, sample.predicted), strict=True):
+            numbers = np.where(numbers < len(classes), numbers, len(classes))
+            seen += np.bincount(numbers.ravel(), minlength=len(seen))
+            axes.imshow(colours[numbers], interpolation="nearest")
+        for axes in row:
+            axes.set_axis_off()
+    for axes, text in zip(grid[0], ("image", "truth", "prediction"), strict=True):
+        axes.set_title(text)
+    named = sorted(np.argsort(-seen[:-1], kind="stable")[:MAX_NAMED_CLASSES])
+    patches = [Patch(color=colours[n] / 255, label=classes[n]) for n in named if seen[n]]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(10, max(1, len(patches))), fontsize=8)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _colours(classes: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Cityscapes' own; else hues that lie far apart, and black for a background."""
+    if tuple(classes) == tuple(CITYSCAPES):
+        return [colour for _, colour in CITYSCAPES.values()]
+    found = []
+    for number, name in enumerate(classes):
+        strength = 0.0 if name.lower() == "background" else (1.0, 0.7, 0.85)[number % 3]
+        rgb = colorsys.hsv_to_rgb(number * GOLDEN_RATIO % 1, 0.75, strength)
+        found.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
+    return found
 
 
 def _figure(size: tuple[float, float]) -> Any:

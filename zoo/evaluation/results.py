@@ -71,7 +71,7 @@ class Results:
     device: str = "cpu"
     split: str | None = None
     command: str | None = None
-    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: _versions())
+    versions: Mapping[str, str] = dataclasses.field(default_factory=lambda: tool_versions())
 
     @property
     def top1_stderr(self) -> float:
@@ -191,7 +191,7 @@ class Results:
         return "\n".join(lines)
 
 
-def _versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     return {"backbone-zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__}
 
 

@@ -141,7 +141,7 @@ def _by_synset(split: ImageSplit, model: nn.Module, synsets: tuple[str, ...], wh
 
 def _imagenet_outputs(model: nn.Module, synsets: Sequence[str]) -> np.ndarray | None:
     """Which outputs stand for `synsets`: by name where the model's classes are called so, else as ImageNet-1k's."""
-    names = _label_names(model)
+    names = label_names(model)
     if names is None or not set(synsets) <= set(names):
         names = tuple(ImageNetInfo().label_names())
         if model.num_classes != len(names):
@@ -214,7 +214,7 @@ def fit_classes(split: ImageSplit, model: nn.Module) -> tuple[ImageSplit, tuple[
     if names is not None and set(split.classes) <= set(names):
         return align_classes(split, names), names
     numbered = all(name.isascii() and name.isdigit() for name in split.classes)
-    if numbered and sorted(map(int, split.classes)) == list(range(num_classes)) and _label_names(model) is None:
+    if numbered and sorted(map(int, split.classes)) == list(range(num_classes)) and label_names(model) is None:
         by_number = tuple(sorted(split.classes, key=int))  # not as text, where 10 comes before 2
         return align_classes(split, by_number), by_number
     if names is not None and split.alphabetical:
@@ -246,10 +246,10 @@ def _first(names: Sequence[str]) -> str:
 
 def class_names(model: nn.Module) -> tuple[str, ...] | None:
     """Names of the model's classes as its weights state them; WordNet ids for ImageNet-1k; None where unknown."""
-    return _label_names(model) or (tuple(ImageNetInfo().label_names()) if _knows_imagenet(model) else None)
+    return label_names(model) or (tuple(ImageNetInfo().label_names()) if _knows_imagenet(model) else None)
 
 
-def _label_names(model: nn.Module) -> tuple[str, ...] | None:
+def label_names(model: nn.Module) -> tuple[str, ...] | None:
     names = model.pretrained_cfg.get("label_names")  # type: ignore[union-attr,operator]
     num_classes = model.num_classes
     if isinstance(names, Mapping):  # index to name, as a Hub config may hold it

@@ -19,6 +19,8 @@ from zoo.training.image_classification import ImageClassification, train_image_c
 from zoo.training.language_config import LanguageTrainingConfig
 from zoo.training.language_modeling import LanguageModeling, train_language_model
 from zoo.training.loop import Interrupted, Run, TrainingError, fit
+from zoo.training.segmentation import Segmentation, train_segmentation_model
+from zoo.training.segmentation_config import SegmentationTrainingConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +31,8 @@ __all__ = [
     "LanguageModeling",
     "LanguageTrainingConfig",
     "Run",
+    "Segmentation",
+    "SegmentationTrainingConfig",
     "TrainingConfig",
     "TrainingError",
     "fit",
@@ -37,20 +41,27 @@ __all__ = [
 ]
 
 
-def train(config: TrainingConfig | LanguageTrainingConfig, console: Console | None = None) -> Run:
-    """Train a model as `config` says, into the folder `config.output.dir`: an image classifier or a language model.
+AnyConfig = TrainingConfig | SegmentationTrainingConfig | LanguageTrainingConfig
+TASKS: dict[str, tuple[type[AnyConfig], str]] = {
+    "language": (LanguageTrainingConfig, "Train a language model."),
+    "segmentation": (SegmentationTrainingConfig, "Train a segmentation network."),
+}
+
+
+def train(config: AnyConfig, console: Console | None = None) -> Run:
+    """Train a model as `config` says, into the folder `config.output.dir`: the kind of `config` says which task.
 
     Raises ConfigError, DataError, UnknownModelError, CheckpointError or TrainingError for what they say, and
     Interrupted when a signal stopped the run (which is saved then).
     """
     if isinstance(config, LanguageTrainingConfig):
         return train_language_model(config, console)
+    if isinstance(config, SegmentationTrainingConfig):
+        return train_segmentation_model(config, console)
     return train_image_classifier(config, console)
 
 
-def parse_training_config(
-    argv: Sequence[str], *, prog: str, examples: str = ""
-) -> TrainingConfig | LanguageTrainingConfig:
+def parse_training_config(argv: Sequence[str], *, prog: str, examples: str = "") -> AnyConfig:
     """The configuration that `argv` asks for: `task: language` in its file, or `--task language`, says which kind.
 
     Raises what `zoo.config.parse_config` raises.
@@ -62,13 +73,17 @@ def parse_training_config(
             named.insert(0, values["task"])
     if not named:
         return parse_config(
-            TrainingConfig, argv, prog=prog, description="Train an image classifier.", examples=examples
+            TrainingConfig,
+            argv,
+            prog=prog,
+            description="Train an image classifier. For other tasks: train.py --task language --help, "
+            "train.py --task segmentation --help.",
+            examples=examples,
         )
-    if named[-1] != "language":
+    if str(named[-1]) not in TASKS:
         raise ConfigError(
-            f"There is no task {named[-1]!r}: it is language, or, for images, left out."
-            f"{did_you_mean(str(named[-1]), ['language'])}"
+            f"There is no task {named[-1]!r}: it is language or segmentation, or, for classifying images, left out."
+            f"{did_you_mean(str(named[-1]), TASKS)}"
         )
-    return parse_config(
-        LanguageTrainingConfig, argv, prog=prog, description="Train a language model.", examples=examples
-    )
+    schema, description = TASKS[named[-1]]
+    return parse_config(schema, argv, prog=prog, description=description, examples=examples)

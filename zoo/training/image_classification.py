@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class ImageClassification:
         self.empty_classes = training.empty_classes
 
         preprocess = preprocessing(self.model, data)
-        self._describe(preprocess)
+        describe_model(self.model, preprocess, self.classes, takes_weights(config.model))
         self.memory_format = torch.channels_last if config.train.channels_last else torch.contiguous_format
         pin_memory = accelerator.device.type == "cuda"
         processes, rank = accelerator.num_processes, accelerator.process_index
@@ -113,18 +113,6 @@ class ImageClassification:
                 alpha=augment.mix_token,
             )
             self.learner = self.token_labeling.learner
-
-    def _describe(self, preprocess: dict) -> None:
-        """Let the model's `pretrained_cfg` say what it is being trained with: prediction later needs nothing else."""
-        cfg = dict(self.model.pretrained_cfg)  # type: ignore[arg-type]
-        if not _takes_weights(self.config.model):
-            for key in ("hf_hub_id", "hf_hub_filename", "url", "tag", "license", "origin_url", "paper_ids"):
-                cfg.pop(key, None)
-        for key in ("test_input_size", "test_crop_pct", "label_descriptions", "pool_size"):
-            cfg.pop(key, None)
-        cfg |= {key: preprocess[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
-        cfg |= {"num_classes": len(self.classes), "label_names": list(self.classes)}
-        self.model.pretrained_cfg = self.model.default_cfg = cfg  # type: ignore[assignment]
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         return self.train_loader.batches(epoch, start)
@@ -211,11 +199,11 @@ def build_model(config: ModelConfig, num_classes: int, input_size: tuple[int, in
     checkpoint_path = config.checkpoint_path and of_run(config.checkpoint_path)
     if input_size is not None:
         args.setdefault("in_chans", input_size[0])
-        if _has_fixed_size(name):
+        if has_fixed_size(name):
             args.setdefault("img_size", input_size[1:])
     if name.startswith("timm/"):
         weights = {
-            "pretrained": _takes_weights(config) and not checkpoint_path,
+            "pretrained": takes_weights(config) and not checkpoint_path,
             "checkpoint_path": checkpoint_path or "",
         }
         return create_timm_model(name, num_classes=num_classes, **weights, **args)
@@ -226,14 +214,27 @@ def build_model(config: ModelConfig, num_classes: int, input_size: tuple[int, in
     return model
 
 
-def _takes_weights(config: ModelConfig) -> bool:
+def describe_model(model: nn.Module, preprocess: dict[str, Any], classes: Sequence[str], has_weights: bool) -> None:
+    """Let the model's `pretrained_cfg` say what it is being trained with: prediction later needs nothing else."""
+    cfg = dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    if not has_weights:
+        for key in ("hf_hub_id", "hf_hub_filename", "url", "tag", "license", "origin_url", "paper_ids"):
+            cfg.pop(key, None)
+    for key in ("test_input_size", "test_crop_pct", "label_descriptions", "pool_size"):
+        cfg.pop(key, None)
+    cfg |= {key: preprocess[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")}
+    cfg |= {"num_classes": len(classes), "label_names": list(classes)}
+    model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+
+
+def takes_weights(config: ModelConfig) -> bool:
     """Whether training starts from weights: by default where the name, with a tag or a place, says which."""
     name = of_run(config.name, "local-dir:")
     wanted = (":" in name or "." in name) if config.pretrained is None else config.pretrained
     return wanted or config.checkpoint_path is not None
 
 
-def _has_fixed_size(name: str) -> bool:
+def has_fixed_size(name: str) -> bool:
     """Whether the model is made for one size of input, and must be told which."""
     if name.startswith("timm/"):
         cfg = get_pretrained_cfg(name.removeprefix("timm/"))

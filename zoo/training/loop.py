@@ -72,7 +72,7 @@ from zoo.training.checkpoint import (
 from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig, SparsityConfig, TrainConfig
 from zoo.training.environment import record_environment
 from zoo.training.parallel import TIMEOUT, Peers, gather, is_broken_connection, shard, shard_optimizer_state, whole
-from zoo.training.plots import plot_curves
+from zoo.training.plots import is_percentage, metric_title, plot_curves
 from zoo.training.sparse import MASKS, SparseTraining, snip_scores
 
 __all__ = ["Interrupted", "Run", "RunConfig", "Task", "TrainingError", "fit", "make_accelerator"]
@@ -1014,5 +1014,4 @@ def _row_text(row: dict[str, Any], epochs: int, is_best: bool, speed: str) -> st
 
 
 def _metric_text(name: str, value: float) -> str:
-    """Accuracies are in percent."""
-    return f"{name} {value:.2f}%" if name.startswith("top") else f"{name.replace('_', ' ')} {value:.4f}"
+    return f"{metric_title(name)} {value:.2f}%" if is_percentage(name) else f"{metric_title(name)} {value:.4f}"

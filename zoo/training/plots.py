@@ -15,7 +15,7 @@ Rows = Sequence[Mapping[str, Any]]
 def plot_curves(
     runs: Mapping[str, Rows], metric: str, title: str, path: str | Path, *, lower_is_better: bool = False
 ) -> Path:
-    """Draw losses (left) and `metric` (right; accuracies in percent) over epochs for each named run, into a PNG.
+    """Draw losses (left) and `metric` (right; in percent if it is such) over epochs for each named run, into a PNG.
 
     `runs` maps a name to the rows of its history. Raises MissingDependencyError without matplotlib, ConfigError for a
     path that cannot be written.
@@ -32,7 +32,7 @@ def plot_curves(
     figure = Figure(figsize=(14 if many else 11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     colours: Any = colormaps["tab10" if len(runs) <= 10 else "tab20"]
-    unit, digits = (" (%)", 2) if metric.startswith("top") else ("", 4)
+    unit, digits = (" (%)", 2) if is_percentage(metric) else ("", 4)
     for number, (name, rows) in enumerate(runs.items()):
         colour = colours(number % colours.N)
         prefix = f"{name}: " if several else ""
@@ -40,11 +40,11 @@ def plot_curves(
             left.plot(*_points(rows, key), style, color=colour, marker=_marker(rows), label=f"{prefix}{label}")
         epochs, values = _points(rows, f"val_{metric}")
         best = min if lower_is_better else max
-        label = f"{prefix}{metric.replace('_', ' ')}" + (f" (best {best(values):.{digits}f})" if values else "")
+        label = f"{prefix}{metric_title(metric)}" + (f" (best {best(values):.{digits}f})" if values else "")
         right.plot(epochs, values, color=colour, marker=_marker(rows), label=label)
     left.set_ylabel("loss")
     left.set_ylim(bottom=0)
-    right.set_ylabel(f"{metric.replace('_', ' ')} on the evaluation split{unit}")
+    right.set_ylabel(f"{metric_title(metric)} on the evaluation split{unit}")
     for axes in (left, right):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -61,6 +61,14 @@ def plot_curves(
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
     return Path(path)
+
+
+def metric_title(metric: str) -> str:
+    return {"miou": "mIoU"}.get(metric, metric.replace("_", " "))
+
+
+def is_percentage(metric: str) -> bool:
+    return metric.startswith("top") or metric == "miou" or metric.endswith("_accuracy")
 
 
 def _points(rows: Rows, key: str) -> tuple[list[int], list[float]]:
