@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub_stub import Hub
+from tests.launcher import Launcher
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,3 +44,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setenv("HF_TOKEN", Hub.TOKEN)
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         yield hub
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ COMMON: dict[str, Any] = {
 }
 ONE, TWO = {"data": {"batch_size": 128}}, {"data": {"batch_size": 64}}  # either way two batches to an update
 FSDP = {**TWO, "train": {**COMMON["train"], "parallel": "fsdp"}}
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

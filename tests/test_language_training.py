@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +54,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "val.jsonl", TEXTS[::7])
     (folder / "small.yaml").write_text(RECIPE)
     return folder
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(autouse=True)

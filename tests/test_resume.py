@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,6 @@ from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.training import ImageClassification, Interrupted, TrainingConfig, TrainingError, fit, train
 from zoo.training.checkpoint import find_checkpoint, read_state
 from zoo.training.loop import make_accelerator
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture

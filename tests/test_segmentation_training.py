@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -755,13 +754,6 @@ def test_a_card_says_what_was_measured(recipe: Path, tmp_path: Path):
     assert "zoo.predict" not in text
     assert '| `model.name` | `"ffnet_test_segmentation"` |' in text
     assert "`loss." not in text  # all defaults
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.mark.slow

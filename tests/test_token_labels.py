@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -348,13 +347,6 @@ def test_mixing_ends_with_its_epoch(home: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("zoo.training.token_labels.draw_box", counted)
     train(configure(home / "student.yaml", tmp_path / "run", augment={"mixup_off_epoch": 1}))
     assert len(drawn) == 15  # batches of the first of two epochs
-
-
-@pytest.fixture(scope="module")
-def launcher() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.mark.slow

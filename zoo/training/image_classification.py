@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.console import Console
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -28,12 +26,12 @@ from zoo.data.transforms import LabelMaps
 from zoo.errors import ConfigError
 from zoo.evaluation.image_classification import Counts, check_image_model, count
 from zoo.factory import create_model
-from zoo.hub import save_pretrained
 from zoo.loading import create_timm_model, of_run
 from zoo.registry import get_entry
 from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
 from zoo.training.distillation import Distillation
 from zoo.training.freezing import freeze
+from zoo.training.image_task import ImageTask
 from zoo.training.loop import Run, fit, make_accelerator, prepare_folder
 from zoo.training.token_labels import TokenLabeling
 
@@ -52,11 +50,11 @@ def train_image_classifier(config: TrainingConfig, console: Console | None = Non
     return fit(task, config, accelerator, console)
 
 
-class ImageClassification:
+class ImageClassification(ImageTask):
     """A classifier, its training and evaluation images, and its loss. A `zoo.training.loop.Task`."""
 
     metric = "top1"
-    lower_is_better = False
+    add_up = staticmethod(count)
 
     def __init__(self, config: TrainingConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -114,9 +112,6 @@ class ImageClassification:
             )
             self.learner = self.token_labeling.learner
 
-    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        return self.train_loader.batches(epoch, start)
-
     def loss(self, model: nn.Module, batch: Batch, epoch: int) -> Tensor:
         self.damage.add(batch.damaged)
         device = self.accelerator.device
@@ -142,35 +137,11 @@ class ImageClassification:
         images = self.train_loader.prepare(batch, device, self.memory_format)
         return nn.functional.cross_entropy(model(images), batch.labels.to(device))
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        counts = Counts(self.num_classes, self.accelerator.device)
-        count(
-            model,
-            self.eval_loader,
-            counts,
-            device=self.accelerator.device,
-            damage=self.damage,
-            autocast=self.accelerator.autocast,
-            memory_format=self.memory_format,
-        )
-        counts.reduce(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))
-        return counts.metrics()
-
-    def save(self, folder: Path) -> Path:
-        return save_pretrained(self.model, folder, labels=list(self.classes))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # a batch of images follows from its number
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def describe_speed(self, batches_per_second: float) -> str:
-        return f"{batches_per_second * self.config.data.batch_size * self.accelerator.num_processes:,.0f} images/s"
+    def sums(self) -> Counts:
+        return Counts(self.num_classes, self.accelerator.device)
 
     def describe_data_problems(self) -> str:
-        self.damage.names.update(dict.fromkeys(gather_object(list(self.damage.names))))
-        problems = [str(self.damage)] if self.damage.names else []
+        problems = [problem for problem in [super().describe_data_problems()] if problem]
         if self.empty_classes:
             some = ", ".join(self.empty_classes[:20])
             problems.append(f"No training images of {len(self.empty_classes)} of {self.num_classes} classes: {some}.")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,11 +23,12 @@ from zoo.data import (
 from zoo.errors import CheckpointError, ConfigError
 from zoo.evaluation.segmentation import PixelCounts, count_pixels
 from zoo.factory import create_model
-from zoo.hub import load_config, save_pretrained
+from zoo.hub import load_config
 from zoo.loading import checkpoint_folder, load_model, of_run
 from zoo.registry import get_entry, split_name
 from zoo.training.freezing import freeze
 from zoo.training.image_classification import describe_model, has_fixed_size, takes_weights
+from zoo.training.image_task import ImageTask
 from zoo.training.loop import Run, fit, make_accelerator, prepare_folder
 from zoo.training.segmentation_config import (
     SegmentationLossConfig,
@@ -59,14 +58,14 @@ def train_segmentation_model(config: SegmentationTrainingConfig, console: Consol
     return fit(task, config, accelerator, console)
 
 
-class Segmentation:
+class Segmentation(ImageTask):
     """A segmentation network, its training and evaluation images, and its loss. A `zoo.training.loop.Task`.
 
     Evaluation sees whole images, scaled to fit into `data.input_size`, and compares at the size of each label.
     """
 
     metric = "miou"
-    lower_is_better = False
+    add_up = staticmethod(count_pixels)
 
     def __init__(self, config: SegmentationTrainingConfig, accelerator: Accelerator) -> None:
         self.config, self.accelerator = config, accelerator
@@ -93,9 +92,6 @@ class Segmentation:
         self.batches_per_epoch = self.train_loader.batches_per_epoch
         self.damage = DamageReport(data.strict)
 
-    def batches(self, epoch: int, start: int) -> Iterator[SegmentationBatch]:
-        return self.train_loader.batches(epoch, start)  # type: ignore[return-value]
-
     def loss(self, model: nn.Module, batch: SegmentationBatch, epoch: int) -> Tensor:
         self.damage.add(batch.damaged)
         losses, weight = self._summed(model, batch, self.config.loss)
@@ -118,35 +114,8 @@ class Segmentation:
         masks = batch.masks.to(device, non_blocking=True).long()
         return pixel_losses(model(images), masks, self.ignored, config, self.loss_weights)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        counts = PixelCounts(len(self.classes), self.ignored, self.accelerator.device)
-        count_pixels(
-            model,
-            self.eval_loader,
-            counts,
-            device=self.accelerator.device,
-            damage=self.damage,
-            autocast=self.accelerator.autocast,
-            memory_format=self.memory_format,
-        )
-        counts.reduce(lambda tensor: self.accelerator.reduce(tensor, reduction="sum"))
-        return counts.metrics()
-
-    def save(self, folder: Path) -> Path:
-        return save_pretrained(self.model, folder, labels=list(self.classes))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # a batch of images follows from its number
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-    def describe_speed(self, batches_per_second: float) -> str:
-        return f"{batches_per_second * self.config.data.batch_size * self.accelerator.num_processes:,.1f} images/s"
-
-    def describe_data_problems(self) -> str:
-        self.damage.names.update(dict.fromkeys(gather_object(list(self.damage.names))))
-        return str(self.damage) if self.damage.names else ""
+    def sums(self) -> PixelCounts:
+        return PixelCounts(len(self.classes), self.ignored, self.accelerator.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss
