@@ -435,8 +435,9 @@ def test_teachers_that_cannot_be_asked_about_places(home: Path, tmp_path: Path, 
     make_folder(tmp_path / "data" / "train", "abcde", 1)
     assert token_labels_command(tmp_path / "data", tmp_path / "maps", "--teacher", home / "teacher") == 1
     assert "error: The model does not know 5 of the data's 5 classes" in capsys.readouterr().err
-    assert token_labels_command(tmp_path / "nowhere", tmp_path / "maps", "--teacher", home / "teacher") == 1
-    assert "error: There is no folder" in capsys.readouterr().err
+    for teacher in (home / "teacher", "not_a_model"):  # which is not asked for
+        assert token_labels_command(tmp_path / "nowhere", tmp_path / "maps", "--teacher", teacher) == 1
+        assert "error: There is no folder" in capsys.readouterr().err
     assert token_labels_command(home / "digits", tmp_path / "maps", "--teacher", home / "teacher", "--topk", 0) == 1
     assert "error: topk must be at least 1, not 0." in capsys.readouterr().err
     assert not (tmp_path / "maps").exists()

@@ -677,11 +677,16 @@ def run_predict(args: argparse.Namespace) -> None:
 
 
 def run_token_labels(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from rich.console import Console
 
+    from zoo.data import DataConfig, load_split
     from zoo.evaluation.token_labels import make_token_labels
     from zoo.loading import load_model
 
+    if not (Path(args.data).expanduser() / args.split).is_dir():  # said before the teacher is fetched
+        load_split(DataConfig(name="folder", path=args.data, train_split=args.split), training=True)
     made = make_token_labels(
         load_model(args.teacher, args.checkpoint),
         args.data,
