@@ -750,6 +750,7 @@ def test_a_card_says_what_was_measured(recipe: Path, tmp_path: Path):
     run = train(configure(recipe, tmp_path / "run", train={"max_updates": 2}))
     text = model_card(str(run.folder))
     assert "pipeline_tag: image-segmentation" in text
+    assert "name: pages of scikit-learn digits" in text
     assert f"| mIoU, % | {run.best:.2f} |" in text
     assert "zoo.predict" not in text
     assert '| `model.name` | `"ffnet_test_segmentation"` |' in text

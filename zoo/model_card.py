@@ -293,7 +293,9 @@ class _Data:
                 is_training_data=False,
             )
         hub_id = dataset or (path if kind == "hub" else None)
-        called = {"digits": "scikit-learn digits"}.get(str(kind), where)
+        called = where if kind != "digits" else "scikit-learn digits"
+        if kind == "digits" and run is not None and run.config.get("task") == "segmentation":
+            called = f"pages of {called}"
         options |= {key: config.get(key) for key in ("image_key", "label_key")}
         return cls(
             name=hub_id or called,
