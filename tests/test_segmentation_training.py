@@ -240,6 +240,13 @@ def test_more_classes_than_a_byte_holds(tmp_path: Path):
     assert np.array_equal(labels[1:], values[1:])
 
 
+def test_every_class_counts_where_255_is_one(tmp_path: Path):
+    config = dataclasses.replace(write_folder(tmp_path, (1, 1)), num_classes=300)
+    save_png(tmp_path / "annotations" / "train" / "some" / "0.png", np.full((96, 96), 255, dtype=np.uint16))
+    _, labels = load_segmentation_split(config, training=True).read(0, 3)
+    assert (labels == 255).all()
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -296,7 +303,9 @@ def test_a_table_says_which_columns_it_has(tmp_path: Path):
         ({"name": "folder"}, "data.path"),
         ({"name": "digits", "num_classes": 3}, "has its own classes"),
         ({"path": "x", "num_classes": 3, "class_names": ("a", "b")}, "there are 2 class_names"),
-        ({"path": "x", "ignore_index": -1}, "data.ignore_index must be 0 or more"),
+        ({"path": "x", "ignore_index": -1}, "data.ignore_index must be from 0 to 65535"),
+        ({"path": "x", "ignore_index": 10**12}, "data.ignore_index must be from 0 to 65535"),
+        ({"path": "x", "mean": (123.0,)}, r"data.mean must be from 0 to 1 .*of 255: divide"),
         ({"path": "x", "mask_key": "m"}, "are for tables"),
         ({"path": "x", "interpolation": "cubic"}, "Did you mean bicubic"),
     ],
@@ -742,6 +751,32 @@ def test_models_of_cityscapes_are_evaluated_by_number(tmp_path: Path):
     found = evaluate(zoo.create_model("ffnet_test_segmentation"), data)
     assert found.classes == tuple(CITYSCAPES)
     assert found.confusion.sum() == 2 * 95 * 96  # all but the row that is not evaluated
+
+
+def test_classes_go_by_name_or_by_number_and_never_by_both(tmp_path: Path):
+    data = write_folder(tmp_path, (2, 2))
+    for path in (tmp_path / "annotations").rglob("*.png"):
+        save_png(path, np.array(Image.open(path)) % 3)
+    data = dataclasses.replace(data, num_classes=None, class_names=("background", "cat", "dog"))
+    model: Any = zoo.create_model("ffnet_test_segmentation", num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["dog", "background", "cat"]}
+    assert evaluate(model, data).classes == ("dog", "background", "cat")
+    with pytest.raises(DataError, match=r"1 of the data's 3 classes are not among the model's 3: 'bird'"):
+        evaluate(model, dataclasses.replace(data, class_names=("background", "bird", "dog")))
+    by_number = dataclasses.replace(data, class_names=(), num_classes=3)
+    assert evaluate(model, by_number).classes == ("0", "1", "2")
+    wider: Any = zoo.create_model("ffnet_test_segmentation", num_classes=4)
+    wider.pretrained_cfg = {**wider.pretrained_cfg, "label_names": ["background", "0", "1", "2"]}
+    with pytest.raises(DataError, match="3 classes and the model 4"):
+        evaluate(wider, by_number)
+
+
+def test_a_model_of_one_size_gets_no_other_crop(recipe: Path, tmp_path: Path):
+    changes: dict[str, Any] = {"model": {"name": "randformer_s12"}, "augment": {"crop_size": [32, 32]}}
+    with pytest.raises(
+        ConfigError, match=r"augment.crop_size is \[32, 32\], but randformer_s12 takes images of one size"
+    ):
+        train(configure(recipe, tmp_path / "run", **changes))
 
 
 def test_a_card_says_what_was_measured(recipe: Path, tmp_path: Path):

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -27,11 +28,12 @@ from tests.test_training import assert_same_checkpoint, configure, rows
 from zoo import cli
 from zoo.config import plain_flags
 from zoo.data import AugmentConfig, DataConfig, eval_transform, load_split, preprocessing, training_loader
-from zoo.data.token_labels import MapFolder, token_labels
+from zoo.data.token_labels import FACTS, MapFolder, token_labels
 from zoo.data.transforms import LabelMaps, random_transform, to_tensor
 from zoo.errors import ConfigError, DataError
 from zoo.evaluation import load_model
 from zoo.evaluation.token_labels import place_logits
+from zoo.hub import save_pretrained
 from zoo.training import Interrupted, fit, train
 from zoo.training.checkpoint import read_state
 from zoo.training.token_labels import TokenLabeling, draw_box
@@ -332,9 +334,29 @@ def test_a_run_that_was_stopped_goes_on_exactly(home: Path, tmp_path: Path):
 
 
 def test_gradients_of_several_batches(home: Path, tmp_path: Path):
-    options = {"grad_accum_steps": 3, "grad_checkpointing": True, "max_updates": 4, "channels_last": True}
-    run = train(configure(home / "student.yaml", tmp_path / "run", train=options))
-    assert run.history[-1]["updates"] == 4
+    """Three batches of 8, in another layout and computed twice, learn what one of 24 does, with norms at rest."""
+    norms = ["stem", "stages.1.downsample.norm", "head.norm"]
+    arguments = configure(home / "student.yaml", tmp_path).model.args
+    still = {
+        "augment": {"mix_token": 0.0},
+        "model": {"args": {**arguments, "drop_path_rate": 0.0}, "freeze": norms},
+    }
+    options = {"grad_accum_steps": 3, "grad_checkpointing": True, "channels_last": True}
+    weights = []
+    for name, size, lr, how in (("start", 24, 1e-12, {}), ("whole", 24, 0.1, {}), ("parts", 8, 0.1, options)):
+        config = configure(
+            home / "student.yaml",
+            tmp_path / name,
+            data={"batch_size": size},
+            train={**how, "max_updates": 4},
+            optimizer={"opt": "sgd", "lr": lr},
+            scheduler={"min_lr": 0.0},
+            **still,
+        )
+        weights.append(load_file(train(config).folder / "last" / "model.safetensors"))
+    start, whole, parts = weights
+    learned = max((whole[key] - start[key]).abs().max() for key in start)
+    assert max((parts[key] - whole[key]).abs().max() for key in start) < 1e-3 * learned
 
 
 def test_mixing_ends_with_its_epoch(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -424,6 +446,24 @@ def test_the_command_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path
     (tmp_path / "maps" / "token_labels.json").unlink()
     assert token_labels_command(*ask) == 1
     assert "do not say how they were made: choose another folder" in capsys.readouterr().err
+
+
+def test_maps_of_another_teacher_are_not_mixed_in(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Whichever images they are of: the record speaks of all maps in the folder."""
+    make_folder(tmp_path / "data" / "train", "0123", 2)
+    (tmp_path / "data" / "val").symlink_to(make_digits(tmp_path / "more") / "train")
+    maps = tmp_path / "maps"
+    assert token_labels_command(tmp_path / "data", maps, "--teacher", home / "teacher") == 0
+    before = (maps / FACTS).read_text()
+    changed = zoo.create_model(f"local-dir:{home / 'teacher' / 'best'}")
+    torch.nn.init.zeros_(changed.head.fc.bias)
+    save_pretrained(changed, tmp_path / "other", labels=list("0123"))
+    for extra in ((), ("--split", "val")):
+        assert token_labels_command(tmp_path / "data", maps, "--teacher", tmp_path / "other", *extra) == 1
+        assert "were made otherwise (teacher" in capsys.readouterr().err
+    assert token_labels_command(tmp_path / "data", maps, "--teacher", home / "teacher", "--split", "val") == 1
+    assert "were made otherwise (split train)" in capsys.readouterr().err
+    assert (maps / FACTS).read_text() == before
 
 
 def test_teachers_that_cannot_be_asked_about_places(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -128,6 +128,8 @@ def check_image_options(config: _ImageOptions) -> None:
         values = getattr(config, key)
         if values is not None and not _finite_numbers(values):
             raise ConfigError(f"data.{key} must be a list of finite numbers, one for each channel, not {values!r}.")
+    if config.mean is not None and not 0 <= min(config.mean) <= max(config.mean) <= 1:
+        raise ConfigError(f"data.mean must be from 0 to 1 for each channel (of 255: divide), not {list(config.mean)}.")
     if config.std is not None and min(config.std) <= 0:
         raise ConfigError(f"data.std must be above zero for each channel, not {list(config.std)}.")
 

@@ -308,8 +308,10 @@ def _class_names(config: SegmentationDataConfig, classes: Sequence[str] | None) 
     )
 
 
-def _plain_numbers(num_classes: int, ignore_index: int, reduce_zero_label: bool) -> np.ndarray:
+def _plain_numbers(num_classes: int, ignore_index: int | None, reduce_zero_label: bool) -> np.ndarray:
     """What the values of a mask mean that holds the classes' own numbers."""
+    if ignore_index is None:
+        ignore_index = _ignored(num_classes + reduce_zero_label)
     numbers = np.full(max(num_classes + reduce_zero_label, ignore_index + 1), -1, dtype=np.int64)
     numbers[reduce_zero_label : num_classes + reduce_zero_label] = range(num_classes)
     if reduce_zero_label:
@@ -375,7 +377,7 @@ class RandomCrop:
 
 
 def _mean_bytes(preprocess: dict[str, Any]) -> Tensor:
-    return torch.tensor([round(255 * value) for value in preprocess["mean"]], dtype=torch.uint8)
+    return torch.tensor([min(max(round(255 * value), 0), 255) for value in preprocess["mean"]], dtype=torch.uint8)
 
 
 # -------------------------------------------------------------------------------------------------------------- batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 from zoo.data.config import Interpolation, check_image_options, check_options
@@ -30,7 +31,8 @@ class SegmentationDataConfig:
         num_classes: of data that do not name their classes; those lie in `path/classes.txt`, one on a line, or in
             class_names.
         class_names: names of the classes, in the order of their numbers.
-        ignore_index: number in a mask of pixels that have no class: they are neither learned nor counted.
+        ignore_index: number in a mask of pixels that have no class: they are neither learned nor counted; by default
+            255, or 65535 where there are more classes than fit below.
         reduce_zero_label: 0 stands for no class, and classes are numbered from 1 (as in ADE20k).
         batch_size: images per process and step.
         workers: processes that decode and augment; 0 does it in the main process.
@@ -50,7 +52,7 @@ class SegmentationDataConfig:
     mask_key: str | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
-    ignore_index: int = 255
+    ignore_index: int | None = None
     reduce_zero_label: bool = False
     batch_size: int = 8
     workers: int = 4
@@ -71,8 +73,8 @@ class SegmentationDataConfig:
                 raise ConfigError(f"data.{key} must be a whole number, not {value!r}.")
         if self.num_classes is not None and self.num_classes < 2:
             raise ConfigError(f"data.num_classes must be at least 2, not {self.num_classes}.")
-        if self.ignore_index < 0:
-            raise ConfigError(f"data.ignore_index must be 0 or more, not {self.ignore_index}.")
+        if self.ignore_index is not None and not 0 <= self.ignore_index <= 65535:
+            raise ConfigError(f"data.ignore_index must be from 0 to 65535, not {self.ignore_index}.")
         names = self.class_names
         if names and (len(names) < 2 or len(set(names)) < len(names)):
             raise ConfigError("data.class_names must be at least two, all different.")
@@ -115,7 +117,7 @@ class SegmentationAugmentConfig:
         if self.color_jitter < 0:
             raise ConfigError(f"augment.color_jitter must not be negative, but is {self.color_jitter}.")
         low, high = self.scale
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise ConfigError(f"augment.scale must rise from a number above zero, not {[low, high]}.")
         if self.crop_size is not None and min(self.crop_size) < 1:
             raise ConfigError(f"augment.crop_size must be two numbers above zero, not {list(self.crop_size)}.")

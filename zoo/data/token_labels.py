@@ -12,7 +12,6 @@ folder have one shape. `token_labels.json`, if it is there, says how they were m
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ class MapFolder:
                 f"{self.files.name(index)} has no label map {str(path)!r}: `zoo token-labels` makes those that are "
                 "missing."
             ) from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        except Exception as error:  # of damaged bytes unpickling raises almost anything
             raise DataError(
                 f"The label map {str(path)!r} cannot be read. Remove it, and `zoo token-labels` makes it anew. "
                 f"{reason(error)}"

@@ -26,7 +26,7 @@ from zoo.data import (
     preprocessing,
     segmentation_evaluation_loader,
 )
-from zoo.errors import ConfigError, DataError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError, did_you_mean
 from zoo.evaluation.image_classification import Amp, Setting, check_takes_images, run_over
 from zoo.evaluation.segmentation_results import Sample, SegmentationResults, class_figures
 from zoo.evaluation.targets import label_names
@@ -61,7 +61,7 @@ def evaluate_segmentation(
     if pictures < 0:
         raise ConfigError(f"pictures must not be negative, but is {pictures}.")
     run = Setting(model, data, device, amp, channels_last, kind=SegmentationDataConfig)
-    preprocess = preprocessing(model, data)
+    preprocess = preprocessing(model, data) | {"crop_pct": 1.0}  # whole images
     split = fit_split(load_segmentation_split(data, training=False, classes=label_names(model)), model)
     counts = PixelCounts(len(split.classes), split.ignored, run.device)
     loader = segmentation_evaluation_loader(
@@ -211,19 +211,31 @@ def check_segmentation_model(model: nn.Module) -> None:
 
 
 def fit_split(split: SegmentationSplit, model: nn.Module) -> SegmentationSplit:
-    """`split` with its classes numbered as the model's: by name where it knows them all, else by number.
+    """`split` with its classes numbered as the model's: by name, or by number where one of the two has no names.
 
     Raises DataError for what does not fit.
     """
     names, count = label_names(model), int(model.num_classes)  # type: ignore[arg-type]
-    if names is not None and set(split.classes) <= set(names):
-        return renumbered(split, names)
+    named = names is not None and not _are_numbers(names) and not _are_numbers(split.classes)
+    if named or names == split.classes:
+        unknown = [name for name in split.classes if name not in (names or ())]
+        if unknown:
+            raise DataError(
+                f"{len(unknown)} of the data's {len(split.classes)} classes are not among the model's {count}: "
+                f"{', '.join(map(repr, unknown[:5]))}.{did_you_mean(unknown[0], names or ())}"
+            )
+        return renumbered(split, names or ())
     if len(split.classes) == count:
         return split
     raise DataError(
         f"The data has {len(split.classes)} classes and the model {count}, and their names do not tell which is which: "
         f"the data's begin with {', '.join(map(repr, split.classes[:3]))}."
     )
+
+
+def _are_numbers(classes: Sequence[str]) -> bool:
+    """Whether the classes are called by their numbers, for want of names."""
+    return tuple(classes) == tuple(map(str, range(len(classes))))
 
 
 def renumbered(split: SegmentationSplit, classes: Sequence[str]) -> SegmentationSplit:

@@ -7,6 +7,7 @@ its last map by itself, instead of the pooled map. `zoo.data.token_labels` says 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -91,13 +92,15 @@ def make_token_labels(
     root = make_folder(folder)
     facts = {
         "teacher": name or str(cast(Any, teacher).pretrained_cfg.get("architecture", type(teacher).__name__)),
+        "teacher_weights": _fingerprint(teacher),
+        "split": split,
         "input_size": list(preprocess["input_size"]),
         "shape": list(shape),
         "amp": amp,
         "classes": list(images.classes),
     }
     missing = [index for index, place in enumerate(places) if not (root / place).is_file()]
-    _check_facts(root, facts, empty=len(missing) == len(places))
+    _check_facts(root, facts, empty=next(root.rglob("*.pt"), None) is None)
     with whole_file(root / FACTS) as file:
         file.write(json.dumps(facts, indent=2).encode())
     for parent in {place.parent for place in places}:
@@ -175,6 +178,8 @@ def _places(teacher: nn.Module, input_size: Sequence[int], setting: Setting) -> 
     try:
         with torch.inference_mode(), setting.autocast():
             logits = place_logits(teacher.eval(), torch.zeros(1, *input_size, device=setting.device))
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, RuntimeError) as error:  # of networks for one size alone, or for larger images
         raise ConfigError(
             f"{type(teacher).__name__} takes no images of {input_size[1]}x{input_size[2]}: {reason(error)}"
@@ -195,6 +200,15 @@ def _highest(logits: Tensor, k: int) -> Tensor:
         others = logits.scatter(1, numbers, -math.inf)
         values = values - (others.logsumexp(1, keepdim=True) - math.log(rest))
     return torch.stack([values, numbers.to(values)], dim=1)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A few letters that tell its weights from others."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def _check_places(files: ImageFiles, places: Sequence[Path]) -> None:

@@ -10,7 +10,8 @@ Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `acceler
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
 update takes `data.batch_size` x processes x `train.grad_accum_steps` successive images of that order, and gradients are
 averaged over them. Only what is drawn for a batch, not an image, differs: mixup, MixToken, drop path, dropout, SN-Net's
-path. On several machines, run the same command on each, with a folder for the run that all of them share:
+path; and of pixels those of a batch are averaged before batches that are accumulated are, and hard ones are mined in
+each batch. On several machines, run the same command on each, with a folder for the run that all of them share:
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --config ...
 

@@ -74,7 +74,9 @@ class Segmentation(ImageTask):
         evaluation = load_segmentation_split(data, training=False, classes=training.classes)
         self.classes = training.classes
         self.ignored = training.ignored
-        self.model, self.started_from = build_segmentation_model(config.model, len(self.classes), data.input_size)
+        self.model, self.started_from = build_segmentation_model(
+            config.model, len(self.classes), data.input_size, config.augment.crop_size
+        )
         freeze(self.model, config.model.freeze)
         preprocess = preprocessing(self.model, data) | {"crop_pct": 1.0}  # whole images
         describe_model(self.model, preprocess, self.classes, bool(self.started_from) or takes_weights(config.model))
@@ -175,7 +177,10 @@ def _class_weights(config: SegmentationLossConfig, split: SegmentationSplit, dev
 
 
 def build_segmentation_model(
-    config: SegmentationModelConfig, num_classes: int, input_size: tuple[int, int, int] | None
+    config: SegmentationModelConfig,
+    num_classes: int,
+    input_size: tuple[int, int, int] | None,
+    crop_size: tuple[int, int] | None = None,
 ) -> tuple[nn.Module, str]:
     """The model that `config` names, with `num_classes` outputs, and what became of `config.backbone_weights`.
 
@@ -192,6 +197,11 @@ def build_segmentation_model(
     entry = get_entry(load_config(name)[0] if hub else split_name(name)[0])
     if entry.task == "language":
         raise ConfigError(f"{entry.name} takes tokens, not images: it is a language model.")
+    if has_fixed_size(name) and crop_size not in (None, (input_size or entry.input_size)[1:]):
+        raise ConfigError(
+            f"augment.crop_size is {list(crop_size or ())}, but {entry.name} takes images of one size alone: leave it "
+            "out."
+        )
     if input_size is not None:
         args.setdefault("in_chans", input_size[0])
         if has_fixed_size(name):

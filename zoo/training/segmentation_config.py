@@ -34,8 +34,8 @@ class SegmentationModelConfig(ModelConfig):
         backbone_weights: start a network of segmentation from the stem and the stages of a classifier of the same
             backbone, neck and head anew: a name with the tag of its weights, "hf-hub:owner/name", the folder of a run,
             or a file that the network's converter reads.
-        freeze: modules and parameters that are not trained, with all below them, such as [stem, stages.0] or
-            [backbone]. They stay in evaluation mode.
+        freeze: modules and parameters that are not trained, with all below them, such as [stem, stages.0] of an FFNet
+            or [backbone] of another model. They stay in evaluation mode.
         args: arguments of the architecture and the head, such as up_head, seg_head, upsample or drop_rate.
     """
 
