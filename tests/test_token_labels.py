@@ -455,7 +455,7 @@ def test_maps_of_another_teacher_are_not_mixed_in(home: Path, tmp_path: Path, ca
     maps = tmp_path / "maps"
     assert token_labels_command(tmp_path / "data", maps, "--teacher", home / "teacher") == 0
     before = (maps / FACTS).read_text()
-    changed = zoo.create_model(f"local-dir:{home / 'teacher' / 'best'}")
+    changed: Any = zoo.create_model(f"local-dir:{home / 'teacher' / 'best'}")
     torch.nn.init.zeros_(changed.head.fc.bias)
     save_pretrained(changed, tmp_path / "other", labels=list("0123"))
     for extra in ((), ("--split", "val")):
