@@ -48,9 +48,9 @@ def evaluate_segmentation(
     """mIoU, accuracies, loss, IoU of each class and confusion of `model` on the evaluation split of `data`.
 
     Images are scaled to fit into the model's input size, or that of `data`, and its logits resized linearly to each
-    mask. Where the model knows the names of its classes, the data's are matched with them, else their numbers. The
-    first `pictures` images are kept with what was predicted. The model is moved to `device` ("auto": the accelerator
-    there is; by default it stays where it is).
+    mask. Classes are matched by name, or by number where the model's or the data's have no names. The first `pictures`
+    images are kept with what was predicted. The model is moved to `device` ("auto": the accelerator there is; by
+    default it stays where it is).
 
     Where `torch.distributed` is initialised, every process must call this; each takes its share, and all get the
     results of the whole.
