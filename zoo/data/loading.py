@@ -75,13 +75,7 @@ def training_loader(
     may come out later), ConfigError for augmentation that cannot be.
     """
     transform = random_transform(preprocess, augment)
-    per_process = len(data) // processes
-    batches = per_process // config.batch_size
-    if batches == 0:
-        raise DataError(
-            f"{len(data)} training images do not fill one batch{' for each process' * (processes > 1)}: "
-            f"lower data.batch_size ({config.batch_size})."
-        )
+    batches = whole_batches(len(data), config.batch_size, processes)
     channels = preprocess["input_size"][0]
     order: EpochSampler | StreamBatches
     if isinstance(data.source, Shards):
@@ -104,6 +98,17 @@ def training_loader(
         dataset = ImageDataset(data, transform, channels=channels, seed=seed, replace_damaged=True, maps=maps)
         loader = make_loader(dataset, config, sampler=order, drop_last=True, pin_memory=pin_memory)
     return TrainingLoader(loader, order, data.source.check, transform.prepare, config.batch_size, batches)
+
+
+def whole_batches(images: int, batch_size: int, processes: int) -> int:
+    """How many batches each process makes of its share of the training images. Raises DataError for none."""
+    batches = images // processes // batch_size
+    if batches == 0:
+        raise DataError(
+            f"{images} training images do not fill one batch{' for each process' * (processes > 1)}: "
+            f"lower data.batch_size ({batch_size})."
+        )
+    return batches
 
 
 def evaluation_loader(

@@ -29,6 +29,7 @@ from zoo.data.loading import (
     decode,
     draw_from,
     make_loader,
+    whole_batches,
 )
 from zoo.data.segmentation_config import SegmentationAugmentConfig, SegmentationDataConfig
 from zoo.data.sources import Arrays, ImageFiles, ImageSource, Table, digit_scans, open_table, undecoded, wanted_splits
@@ -474,12 +475,7 @@ def segmentation_training_loader(
 
     Raises DataError when `data` does not fill one batch for each process.
     """
-    batches = len(data) // processes // config.batch_size
-    if batches == 0:
-        raise DataError(
-            f"{len(data)} training images do not fill one batch{' for each process' * (processes > 1)}: "
-            f"lower data.batch_size ({config.batch_size})."
-        )
+    batches = whole_batches(len(data), config.batch_size, processes)
     order = EpochSampler(len(data), seed=seed, rank=rank, processes=processes)
     random = RandomCrop(preprocess, augment, data.ignored)
     dataset = _Pairs(data, preprocess["input_size"][0], seed=seed, random=random)

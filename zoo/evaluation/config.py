@@ -42,8 +42,24 @@ KINDS = {"vision": "an image classifier", "segmentation": "a segmentation networ
 OF_THE_MODEL = ("input_size", "crop_pct", "interpolation", "mean", "std")  # what a run's model says itself
 
 
+class _Models:
+    """What every evaluation says of its models."""
+
+    model: list[str] | str
+    checkpoint_path: str | None
+
+    @property
+    def models(self) -> list[str]:
+        """Every model there is, with those that text files list. Raises ConfigError for a file that lists none."""
+        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
+
+    def check_checkpoint(self) -> None:
+        if self.checkpoint_path is not None and len(self.models) > 1:
+            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
+class EvaluationConfig(_Models):
     """Evaluate image classifiers.
 
     Args:
@@ -86,8 +102,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_topk(self.topk)
-        if self.checkpoint_path is not None and len(self.models) > 1:
-            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+        self.check_checkpoint()
         if self.predictions is not None and len(self.models) * len(self.sizes or [0]) > 1:
             raise ConfigError("predictions takes one model at one size: evaluate each with a file of its own.")
         if self.features and (self.label_map or self.predictions):
@@ -97,14 +112,9 @@ class EvaluationConfig:
             if size < 1:
                 raise ConfigError(f"sizes must be whole numbers above zero, not {size}.")
 
-    @property
-    def models(self) -> list[str]:
-        """Every model there is, with those that text files list. Raises ConfigError for a file that lists none."""
-        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentationEvaluationConfig:
+class SegmentationEvaluationConfig(_Models):
     """Evaluate segmentation networks.
 
     Args:
@@ -132,19 +142,13 @@ class SegmentationEvaluationConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        if self.checkpoint_path is not None and len(self.models) > 1:
-            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+        self.check_checkpoint()
         if self.pictures < 0:
             raise ConfigError(f"pictures must not be negative, but is {self.pictures}.")
 
-    @property
-    def models(self) -> list[str]:
-        """As of EvaluationConfig."""
-        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageEvaluationConfig:
+class LanguageEvaluationConfig(_Models):
     """Evaluate language models.
 
     Args:
@@ -196,15 +200,9 @@ class LanguageEvaluationConfig:
     output: str | None = None
 
     def __post_init__(self) -> None:
-        if self.checkpoint_path is not None and len(self.models) > 1:
-            raise ConfigError(f"checkpoint_path holds the weights of one model, and there are {len(self.models)}.")
+        self.check_checkpoint()
         if not self.reads_text and not self.task_names and self.suite is None:
             raise ConfigError("There is nothing to evaluate on: name texts (--data.path), --tasks or a --suite.")
-
-    @property
-    def models(self) -> list[str]:
-        """As of EvaluationConfig."""
-        return list(dict.fromkeys(_listed([self.model] if isinstance(self.model, str) else self.model)))
 
     @property
     def reads_text(self) -> bool:

@@ -14,6 +14,9 @@ halves the image with a fixed Gaussian filter first. An `x` in place of the last
 Where this file departs from the authors' code: the dropout before the classifier works (theirs names an attribute that
 does not exist), and logits of a single image keep their batch axis. The filter of `pre_down` extends the image at its
 top and bottom only, as theirs does. Stem, stages, neck and head are named as in the zoo's other families.
+
+Backbones that the authors trained without labels (PixPro) lie in `SSL_weights.zip` of their release "weights", which a
+person fetches: `checkpoint_path` takes a file of it, with `strict=False`, since it holds neither neck nor head.
 """
 
 import re
@@ -512,8 +515,7 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     """A published checkpoint in our layout. Takes Qualcomm-AI-research/FFNet's layout, torchvision's and ours.
 
     A Cityscapes file serves a model with `pre_down` and without: the latter has no use for the filter. Weights of a
-    backbone alone (torchvision's ResNets, FFNet's self-supervised ones) need `strict=False`; the
-    latter lie in `SSL_weights.zip` of the authors' release "weights".
+    backbone alone (torchvision's ResNets, FFNet's self-supervised ones) need `strict=False`.
     """
     own = model.state_dict(keep_vars=True)
     converted = {}
