@@ -133,8 +133,13 @@ def _figure(path: Path) -> Iterator[Any]:
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Accuracy as claimed against images per CPU second of the fast form, one panel for each batch size."""
+    """Accuracy as claimed against images per CPU second of the fast form, one panel for each batch size.
+
+    No picture where no accuracy is claimed.
+    """
     rated = {name: row for name, row in rows.items() if row["top1"] is not None}
+    if not rated:
+        return
     families = sorted({row["family"] for row in rated.values()})
     sizes = sorted({size for row in rated.values() for size in row["batches"]}, key=int)
     with _figure(path) as figure:
