@@ -132,14 +132,14 @@ def _figure(path: Path) -> Iterator[Any]:
         figure.savefig(file, format="png", dpi=110)
 
 
-def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(rows: dict[str, dict[str, Any]], path: Path) -> bool:
     """Accuracy as claimed against images per CPU second of the fast form, one panel for each batch size.
 
-    No picture where no accuracy is claimed.
+    Whether there is a picture: not where no accuracy is claimed.
     """
     rated = {name: row for name, row in rows.items() if row["top1"] is not None}
     if not rated:
-        return
+        return False
     families = sorted({row["family"] for row in rated.values()})
     sizes = sorted({size for row in rated.values() for size in row["batches"]}, key=int)
     with _figure(path) as figure:
@@ -160,6 +160,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
             axes.set_title(f"batch {size}")
             axes.grid(alpha=0.3)
         panels[-1].legend(fontsize=8)
+    return True
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> str:
@@ -211,9 +212,9 @@ def main() -> None:
                 file.write((json.dumps(report, indent=1) + "\n").encode())
     if not report["models"]:
         raise ConfigError(f"There is nothing in {arguments.results}: measure first.")
-    plot(report["models"], picture)
+    drawn = plot(report["models"], picture)
     print(summary(report["models"]))
-    print(f"Written to {arguments.results} and {picture}")
+    print(f"Written to {arguments.results}" + (f" and {picture}" if drawn else ""))
 
 
 if __name__ == "__main__":
