@@ -30,7 +30,7 @@ _WEIGHT_CONFIGS = [triton.Config({}, num_warps=4, num_stages=1), triton.Config({
 
 
 @triton.jit
-def _dot(left, right, total, PRECISION: tl.constexpr = "tf32"):
+def _dot(left, right, total, PRECISION: tl.constexpr):
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -115,14 +115,14 @@ def _line_product(
     touched = columns & (column + offset >= 0) & (column + offset < short_size)
     block = tl.load(x, rows[:, None] & touched[None, :], 0.0)
     if PRODUCTS == 0:
-        total = _dot(matrix, block, total)
+        total = _dot(matrix, block, total, "tf32")
     else:
         block = block * map_scale
         high = block.to(tl.float16)
-        total = _dot(matrix, high, total)
+        total = _dot(matrix, high, total, "tf32")
         if PRODUCTS == 3:
-            total = _dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total)
-            total = _dot(tl.load(matrices + plane), high, total)
+            total = _dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total, "tf32")
+            total = _dot(tl.load(matrices + plane), high, total, "tf32")
     return total
 
 
@@ -260,10 +260,10 @@ def _product(left, right, total, left_scale, right_scale, PRODUCTS: tl.constexpr
     right = right * right_scale
     left_high = left.to(tl.float16)
     right_high = right.to(tl.float16)
-    total = _dot(left_high, right_high, total)
+    total = _dot(left_high, right_high, total, "tf32")
     if PRODUCTS == 3:
-        total = _dot((left - left_high.to(tl.float32)).to(tl.float16), right_high, total)
-        total = _dot(left_high, (right - right_high.to(tl.float32)).to(tl.float16), total)
+        total = _dot((left - left_high.to(tl.float32)).to(tl.float16), right_high, total, "tf32")
+        total = _dot(left_high, (right - right_high.to(tl.float32)).to(tl.float16), total, "tf32")
     return total
 
 
@@ -296,7 +296,7 @@ def map_program(
         matrix_scale, matrix_unscale = _scale(tl.max(tl.abs(matrix)))
         total = _product(block, matrix, total, map_scale, matrix_scale, PRODUCTS) * map_unscale * matrix_unscale
     else:
-        total = _dot(block, matrix.to(block.dtype), total)
+        total = _dot(block, matrix.to(block.dtype), total, "tf32")
     if HAS_BIAS:
         total += tl.load(bias + channel).to(tl.float32)
     tl.store(y + offset, total.to(y.dtype.element_ty), mask)
