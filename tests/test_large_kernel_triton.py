@@ -118,13 +118,18 @@ class TestInterpreted:
         [
             ((3, 1, 28, 28), [(49, 5), (5, 49), (5, 5)]),  # SLaK's branches, a batch that fills no tile
             ((2, 2, 7, 7), [(13, 5), (5, 13), (5, 5)]),  # one matrix for the whole map
-            ((1, 1, 70, 17), [(51, 3), (3, 51)]),  # tiles and strips, a width that aligns nothing
+            ((1, 1, 70, 17), [(51, 3), (3, 51), (3, 3)]),  # tiles and strips, a width that aligns nothing
             ((2, 2, 12, 9), [(11, 11)]),  # more lines than are unrolled
             ((1, 1, 9, 8), [(1, 63)]),  # longer than the map
         ],
     )
     def test_float32(self, shape, edges, precision):
         compare(shape, edges, torch.float32, TOLERANCES[precision])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_matrices_are_held_for_all_images(self, dtype, monkeypatch):
+        monkeypatch.setattr(large, "_PROGRAMS", 2)  # of which each takes every second group of images
+        compare((70, 1, 10, 12), [(9, 3), (3, 11), (3, 3)], dtype, TOLERANCES.get(dtype, TOLERANCES["tf32"]))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("size", [7, 14])
@@ -227,7 +232,7 @@ class TestInterpreted:
         x, tall, wide = torch.randn(1, 2, 9, 9), torch.randn(2, 1, 5, 3), torch.randn(2, 1, 3, 5)
         x, tall, wide = (tensor.requires_grad_() for tensor in (x, tall, wide))
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(torch.ops.zoo.depthwise_bands, (x, tall, wide, None, False), test_utils=tests)
+        torch.library.opcheck(torch.ops.zoo.depthwise_bands, (x, tall, wide, None, None), test_utils=tests)
         torch.library.opcheck(torch.ops.zoo.depthwise_bands_weight, (x, x, 5, 3), test_utils=tests)
 
 
@@ -254,12 +259,14 @@ def assembled(program, tensors, constants, capability, warps=4, stages=1):
 
 def band_arguments(size, tap, dtype, products, tile, lines=5):
     edge = max(16, 1 << (size - 1).bit_length())
-    matrices = "fp16" if products else dtype
-    tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide"), matrices)
-    tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
+    tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
+    held = products < 3
+    kernels = "fp32" if held else "fp16"
+    tensors |= dict.fromkeys(("tall", "wide"), kernels) | {"small": "fp32"}
     constants = {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
-    constants |= {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap, "HAS_BIAS": True}
-    return tensors, constants | {"PRODUCTS": products, "TILE": tile}
+    constants |= {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap, "HAS_BIAS": True, "HELD": held}
+    small = lines if held else 0
+    return tensors, constants | {"SMALL_H": small, "SMALL_W": small, "PRODUCTS": products, "TILE": tile}
 
 
 def programs_at(size, tap, dtype, products, lines=5):
@@ -273,9 +280,9 @@ def programs_at(size, tap, dtype, products, lines=5):
         constants |= {"SHORT": short, "IMAGES": 64 // short, "PRECISION": "tf32x3" if products == 3 else "tf32"}
         for config in programs._WEIGHT_CONFIGS:
             yield programs.weight_program, weight, constants, config.num_warps, config.num_stages
-    edges = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
+    edges = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap, "SMALL_H": lines, "SMALL_W": lines}
     if size * size <= programs.POSITIONS:
-        tensors = dict.fromkeys(("x", "tall", "wide", "bias", "y"), dtype)
+        tensors = dict.fromkeys(("x", "tall", "wide", "small", "bias", "y"), dtype)
         constants = {"IMAGES": 64, "PLACES": 64, "HAS_BIAS": True, "PRODUCTS": products}
         yield programs.map_program, tensors, edges | constants, 4, 3
         return

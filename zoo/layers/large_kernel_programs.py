@@ -19,8 +19,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
 POSITIONS = 64  # maps of up to so many positions take `map_program`
 
-# TILE: positions of a program, images x tile height x tile width. The first call for a shape times them all. One stage
-# each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow shared memory.
+# TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times them
+# all. One stage each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow shared
+# memory.
 _CONFIGS = [
     triton.Config({"TILE": 4096}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 4096}, num_warps=8, num_stages=1),
@@ -64,9 +65,9 @@ def _peak_of_map(
     return tl.max(peak)
 
 
-@triton.jit(do_not_specialize=["channels", "flip"])
+@triton.jit(do_not_specialize=["channels"])
 def matrix_program(
-    kernel, matrices, unscales, channels, flip,
+    kernel, matrices, unscales, channels,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """One line of one channel's kernel as a banded matrix: matrices[plane, channel, line] is (LONG, STRIP * LONG).
@@ -80,13 +81,11 @@ def matrix_program(
     channel = program // LINES
     kernel += channel * HEIGHT * WIDTH
     line = program % LINES
-    line += flip * (LINES - 1 - 2 * line)
     for part in range(STRIP):
         row = tl.arange(0, LONG)
         column = tl.arange(0, LONG)
         tap = column[None, :] - row[:, None] + (part - STRIP // 2) * LONG + TAPS // 2
         inside = (tap >= 0) & (tap < TAPS)
-        tap += flip * (TAPS - 1 - 2 * tap)
         index = tap * WIDTH + line if HEIGHT >= WIDTH else line * WIDTH + tap
         matrix = tl.load(kernel + index, inside, 0.0).to(tl.float32)
         out = matrices + program.to(tl.int64) * (LONG * STRIP * LONG) + part * LONG
@@ -107,11 +106,54 @@ def matrix_program(
 
 
 @triton.jit
+def _peak_of_kernel(kernel, SIZE: tl.constexpr):
+    tap = tl.arange(0, triton.next_power_of_2(SIZE))
+    return tl.max(tl.abs(tl.load(kernel + tap, tap < SIZE, 0.0).to(tl.float32)))
+
+
+@triton.jit
+def _matrices(
+    x, kernel, small,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, WIDE: tl.constexpr,
+    LONG: tl.constexpr, PRODUCTS: tl.constexpr,
+):  # fmt: skip
+    """Every line of kernel + small as a banded matrix (LONG, LONG), and by what products of them are multiplied."""
+    TAPS: tl.constexpr = WIDTH if WIDE else HEIGHT
+    LINES: tl.constexpr = HEIGHT if WIDE else WIDTH
+    SMALL_TAPS: tl.constexpr = SMALL_W if WIDE else SMALL_H
+    SMALL_LINES: tl.constexpr = SMALL_H if WIDE else SMALL_W
+    place = tl.arange(0, LONG)
+    tap = place[None, :] - place[:, None] + TAPS // 2
+    small_tap = place[None, :] - place[:, None] + SMALL_TAPS // 2
+    inside = (tap >= 0) & (tap < TAPS)
+    inside_small = (small_tap >= 0) & (small_tap < SMALL_TAPS)
+    scale = 1.0
+    unscale = 1.0
+    if PRODUCTS > 0:
+        peak = _peak_of_kernel(kernel, HEIGHT * WIDTH)
+        if SMALL_TAPS > 0:
+            peak += _peak_of_kernel(small, SMALL_H * SMALL_W)
+        scale, unscale = _scale(peak)
+    kernel += tap if WIDE else tap * WIDTH
+    small += small_tap if WIDE else small_tap * SMALL_W
+    small -= (LINES - SMALL_LINES) // 2 * (SMALL_W if WIDE else 1)
+    matrices = ()
+    for line in tl.static_range(LINES):
+        matrix = tl.load(kernel + line * (WIDTH if WIDE else 1), inside, 0.0).to(tl.float32)
+        if line >= (LINES - SMALL_LINES) // 2 and line < (LINES + SMALL_LINES) // 2:
+            matrix += tl.load(small + line * (SMALL_W if WIDE else 1), inside_small, 0.0).to(tl.float32)
+        if PRODUCTS > 0:
+            matrices = matrices + ((matrix * scale).to(tl.float16),)
+        else:
+            matrices = matrices + (matrix.to(x.dtype.element_ty),)
+    return matrices, unscale
+
+
+@triton.jit
 def _line_product(
-    total, matrices, plane, x, offset, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
+    total, matrix, low, x, offset, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
 ):
     """total + (a line's banded matrix) @ (the map, shifted by that line's offset), on 16-bit operands."""
-    matrix = tl.load(matrices)
     touched = columns & (column + offset >= 0) & (column + offset < short_size)
     block = tl.load(x, rows[:, None] & touched[None, :], 0.0)
     if PRODUCTS == 0:
@@ -122,7 +164,7 @@ def _line_product(
         total = _dot(matrix, high, total, "tf32")
         if PRODUCTS == 3:
             total = _dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total, "tf32")
-            total = _dot(tl.load(matrices + plane), high, total, "tf32")
+            total = _dot(tl.load(low), high, total, "tf32")
     return total
 
 
@@ -131,56 +173,73 @@ def _band(
     x, matrices, plane, images, long_size, short_size, long_stride, short_stride, image_stride, long0, short0,
     map_scale,
     TAPS: tl.constexpr, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
-    STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
+    STRIP: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """One kernel's outputs for a tile, (LONG, IMAGES * SHORT): the sum over lines of banded matrix @ shifted map."""
     lane = tl.arange(0, IMAGES * SHORT)
     column = short0 + lane % SHORT
     columns = lane // SHORT < images
     place = tl.arange(0, LONG)
-    matrices += place[:, None] * (STRIP * LONG) + place[None, :]
     x += (lane // SHORT * image_stride + column * short_stride)[None, :] + place[:, None] * long_stride
     total = tl.zeros((LONG, IMAGES * SHORT), tl.float32)
-    first = 0
-    last = long_size
-    if STRIP > 1:
-        first = tl.maximum(long0 - TAPS // 2, 0) // 16 * 16  # multiples of 16 keep wide loads aligned
-        last = tl.minimum(long0 + LONG + TAPS // 2, long_size)
-    for start in range(first, last, LONG):
-        rows = start + place < long_size
-        strip = matrices + (start - long0 + STRIP // 2 * LONG)
-        if LINES <= 7:
-            for line in tl.static_range(LINES):
-                total = _line_product(
-                    total, strip + line * (LONG * STRIP * LONG), plane,
-                    x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
-                    column, short_size, rows, columns, map_scale, PRODUCTS,
-                )  # fmt: skip
-        else:  # too many to unroll; those that never touch the map are left out
-            for line in range(tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)):
-                total = _line_product(
-                    total, strip + line * (LONG * STRIP * LONG), plane,
-                    x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
-                    column, short_size, rows, columns, map_scale, PRODUCTS,
-                )  # fmt: skip
+    if HELD:
+        rows = place < long_size
+        for line in tl.static_range(LINES):
+            total = _line_product(
+                total, matrices[line], x, x + (line - LINES // 2) * short_stride, line - LINES // 2,
+                column, short_size, rows, columns, map_scale, PRODUCTS,
+            )  # fmt: skip
+    else:
+        matrices += place[:, None] * (STRIP * LONG) + place[None, :]
+        first = 0
+        last = long_size
+        if STRIP > 1:
+            first = tl.maximum(long0 - TAPS // 2, 0) // 16 * 16  # multiples of 16 keep wide loads aligned
+            last = tl.minimum(long0 + LONG + TAPS // 2, long_size)
+        for start in range(first, last, LONG):
+            rows = start + place < long_size
+            strip = matrices + (start - long0 + STRIP // 2 * LONG)
+            if LINES <= 7:
+                for line in tl.static_range(LINES):
+                    matrix = strip + line * (LONG * STRIP * LONG)
+                    total = _line_product(
+                        total, tl.load(matrix), matrix + plane,
+                        x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
+                        column, short_size, rows, columns, map_scale, PRODUCTS,
+                    )  # fmt: skip
+            else:  # too many to unroll; those that never touch the map are left out
+                touching = tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)
+                for line in range(touching[0], touching[1]):
+                    matrix = strip + line * (LONG * STRIP * LONG)
+                    total = _line_product(
+                        total, tl.load(matrix), matrix + plane,
+                        x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
+                        column, short_size, rows, columns, map_scale, PRODUCTS,
+                    )  # fmt: skip
     return total
 
 
 @triton.autotune(
     configs=_CONFIGS[:1] if INTERPRETED else _CONFIGS,
-    key=["ALIGN", "MAX_IMAGES", "TILE_H", "TILE_W", "TALL_H", "TALL_W", "WIDE_H", "WIDE_W", "PRODUCTS"],
-)
-@triton.jit(do_not_specialize=["batch", "channels", "height", "width_units"])
+    key=[
+        "ALIGN", "MAX_IMAGES", "TILE_H", "TILE_W", "STRIP_H", "STRIP_W",
+        "TALL_H", "TALL_W", "WIDE_H", "WIDE_W", "SMALL_H", "SMALL_W", "PRODUCTS",
+    ],
+)  # fmt: skip
+@triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "splits"])
 def band_program(
-    x, tall, tall_unscale, wide, wide_unscale, bias, y, batch, channels, height, width_units,
+    x, tall, tall_unscale, wide, wide_unscale, small, bias, y, batch, channels, height, width_units, splits,
     ALIGN: tl.constexpr, MAX_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
     TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, TILE: tl.constexpr,
+    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """y = conv(x, tall) + conv(x, wide) + bias on a tile of one channel of some images.
+    """y = conv(x, tall + small) + conv(x, wide) + bias on a tile of one channel of every `splits`-th group of images.
 
-    `tall` and `wide` are what `matrix_program` made of the kernels; edges of 0 mean that there is none.
+    Where there is no tall kernel, the small one is added to the wide one; edges of 0 mean that there is none. HELD: the
+    matrices are made here and stay in shared memory for all images. Else `tall` and `wide` are what `matrix_program`
+    made of the kernels, the small one included.
     """
     IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES)
     width = width_units * ALIGN  # so that the compiler knows which loads are aligned
@@ -191,50 +250,79 @@ def band_program(
     tiles_h = tl.cdiv(height, TILE_H)
     column0 = rest % tiles_w * TILE_W
     row0 = rest // tiles_w % tiles_h * TILE_H
-    image0 = rest // (tiles_w * tiles_h) * IMAGES
-    images = batch - image0
     image_stride = channels * height * width
-    origin = (image0.to(tl.int64) * channels + channel) * height * width
-    x += origin
-    y += origin
-    map_scale = 1.0
-    map_unscale = 1.0
-    if PRODUCTS > 0:
-        reach_h: tl.constexpr = max(TALL_H // 2, WIDE_H // 2)
-        reach_w: tl.constexpr = max(TALL_W // 2, WIDE_W // 2)
-        peak = _peak_of_map(
-            x, images, height, width,
-            tl.maximum(row0 - reach_h, 0), tl.minimum(row0 + TILE_H + reach_h, height),
-            tl.maximum(column0 - reach_w, 0) // 16 * 16, tl.minimum(column0 + TILE_W + reach_w, width),
-            image_stride, IMAGES, TILE_H, TILE_W,
-        )  # fmt: skip
-        map_scale, map_unscale = _scale(peak)
-    total = tl.zeros((IMAGES, TILE_H, TILE_W), tl.float32)
-    if TALL_H > 0:
-        tall_size: tl.constexpr = TALL_W * TILE_H * TILE_H * STRIP_H
-        band = _band(
-            x, tall + channel.to(tl.int64) * tall_size, channels.to(tl.int64) * tall_size, images, height, width,
-            width, 1, image_stride, row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS,
-        )  # fmt: skip
+    tall_held = ()
+    wide_held = ()
+    tall_factor = 1.0
+    wide_factor = 1.0
+    tall_plane = 0
+    wide_plane = 0
+    if HELD:
+        small += channel * (SMALL_H * SMALL_W)
+        if TALL_H > 0:
+            tall_held, tall_factor = _matrices(
+                x, tall + channel * (TALL_H * TALL_W), small,
+                TALL_H, TALL_W, SMALL_H, SMALL_W, False, TILE_H, PRODUCTS,
+            )  # fmt: skip
+        if WIDE_H > 0:
+            wide_held, wide_factor = _matrices(
+                x, wide + channel * (WIDE_H * WIDE_W), small,
+                WIDE_H, WIDE_W, SMALL_H if TALL_H == 0 else 0, SMALL_W if TALL_H == 0 else 0, True, TILE_W, PRODUCTS,
+            )  # fmt: skip
+    else:
+        if TALL_H > 0:
+            tall_size: tl.constexpr = TALL_W * TILE_H * TILE_H * STRIP_H
+            tall += channel.to(tl.int64) * tall_size
+            tall_plane = channels.to(tl.int64) * tall_size
+            if PRODUCTS > 0:
+                tall_factor = tl.load(tall_unscale + channel)
+        if WIDE_H > 0:
+            wide_size: tl.constexpr = WIDE_H * TILE_W * TILE_W * STRIP_W
+            wide += channel.to(tl.int64) * wide_size
+            wide_plane = channels.to(tl.int64) * wide_size
+            if PRODUCTS > 0:
+                wide_factor = tl.load(wide_unscale + channel)
+    for group in range(rest // (tiles_w * tiles_h), tl.cdiv(batch, IMAGES), splits):
+        image0 = group * IMAGES
+        images = batch - image0
+        origin = (image0.to(tl.int64) * channels + channel) * height * width
+        source = x + origin
+        map_scale = 1.0
+        map_unscale = 1.0
         if PRODUCTS > 0:
-            band *= map_unscale * tl.load(tall_unscale + channel)
-        total = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
-    if WIDE_H > 0:
-        wide_size: tl.constexpr = WIDE_H * TILE_W * TILE_W * STRIP_W
-        band = _band(
-            x, wide + channel.to(tl.int64) * wide_size, channels.to(tl.int64) * wide_size, images, width, height,
-            1, width, image_stride, column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS,
-        )  # fmt: skip
-        if PRODUCTS > 0:
-            band *= map_unscale * tl.load(wide_unscale + channel)
-        total += tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
-    if HAS_BIAS:
-        total += tl.load(bias + channel).to(tl.float32)
-    image = tl.arange(0, IMAGES)[:, None, None]
-    row = row0 + tl.arange(0, TILE_H)[None, :, None]
-    column = column0 + tl.arange(0, TILE_W)[None, None, :]
-    mask = (image < images) & (row < height) & (column < width)
-    tl.store(y + image * image_stride + row * width + column, total.to(y.dtype.element_ty), mask)
+            reach_h: tl.constexpr = max(TALL_H // 2, WIDE_H // 2)
+            reach_w: tl.constexpr = max(TALL_W // 2, WIDE_W // 2)
+            peak = _peak_of_map(
+                source, images, height, width,
+                tl.maximum(row0 - reach_h, 0), tl.minimum(row0 + TILE_H + reach_h, height),
+                tl.maximum(column0 - reach_w, 0) // 16 * 16, tl.minimum(column0 + TILE_W + reach_w, width),
+                image_stride, IMAGES, TILE_H, TILE_W,
+            )  # fmt: skip
+            map_scale, map_unscale = _scale(peak)
+        total = tl.zeros((IMAGES, TILE_H, TILE_W), tl.float32)
+        if TALL_H > 0:
+            band = _band(
+                source, tall_held if HELD else tall, tall_plane, images, height, width, width, 1, image_stride, row0, column0,
+                map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS, HELD,
+            )  # fmt: skip
+            if PRODUCTS > 0:
+                band *= map_unscale * tall_factor
+            total = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
+        if WIDE_H > 0:
+            band = _band(
+                source, wide_held if HELD else wide, wide_plane, images, width, height, 1, width, image_stride, column0, row0,
+                map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS, HELD,
+            )  # fmt: skip
+            if PRODUCTS > 0:
+                band *= map_unscale * wide_factor
+            total += tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
+        if HAS_BIAS:
+            total += tl.load(bias + channel).to(tl.float32)
+        image = tl.arange(0, IMAGES)[:, None, None]
+        row = row0 + tl.arange(0, TILE_H)[None, :, None]
+        column = column0 + tl.arange(0, TILE_W)[None, None, :]
+        mask = (image < images) & (row < height) & (column < width)
+        tl.store(y + origin + image * image_stride + row * width + column, total.to(y.dtype.element_ty), mask)
 
 
 @triton.constexpr_function
@@ -244,13 +332,12 @@ def images_of(tile: int, tile_h: int, tile_w: int, max_images: int) -> int:
 
 
 @triton.jit
-def _dense(matrix, kernel, rows, columns, flip, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """matrix + the kernel's tap between every two positions; `rows` and `columns` are how far apart they lie."""
-    row = rows + HEIGHT // 2
-    column = columns + WIDTH // 2
-    inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-    tap = row * WIDTH + column
-    return matrix + tl.load(kernel + tap + flip * (HEIGHT * WIDTH - 1 - 2 * tap), inside, 0.0).to(tl.float32)
+def _dense(matrix, kernel, places, row, column, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """matrix + the kernel's tap between every two positions, which lie `row` rows and `column` columns apart."""
+    inside = ((row + HEIGHT // 2).to(tl.uint32) < HEIGHT) & ((column + WIDTH // 2).to(tl.uint32) < WIDTH)
+    tap = (places // width) * WIDTH + places % width
+    tap = tap[:, None] - tap[None, :] + (HEIGHT // 2 * WIDTH + WIDTH // 2)
+    return matrix + tl.load(kernel + tap, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -267,29 +354,34 @@ def _product(left, right, total, left_scale, right_scale, PRODUCTS: tl.constexpr
     return total
 
 
-@triton.jit(do_not_specialize=["batch", "channels", "height", "width", "flip"])
+@triton.jit(do_not_specialize=["batch", "channels", "height", "width"])
 def map_program(
-    x, tall, wide, bias, y, batch, channels, height, width, flip,
+    x, tall, wide, small, bias, y, batch, channels, height, width,
     IMAGES: tl.constexpr, PLACES: tl.constexpr,
     TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
+    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """As `band_program` for maps of at most PLACES positions: both kernels as one matrix between all positions."""
+    """As `band_program` for maps of at most PLACES positions: all kernels as one matrix between all positions."""
     program = tl.program_id(0)
     channel = program % channels
-    image = program // channels * IMAGES + tl.arange(0, IMAGES)
+    image0 = program // channels * IMAGES
     size = height * width
     place = tl.arange(0, PLACES)
-    rows = place[:, None] // width - place[None, :] // width
-    columns = place[:, None] % width - place[None, :] % width
+    row = (place // width)[:, None] - (place // width)[None, :]
+    column = (place % width)[:, None] - (place % width)[None, :]
     matrix = tl.zeros((PLACES, PLACES), tl.float32)
     if TALL_H > 0:
-        matrix = _dense(matrix, tall + channel * TALL_H * TALL_W, rows, columns, flip, TALL_H, TALL_W)
+        matrix = _dense(matrix, tall + channel * (TALL_H * TALL_W), place, row, column, width, TALL_H, TALL_W)
     if WIDE_H > 0:
-        matrix = _dense(matrix, wide + channel * WIDE_H * WIDE_W, rows, columns, flip, WIDE_H, WIDE_W)
-    offset = (image.to(tl.int64) * channels + channel)[:, None] * size + place[None, :]
-    mask = (image < batch)[:, None] & (place < size)[None, :]
-    block = tl.load(x + offset, mask, 0.0)
+        matrix = _dense(matrix, wide + channel * (WIDE_H * WIDE_W), place, row, column, width, WIDE_H, WIDE_W)
+    if SMALL_H > 0:
+        matrix = _dense(matrix, small + channel * (SMALL_H * SMALL_W), place, row, column, width, SMALL_H, SMALL_W)
+    image = tl.arange(0, IMAGES)
+    origin = (image0.to(tl.int64) * channels + channel) * size
+    offset = (image * (channels * size))[:, None] + place[None, :]
+    mask = (image < batch - image0)[:, None] & (place < size)[None, :]
+    block = tl.load(x + origin + offset, mask, 0.0)
     total = tl.zeros((IMAGES, PLACES), tl.float32)
     if PRODUCTS > 0:
         map_scale, map_unscale = _scale(tl.max(tl.abs(block)))
@@ -299,7 +391,7 @@ def map_program(
         total = _dot(block, matrix.to(block.dtype), total, "tf32")
     if HAS_BIAS:
         total += tl.load(bias + channel).to(tl.float32)
-    tl.store(y + offset, total.to(y.dtype.element_ty), mask)
+    tl.store(y + origin + offset, total.to(y.dtype.element_ty), mask)
 
 
 @triton.autotune(

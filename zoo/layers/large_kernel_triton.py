@@ -50,6 +50,7 @@ from torch import Tensor
 from zoo.errors import ConfigError
 
 MAX_EDGE = 63  # of a kernel
+_PROGRAMS = 512  # fill the multiprocessors about twice; what each holds is made for as many images as that leaves it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
@@ -83,11 +84,11 @@ def depthwise_conv2d(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None =
             f"The Triton kernels need an NVIDIA GPU since Ampere and float32, bfloat16 or float16, not {x.dtype} on "
             f"{x.device}: use zoo.layers.large_kernel, which falls back."
         )
-    tall, wide = _merge(weights)
+    tall, wide, small = _merge(weights)
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    y = _bands(x.contiguous(), tall, wide, None if bias is None else bias.contiguous(), False)
+    y = _bands(x.contiguous(), tall, wide, small, None if bias is None else bias.contiguous())
     return y.contiguous(memory_format=torch.channels_last) if channels_last else y
 
 
@@ -107,15 +108,23 @@ def _check(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         raise ConfigError(f"The bias of {x.shape[1]} channels must be ({x.shape[1]},), not {tuple(bias.shape)}.")
 
 
-def _merge(weights: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
-    """At most one tall and one wide kernel whose convolutions have the same sum: smaller ones are padded and added."""
+def _merge(weights: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """At most one tall, one wide and one small kernel whose convolutions have the same sum.
+
+    The small one lies within the tall one or, where there is none, within the wide one. Others are padded and added.
+    """
     groups = [[w for w in weights if w.shape[2] >= w.shape[3]], [w for w in weights if w.shape[2] < w.shape[3]]]
     for inner, outer in (groups, groups[::-1]):
         if inner and outer and all(any(_fits(w, o) for o in outer) for w in inner):
             outer += inner
             inner.clear()
             break
-    return _sum(groups[0]), _sum(groups[1])
+    tall, wide = (sorted(group, key=lambda w: w.shape[2] * w.shape[3], reverse=True) for group in groups)
+    small = None
+    host = tall or wide
+    if len(host) == 2 and _fits(host[1], host[0]):
+        small = host.pop().contiguous()
+    return _sum(tall), _sum(wide), small
 
 
 def _fits(weight: Tensor, other: Tensor) -> bool:
@@ -135,52 +144,63 @@ def _sum(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 @torch.library.custom_op("zoo::depthwise_bands", mutates_args=())
-def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, bias: Tensor | None, flip: bool) -> Tensor:
-    """conv(x, tall) + conv(x, wide) + bias of contiguous tensors; `flip` turns the kernels by 180 degrees."""
+def _bands(
+    x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """conv(x, tall) + conv(x, wide) + conv(x, small) + bias of contiguous tensors, the kernels as of `_merge`."""
     from zoo.layers import large_kernel_programs as programs
 
     y = torch.empty_like(x)
     if not x.numel():
         return y
     batch, channels, height, width = x.shape
-    edges = {
-        "TALL_H": tall.shape[2] if tall is not None else 0,
-        "TALL_W": tall.shape[3] if tall is not None else 0,
-        "WIDE_H": wide.shape[2] if wide is not None else 0,
-        "WIDE_W": wide.shape[3] if wide is not None else 0,
-    }
-    options = {"HAS_BIAS": bias is not None, "PRODUCTS": _products(x.dtype), **edges}
+    products = _products(x.dtype)
+    tiles = _tile(height), _tile(width)
+    strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
+    on_map = height * width <= programs.POSITIONS
+    held = strips == (1, 1) and products < 3 and all(k is None or min(k.shape[2:]) <= 7 for k in (tall, wide))
+    if small is not None and not on_map and not held:
+        if tall is None:
+            wide = _sum([wide, small])
+        else:
+            tall = _sum([tall, small])
+        small = None
+    options: dict[str, Any] = {"HAS_BIAS": bias is not None, "PRODUCTS": products}
+    for name, kernel in (("TALL", tall), ("WIDE", wide), ("SMALL", small)):
+        options[f"{name}_H"], options[f"{name}_W"] = (0, 0) if kernel is None else kernel.shape[2:]
+    tensors = [x if tensor is None else tensor for tensor in (tall, wide, small, bias)]
     with torch.cuda.device_of(x):
-        if height * width <= programs.POSITIONS:
+        if on_map:
             images = _tile(batch)
             grid = (_cdiv(batch, images) * channels,)
-            tensors = [x if tensor is None else tensor for tensor in (tall, wide, bias)]
             programs.map_program[grid](
-                x, *tensors, y, batch, channels, height, width, int(flip),
+                x, *tensors, y, batch, channels, height, width,
                 IMAGES=images, PLACES=_tile(height * width), num_warps=4, **options,
             )  # fmt: skip
             return y
-        tiles = _tile(height), _tile(width)
-        strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
         max_images = min(16, _tile(batch, 1))
+        splits = min(batch, max(1, _PROGRAMS // channels)) if held else batch
 
         def band_grid(chosen: dict[str, Any]) -> tuple[int]:
             images = programs.images_of(chosen["TILE"], *tiles, max_images)
-            return (_cdiv(batch, images) * _cdiv(height, tiles[0]) * _cdiv(width, tiles[1]) * channels,)
+            return (min(_cdiv(batch, images), splits) * _cdiv(height, tiles[0]) * _cdiv(width, tiles[1]) * channels,)
 
         align = math.gcd(width, 16)
         matrices: list[Tensor] = []
         for weight, tile, strip in zip((tall, wide), tiles, strips, strict=True):
-            matrices += [x, x] if weight is None else _banded(weight, x.dtype, tile, strip, flip)
+            if weight is None or held:
+                matrices += [x if weight is None else weight, x]
+            else:
+                matrices += _banded(weight, x.dtype, tile, strip)
         programs.band_program[band_grid](
-            x, *matrices, x if bias is None else bias, y, batch, channels, height, width // align,
+            x, *matrices, *tensors[2:], y, batch, channels, height, width // align, splits,
             ALIGN=align, MAX_IMAGES=max_images, TILE_H=tiles[0], TILE_W=tiles[1], STRIP_H=strips[0], STRIP_W=strips[1],
-            **options,
+            HELD=held, **options,
         )  # fmt: skip
     return y
 
 
-def _banded(weight: Tensor, dtype: torch.dtype, tile: int, strip: int, flip: bool) -> tuple[Tensor, Tensor]:
+def _banded(weight: Tensor, dtype: torch.dtype, tile: int, strip: int) -> tuple[Tensor, Tensor]:
     """Every line of a kernel as a banded matrix, and by what products of each channel are to be multiplied."""
     from zoo.layers import large_kernel_programs as programs
 
@@ -190,7 +210,7 @@ def _banded(weight: Tensor, dtype: torch.dtype, tile: int, strip: int, flip: boo
     matrices = weight.new_empty(shape, dtype=torch.float16 if products else dtype)
     unscales = weight.new_empty(channels, dtype=torch.float32)
     programs.matrix_program[(channels * lines,)](
-        weight, matrices, unscales, channels, int(flip),
+        weight, matrices, unscales, channels,
         HEIGHT=height, WIDTH=width, LONG=tile, STRIP=strip, PRODUCTS=products, num_warps=4,
     )  # fmt: skip
     return matrices, unscales
@@ -241,7 +261,9 @@ def _products(dtype: torch.dtype) -> int:
 
 
 @_bands.register_fake
-def _(x: Tensor, tall: Tensor | None, wide: Tensor | None, bias: Tensor | None, flip: bool) -> Tensor:
+def _(
+    x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None
+) -> Tensor:
     return torch.empty_like(x)
 
 
@@ -251,22 +273,38 @@ def _(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
 
 
 def _save_bands(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, tall, wide, bias, ctx.flip = inputs
-    ctx.save_for_backward(x, tall, wide)
+    x, tall, wide, small, bias = inputs
+    ctx.save_for_backward(x, tall, wide, small)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _bands_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    x, tall, wide = ctx.saved_tensors
+    x, tall, wide, small = ctx.saved_tensors
     gradient = gradient.contiguous()
-    of_x = _bands(gradient, tall, wide, None, not ctx.flip) if ctx.needs_input_grad[0] else None
-    of_kernels: list[Tensor | None] = [None, None]
+    of_x = None
+    if ctx.needs_input_grad[0]:
+        of_x = _bands(gradient, _turned(tall), _turned(wide), _turned(small), None)
+    of_kernels: list[Tensor | None] = [None, None, None]
     for i, weight in enumerate((tall, wide)):
         if ctx.needs_input_grad[1 + i]:
-            pair = (gradient, x) if ctx.flip else (x, gradient)
-            of_kernels[i] = _bands_weight(*pair, *weight.shape[2:]).to(weight.dtype)
-    of_bias = gradient.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return of_x, *of_kernels, of_bias, None
+            of_kernels[i] = _bands_weight(x, gradient, *weight.shape[2:])
+    if ctx.needs_input_grad[3]:
+        around = of_kernels[1 if tall is None else 0]
+        of_kernels[2] = _bands_weight(x, gradient, *small.shape[2:]) if around is None else _center(around, small)
+    of_bias = gradient.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
+    weights = (tall, wide, small)
+    return of_x, *(None if g is None else g.to(w.dtype) for g, w in zip(of_kernels, weights, strict=True)), of_bias
+
+
+def _turned(weight: Tensor | None) -> Tensor | None:
+    """By 180 degrees."""
+    return None if weight is None else weight.flip(2, 3)
+
+
+def _center(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Of a larger kernel's gradient, that of `weight` in its middle."""
+    down, right = ((gradient.shape[axis] - weight.shape[axis]) // 2 for axis in (2, 3))
+    return gradient[:, :, down : down + weight.shape[2], right : right + weight.shape[3]].clone()
 
 
 def _save_bands_weight(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -276,9 +314,9 @@ def _save_bands_weight(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _bands_weight_backward(ctx: Any, of_kernel: Tensor) -> tuple[Tensor | None, ...]:
     x, gradient = ctx.saved_tensors
     of_kernel = of_kernel.contiguous()
-    kernels = (None, of_kernel) if of_kernel.shape[2] < of_kernel.shape[3] else (of_kernel, None)
-    of_x = _bands(gradient, *kernels, None, True) if ctx.needs_input_grad[0] else None
-    of_gradient = _bands(x, *kernels, None, False) if ctx.needs_input_grad[1] else None
+    tall, wide = (None, of_kernel) if of_kernel.shape[2] < of_kernel.shape[3] else (of_kernel, None)
+    of_x = _bands(gradient, _turned(tall), _turned(wide), None, None) if ctx.needs_input_grad[0] else None
+    of_gradient = _bands(x, tall, wide, None, None) if ctx.needs_input_grad[1] else None
     return of_x, of_gradient, None, None
 
 

@@ -1,0 +1,153 @@
+"""The machine code of the large kernels' Triton programs on a Hopper GPU, which need not be there: Triton assembles it.
+
+    python benchmarks/large_kernel_code.py
+
+For every form at SLaK's stages, which the first call on a GPU times: registers, spilled bytes, shared memory, the
+instructions of a warp before and within the loop over images, and the least time in ms that a forward of 64 images
+takes to issue them on an H200: 132 multiprocessors of four schedulers, one instruction a cycle each, 1.83 GHz. Beside
+it the least times of the traffic and of the products on tensor cores, padded to the tile. What is measured on a GPU can
+only be more: benchmarks/large_kernel.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo.config import run_command
+from zoo.errors import ConfigError
+
+BATCH = 64
+STAGES = {56: (124, 51), 28: (249, 49), 14: (499, 27), 7: (998, 13)}  # side: channels, taps that meet the map
+TYPES = {"fp32": 1, "bf16": 0}  # and 16-bit products for one of theirs
+MULTIPROCESSORS, HERTZ, BYTES_PER_S = 132, 1.83e9, 4.8e12
+FLOPS = 2 * 2048 * MULTIPROCESSORS * HERTZ  # of 16-bit tensor cores
+
+
+def assembled(
+    program: Any, tensors: dict[str, str], constants: dict[str, Any], capability: int, warps: int = 4, stages: int = 1
+) -> tuple[int, str, bytes]:
+    """(shared memory in bytes, PTX, machine code) of a program compiled for a GPU that need not be there.
+
+    `tensors` names the arguments that are tensors, and their types; what is not in `constants` either is an integer.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = program if hasattr(program, "params") else program.fn
+    names = function.arg_names
+    signature = {name: "*" + tensors[name] if name in tensors else "constexpr" for name in names}
+    signature |= {name: "i32" for name in names if name not in tensors and name not in constants}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in tensors}
+    source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["cubin"]
+
+
+def programs_at(
+    size: int, tap: int, dtype: str, products: int, lines: int = 5
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
+    """Every program that a map of size x size runs, with its forms: (program, tensors, constants, warps, stages)."""
+    from zoo.layers import large_kernel_programs as programs
+
+    weight = {"x": dtype, "gradient": dtype, "out": "fp32"}
+    short = min(64, 1 << (size - 1).bit_length())
+    constants: dict[str, Any]
+    for wide in (False, True):
+        constants = {"ALIGN": size & -size, "WIDE": wide, "TAPS": tap, "LINES": lines, "LONG": max(16, short)}
+        constants |= {"SHORT": short, "IMAGES": 64 // short, "PRECISION": "tf32x3" if products == 3 else "tf32"}
+        for config in programs._WEIGHT_CONFIGS:
+            yield programs.weight_program, weight, constants, config.num_warps, config.num_stages
+    edges: dict[str, Any] = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
+    edges |= {"SMALL_H": lines, "SMALL_W": lines, "HAS_BIAS": True, "PRODUCTS": products}
+    tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide", "small"), "fp32")
+    if size * size <= programs.POSITIONS:
+        yield programs.map_program, tensors, edges | {"IMAGES": 64, "PLACES": 64}, 4, 3
+        return
+    held = products < 3
+    edge = max(16, short)
+    if not held:
+        made = {"kernel": "fp32", "matrices": "fp16", "unscales": "fp32"}
+        for height, width in ((tap, lines), (lines, tap)):
+            constants = {"HEIGHT": height, "WIDTH": width, "LONG": edge, "STRIP": 1, "PRODUCTS": products}
+            yield programs.matrix_program, made, constants, 4, 1
+        tensors |= dict.fromkeys(("tall", "wide"), "fp16")
+        edges |= {"SMALL_H": 0, "SMALL_W": 0}
+    tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
+    edges |= {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
+    for config in programs._CONFIGS:
+        yield programs.band_program, tensors, edges | {"HELD": held, **config.kwargs}, config.num_warps, 1
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """What the disassembler counts: registers, bytes on the stack, instructions before and within the loop."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.cubin"
+        path.write_bytes(cubin)
+        run = [subprocess.run([tools / tool, option, path], capture_output=True, text=True) for tool, option in (
+            ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))]  # fmt: skip
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", run[0].stdout + run[0].stderr)
+    if usage is None or run[1].returncode:
+        raise ConfigError(f"Triton's disassembler could not read its own code: {run[0].stderr}{run[1].stderr}")
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    for line in run[1].stdout.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+    loop = (len(lines), len(lines))
+    for end, line in enumerate(lines):
+        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        start = labels.get(jump[1], end) if jump else end
+        if end - start > loop[1] - loop[0] and any("MMA" in inside for inside in lines[start:end]):
+            loop = (start, end)
+    inside = loop[1] - loop[0]
+    return {"registers": int(usage[1]), "stack": int(usage[2]), "before": len(lines) - inside, "inside": inside}
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    from zoo.layers import large_kernel_programs as large
+    from zoo.layers.large_kernel_triton import _PROGRAMS
+
+    print("| map, type | form | registers, spilled | shared KiB | instructions: once, a tile | issue | bytes | products |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for size, (channels, tap) in STAGES.items():
+        for dtype, products in TYPES.items():
+            map_bytes = BATCH * channels * size**2 * (4 if dtype == "fp32" else 2)
+            for program, tensors, constants, warps, stages in programs_at(size, tap, dtype, products):
+                if program not in (large.band_program, large.map_program):
+                    continue
+                shared, _, cubin = assembled(program, tensors, constants, 90, warps, stages)
+                found = instructions(cubin)
+                edge = constants.get("TILE_H", 8)
+                images = constants.get("IMAGES") or min(constants["TILE"] // edge**2, constants["MAX_IMAGES"])
+                groups = -(-BATCH // images)
+                made = channels * min(groups, max(1, _PROGRAMS // channels))
+                issued = (made * found["before"] + channels * groups * found["inside"]) * warps / 4
+                lines = 10 * edge if "TILE" in constants else edge**2
+                print(
+                    f"| {channels} x {size}x{size}, {dtype} | {images} images, {warps} warps | {found['registers']}, "
+                    f"{found['stack']} | {shared / 1024:.0f} | {found['before']}, {found['inside']} "
+                    f"| {1e3 * issued / MULTIPROCESSORS / HERTZ:.3f} | {2e3 * map_bytes / BYTES_PER_S:.3f} "
+                    f"| {1e3 * 2 * channels * groups * images * edge**2 * lines / FLOPS:.3f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
