@@ -71,7 +71,9 @@ def programs_at(
     edges |= {"SMALL_H": lines, "SMALL_W": lines, "HAS_BIAS": True, "PRODUCTS": products}
     tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide", "small"), "fp32")
     if size * size <= programs.POSITIONS:
-        yield programs.map_program, tensors, edges | {"IMAGES": 64, "PLACES": 64}, 4, 3
+        blocks = 1 if size <= 8 else 4
+        edges |= {"MAP_H": size, "MAP_W": size, "IMAGES": 64, "BLOCK": 64, "BLOCKS": blocks}
+        yield programs.map_program, tensors, edges, 4, 3
         return
     held = products < 3
     edge = max(16, short)

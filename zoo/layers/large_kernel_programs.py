@@ -17,7 +17,7 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
-POSITIONS = 64  # maps of up to so many positions take `map_program`
+POSITIONS = 256  # maps of up to so many positions take `map_program`
 
 # TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times them
 # all. One stage each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow shared
@@ -332,66 +332,105 @@ def images_of(tile: int, tile_h: int, tile_w: int, max_images: int) -> int:
 
 
 @triton.jit
-def _dense(matrix, kernel, places, row, column, width, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """matrix + the kernel's tap between every two positions, which lie `row` rows and `column` columns apart."""
-    inside = ((row + HEIGHT // 2).to(tl.uint32) < HEIGHT) & ((column + WIDTH // 2).to(tl.uint32) < WIDTH)
-    tap = (places // width) * WIDTH + places % width
-    tap = tap[:, None] - tap[None, :] + (HEIGHT // 2 * WIDTH + WIDTH // 2)
-    return matrix + tl.load(kernel + tap, inside, 0.0).to(tl.float32)
+def _tabled(table, kernel, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """table + the kernel's taps for pixels that lie `row` rows and `column` columns behind the output."""
+    row += HEIGHT // 2
+    column += WIDTH // 2
+    inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
+    return table + tl.load(kernel + row * WIDTH + column, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
-def _product(left, right, total, left_scale, right_scale, PRODUCTS: tl.constexpr):
-    """total + left @ right of float32 operands, scaled and as one or two float16 each."""
-    left = left * left_scale
-    right = right * right_scale
-    left_high = left.to(tl.float16)
-    right_high = right.to(tl.float16)
-    total = _dot(left_high, right_high, total, "tf32")
-    if PRODUCTS == 3:
-        total = _dot((left - left_high.to(tl.float32)).to(tl.float16), right_high, total, "tf32")
-        total = _dot(left_high, (right - right_high.to(tl.float32)).to(tl.float16), total, "tf32")
-    return total
+def _looked_up(table, index):
+    return tl.reshape(tl.gather(table, tl.reshape(index, (index.numel,)), 0), index.shape)
 
 
-@triton.jit(do_not_specialize=["batch", "channels", "height", "width"])
+@triton.jit
+def _code(place, MAP_H: tl.constexpr, MAP_W: tl.constexpr):
+    """Numbers of positions whose differences tell how many rows and columns apart they lie."""
+    place = tl.minimum(place, MAP_H * MAP_W - 1)  # what lies beyond the map is multiplied by zeros
+    return place // MAP_W * (2 * MAP_W - 1) + place % MAP_W
+
+
+@triton.jit(do_not_specialize=["batch", "channels"])
 def map_program(
-    x, tall, wide, small, bias, y, batch, channels, height, width,
-    IMAGES: tl.constexpr, PLACES: tl.constexpr,
+    x, tall, wide, small, bias, y, batch, channels,
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
     SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """As `band_program` for maps of at most PLACES positions: all kernels as one matrix between all positions."""
+    """As `band_program` for maps of at most BLOCK * BLOCKS positions: all kernels as one matrix between all positions.
+
+    Its entries are looked up in a table of taps by how far apart two positions lie.
+    """
+    size: tl.constexpr = MAP_H * MAP_W
+    across: tl.constexpr = 2 * MAP_W - 1
     program = tl.program_id(0)
     channel = program % channels
     image0 = program // channels * IMAGES
-    size = height * width
-    place = tl.arange(0, PLACES)
-    row = (place // width)[:, None] - (place // width)[None, :]
-    column = (place % width)[:, None] - (place % width)[None, :]
-    matrix = tl.zeros((PLACES, PLACES), tl.float32)
+    entry = tl.arange(0, 4 * BLOCK * BLOCKS)
+    row = entry // across - (MAP_H - 1)
+    column = entry % across - (MAP_W - 1)
+    table = tl.zeros((4 * BLOCK * BLOCKS,), tl.float32)
     if TALL_H > 0:
-        matrix = _dense(matrix, tall + channel * (TALL_H * TALL_W), place, row, column, width, TALL_H, TALL_W)
+        table = _tabled(table, tall + channel * (TALL_H * TALL_W), row, column, TALL_H, TALL_W)
     if WIDE_H > 0:
-        matrix = _dense(matrix, wide + channel * (WIDE_H * WIDE_W), place, row, column, width, WIDE_H, WIDE_W)
+        table = _tabled(table, wide + channel * (WIDE_H * WIDE_W), row, column, WIDE_H, WIDE_W)
     if SMALL_H > 0:
-        matrix = _dense(matrix, small + channel * (SMALL_H * SMALL_W), place, row, column, width, SMALL_H, SMALL_W)
+        table = _tabled(table, small + channel * (SMALL_H * SMALL_W), row, column, SMALL_H, SMALL_W)
     image = tl.arange(0, IMAGES)
+    place = tl.arange(0, BLOCK)
     origin = (image0.to(tl.int64) * channels + channel) * size
+    images = (image < batch - image0)[:, None]
     offset = (image * (channels * size))[:, None] + place[None, :]
-    mask = (image < batch - image0)[:, None] & (place < size)[None, :]
-    block = tl.load(x + origin + offset, mask, 0.0)
-    total = tl.zeros((IMAGES, PLACES), tl.float32)
+    factor = 1.0
+    map_scale = 1.0
+    high = table
+    low = table
     if PRODUCTS > 0:
-        map_scale, map_unscale = _scale(tl.max(tl.abs(block)))
-        matrix_scale, matrix_unscale = _scale(tl.max(tl.abs(matrix)))
-        total = _product(block, matrix, total, map_scale, matrix_scale, PRODUCTS) * map_unscale * matrix_unscale
+        peak = tl.zeros((IMAGES, BLOCK), tl.float32)
+        for block in tl.static_range(BLOCKS):
+            mask = images & (block * BLOCK + place < size)[None, :]
+            peak = tl.maximum(peak, tl.abs(tl.load(x + origin + offset + block * BLOCK, mask, 0.0).to(tl.float32)))
+        map_scale, map_unscale = _scale(tl.max(peak))
+        table_scale, table_unscale = _scale(tl.max(tl.abs(table)))
+        factor = map_unscale * table_unscale
+        table *= table_scale
+        high = table.to(tl.float16)
+        low = (table - high.to(tl.float32)).to(tl.float16)
     else:
-        total = _dot(block, matrix.to(block.dtype), total, "tf32")
-    if HAS_BIAS:
-        total += tl.load(bias + channel).to(tl.float32)
-    tl.store(y + origin + offset, total.to(y.dtype.element_ty), mask)
+        high = table.to(x.dtype.element_ty)
+    inputs = ()
+    remainders = ()
+    codes = ()
+    for block in tl.static_range(BLOCKS):
+        codes = codes + (_code(block * BLOCK + place, MAP_H, MAP_W) + ((MAP_H - 1) * across + MAP_W - 1),)
+        mask = images & (block * BLOCK + place < size)[None, :]
+        value = tl.load(x + origin + offset + block * BLOCK, mask, 0.0)
+        if PRODUCTS > 0:
+            value *= map_scale
+            inputs = inputs + (value.to(tl.float16),)
+            if PRODUCTS == 3:
+                remainders = remainders + ((value - value.to(tl.float16).to(tl.float32)).to(tl.float16),)
+        else:
+            inputs = inputs + (value,)
+    for out_block in range(BLOCKS):
+        out = out_block * BLOCK + place
+        out_code = _code(out, MAP_H, MAP_W)
+        total = tl.zeros((IMAGES, BLOCK), tl.float32)
+        for block in tl.static_range(BLOCKS):
+            index = codes[block][:, None] - out_code[None, :]
+            matrix = _looked_up(high, index)
+            total = _dot(inputs[block], matrix, total, "tf32")
+            if PRODUCTS == 3:
+                total = _dot(remainders[block], matrix, total, "tf32")
+                total = _dot(inputs[block], _looked_up(low, index), total, "tf32")
+        if PRODUCTS > 0:
+            total *= factor
+        if HAS_BIAS:
+            total += tl.load(bias + channel).to(tl.float32)
+        tl.store(y + origin + offset + out_block * BLOCK, total.to(y.dtype.element_ty), images & (out < size)[None, :])
 
 
 @triton.autotune(

@@ -171,11 +171,12 @@ def _bands(
     tensors = [x if tensor is None else tensor for tensor in (tall, wide, small, bias)]
     with torch.cuda.device_of(x):
         if on_map:
-            images = _tile(batch)
-            grid = (_cdiv(batch, images) * channels,)
-            programs.map_program[grid](
-                x, *tensors, y, batch, channels, height, width,
-                IMAGES=images, PLACES=_tile(height * width), num_warps=4, **options,
+            images, places = _tile(batch), _tile(height * width, most=programs.POSITIONS)
+            block = min(places, 64)
+            programs.map_program[(_cdiv(batch, images) * channels,)](
+                x, *tensors, y, batch, channels,
+                MAP_H=height, MAP_W=width, IMAGES=images, BLOCK=block, BLOCKS=places // block,
+                num_warps=4, **options,
             )  # fmt: skip
             return y
         max_images = min(16, _tile(batch, 1))
@@ -248,9 +249,9 @@ def _cdiv(size: int, step: int) -> int:
     return -(-size // step)
 
 
-def _tile(size: int, least: int = 16) -> int:
+def _tile(size: int, least: int = 16, most: int = 64) -> int:
     """The power of two that holds `size`, within what tensor cores take and what fits in registers."""
-    return min(max(1 << (size - 1).bit_length(), least), 64)
+    return min(max(1 << (size - 1).bit_length(), least), most)
 
 
 def _products(dtype: torch.dtype) -> int:
