@@ -85,6 +85,7 @@ def programs_at(
         tensors |= dict.fromkeys(("tall", "wide"), "fp16")
         edges |= {"SMALL_H": 0, "SMALL_W": 0}
     tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
+    tensors["copies"] = "fp16" if products else dtype
     edges |= {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
     for config in programs._CONFIGS:
         yield programs.band_program, tensors, edges | {"HELD": held, **config.kwargs}, config.num_warps, 1
@@ -140,10 +141,11 @@ def main() -> None:
                 images = constants.get("IMAGES") or min(constants["TILE"] // edge**2, constants["MAX_IMAGES"])
                 groups = -(-BATCH // images)
                 made = channels * min(groups, max(1, _PROGRAMS // channels))
-                issued = (made * found["before"] + channels * groups * found["inside"]) * warps / 4
+                repeats = channels * groups * constants.get("BLOCKS", 1)
+                issued = (made * found["before"] + repeats * found["inside"]) * warps / 4
                 lines = 10 * edge if "TILE" in constants else edge**2
                 print(
-                    f"| {channels} x {size}x{size}, {dtype} | {images} images, {warps} warps | {found['registers']}, "
+                    f"| {channels} x {size}x{size}, {dtype} | {images} images, {warps} warps{', copied' * constants.get('COPIED', False)} | {found['registers']}, "
                     f"{found['stack']} | {shared / 1024:.0f} | {found['before']}, {found['inside']} "
                     f"| {1e3 * issued / MULTIPROCESSORS / HERTZ:.3f} | {2e3 * map_bytes / BYTES_PER_S:.3f} "
                     f"| {1e3 * 2 * channels * groups * images * edge**2 * lines / FLOPS:.3f} |",

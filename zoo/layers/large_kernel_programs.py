@@ -19,14 +19,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
 POSITIONS = 256  # maps of up to so many positions take `map_program`
 
-# TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times them
+# TILE: positions that a program takes at once, images x tile height x tile width. COPIED: of a map that fits into a tile,
+# a program first writes copies that it then reads shifted, rather than the map. The first call for a shape times them
 # all. One stage each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow shared
 # memory.
 _CONFIGS = [
-    triton.Config({"TILE": 4096}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 4096}, num_warps=8, num_stages=1),
-    triton.Config({"TILE": 8192}, num_warps=8, num_stages=1),
+    triton.Config({"TILE": 4096, "COPIED": True}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 4096, "COPIED": False}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 4096, "COPIED": False}, num_warps=8, num_stages=1),
+    triton.Config({"TILE": 8192, "COPIED": True}, num_warps=8, num_stages=1),
 ]
+PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 _WEIGHT_CONFIGS = [triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)]
 
 
@@ -169,6 +172,27 @@ def _line_product(
 
 
 @triton.jit
+def _clear(copy, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr):
+    """Zeros before and after the lines of every image's copy."""
+    row = tl.arange(0, IMAGES * 2 * PAD)
+    row = row // (2 * PAD) * (SHORT + 2 * PAD) + row % (2 * PAD) + tl.where(row % (2 * PAD) < PAD, 0, SHORT)
+    tl.store(copy + row[:, None] * LONG + tl.arange(0, LONG)[None, :], tl.zeros((IMAGES * 2 * PAD, LONG), tl.float32))
+
+
+@triton.jit
+def _band_of_copy(
+    copy, matrices, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr
+):
+    """As `_band` from a copy of the tile, whose lines along the long axis lie side by side between zeros."""
+    lane = tl.arange(0, IMAGES * SHORT)
+    copy += ((lane // SHORT * (SHORT + 2 * PAD) + PAD + lane % SHORT) * LONG)[None, :] + tl.arange(0, LONG)[:, None]
+    total = tl.zeros((LONG, IMAGES * SHORT), tl.float32)
+    for line in tl.static_range(LINES):
+        total = _dot(matrices[line], tl.load(copy + (line - LINES // 2) * LONG), total, "tf32")
+    return total
+
+
+@triton.jit
 def _band(
     x, matrices, plane, images, long_size, short_size, long_stride, short_stride, image_stride, long0, short0,
     map_scale,
@@ -228,17 +252,19 @@ def _band(
 )  # fmt: skip
 @triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "splits"])
 def band_program(
-    x, tall, tall_unscale, wide, wide_unscale, small, bias, y, batch, channels, height, width_units, splits,
+    x, tall, tall_unscale, wide, wide_unscale, small, bias, copies, y,
+    batch, channels, height, width_units, splits,
     ALIGN: tl.constexpr, MAX_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
     TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
     SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
     """y = conv(x, tall + small) + conv(x, wide) + bias on a tile of one channel of every `splits`-th group of images.
 
     Where there is no tall kernel, the small one is added to the wide one; edges of 0 mean that there is none. HELD: the
-    matrices are made here and stay in shared memory for all images. Else `tall` and `wide` are what `matrix_program`
+    matrices are made here and stay in shared memory for all images, and `copies` is room for what `size_of_copies`
+    says, of each program. Else `tall` and `wide` are what `matrix_program`
     made of the kernels, the small one included.
     """
     IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES)
@@ -282,6 +308,13 @@ def band_program(
             wide_plane = channels.to(tl.int64) * wide_size
             if PRODUCTS > 0:
                 wide_factor = tl.load(wide_unscale + channel)
+    if HELD and COPIED:
+        copies += program.to(tl.int64) * size_of_copies(IMAGES, TILE_H, TILE_W)
+        wide_copy = copies + IMAGES * (TILE_W + 2 * PAD) * TILE_H
+        if TALL_H > 0:
+            _clear(copies, IMAGES, TILE_H, TILE_W)
+        if WIDE_H > 0:
+            _clear(wide_copy, IMAGES, TILE_W, TILE_H)
     for group in range(rest // (tiles_w * tiles_h), tl.cdiv(batch, IMAGES), splits):
         image0 = group * IMAGES
         images = batch - image0
@@ -289,7 +322,26 @@ def band_program(
         source = x + origin
         map_scale = 1.0
         map_unscale = 1.0
-        if PRODUCTS > 0:
+        if HELD and COPIED:
+            lane = tl.arange(0, IMAGES * TILE_H)
+            image = lane // TILE_H
+            row = lane % TILE_H
+            column = tl.arange(0, TILE_W)
+            mask = ((image < images) & (row < height))[:, None] & (column < width)[None, :]
+            value = tl.load(source + (image * image_stride + row * width)[:, None] + column[None, :], mask, 0.0)
+            if PRODUCTS > 0:
+                map_scale, map_unscale = _scale(tl.max(tl.abs(value)))
+                value *= map_scale
+            value = value.to(copies.dtype.element_ty)
+            tl.debug_barrier()  # the copies of the images before have been read
+            if TALL_H > 0:
+                place = (image * (TILE_W + 2 * PAD) + PAD)[:, None] + column[None, :]
+                tl.store(copies + place * TILE_H + row[:, None], value)
+            if WIDE_H > 0:
+                place = image * (TILE_H + 2 * PAD) + PAD + row
+                tl.store(wide_copy + (place * TILE_W)[:, None] + column[None, :], value)
+            tl.debug_barrier()  # what a program's threads have stored, all of them see
+        elif PRODUCTS > 0:
             reach_h: tl.constexpr = max(TALL_H // 2, WIDE_H // 2)
             reach_w: tl.constexpr = max(TALL_W // 2, WIDE_W // 2)
             peak = _peak_of_map(
@@ -301,18 +353,24 @@ def band_program(
             map_scale, map_unscale = _scale(peak)
         total = tl.zeros((IMAGES, TILE_H, TILE_W), tl.float32)
         if TALL_H > 0:
-            band = _band(
-                source, tall_held if HELD else tall, tall_plane, images, height, width, width, 1, image_stride, row0, column0,
-                map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS, HELD,
-            )  # fmt: skip
+            if HELD and COPIED:
+                band = _band_of_copy(copies, tall_held, TALL_W, IMAGES, TILE_H, TILE_W)
+            else:
+                band = _band(
+                    source, tall_held if HELD else tall, tall_plane, images, height, width, width, 1, image_stride,
+                    row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS, HELD,
+                )  # fmt: skip
             if PRODUCTS > 0:
                 band *= map_unscale * tall_factor
             total = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
         if WIDE_H > 0:
-            band = _band(
-                source, wide_held if HELD else wide, wide_plane, images, width, height, 1, width, image_stride, column0, row0,
-                map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS, HELD,
-            )  # fmt: skip
+            if HELD and COPIED:
+                band = _band_of_copy(wide_copy, wide_held, WIDE_H, IMAGES, TILE_W, TILE_H)
+            else:
+                band = _band(
+                    source, wide_held if HELD else wide, wide_plane, images, width, height, 1, width, image_stride,
+                    column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS, HELD,
+                )  # fmt: skip
             if PRODUCTS > 0:
                 band *= map_unscale * wide_factor
             total += tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
@@ -323,6 +381,12 @@ def band_program(
         column = column0 + tl.arange(0, TILE_W)[None, None, :]
         mask = (image < images) & (row < height) & (column < width)
         tl.store(y + origin + image * image_stride + row * width + column, total.to(y.dtype.element_ty), mask)
+
+
+@triton.constexpr_function
+def size_of_copies(images: int, tile_h: int, tile_w: int) -> int:
+    """Elements of the two copies of a program's tile, one with its columns side by side, one with its rows."""
+    return images * ((tile_w + 8) * tile_h + (tile_h + 8) * tile_w)
 
 
 @triton.constexpr_function

@@ -193,8 +193,13 @@ def _bands(
                 matrices += [x if weight is None else weight, x]
             else:
                 matrices += _banded(weight, x.dtype, tile, strip)
+        copies = x
+        if held:
+            most = max(programs.images_of(config.kwargs["TILE"], *tiles, max_images) for config in programs._CONFIGS)
+            room = channels * splits * programs.size_of_copies(most, *tiles)
+            copies = x.new_empty(room, dtype=torch.float16 if products else x.dtype)
         programs.band_program[band_grid](
-            x, *matrices, *tensors[2:], y, batch, channels, height, width // align, splits,
+            x, *matrices, *tensors[2:], copies, y, batch, channels, height, width // align, splits,
             ALIGN=align, MAX_IMAGES=max_images, TILE_H=tiles[0], TILE_W=tiles[1], STRIP_H=strips[0], STRIP_W=strips[1],
             HELD=held, **options,
         )  # fmt: skip
