@@ -70,9 +70,17 @@ def programs_at(
     edges: dict[str, Any] = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
     edges |= {"SMALL_H": lines, "SMALL_W": lines, "HAS_BIAS": True, "PRODUCTS": products}
     tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide", "small"), "fp32")
-    if size * size <= programs.POSITIONS:
+    if size * size <= (programs.POSITIONS if products < 3 else 64):
         blocks = 1 if size <= 8 else 4
-        edges |= {"MAP_H": size, "MAP_W": size, "IMAGES": 64, "BLOCK": 64, "BLOCKS": blocks}
+        del edges["PRODUCTS"]
+        edges |= {
+            "PRECISION": "tf32x3" if products == 3 else "tf32",
+            "MAP_H": size,
+            "MAP_W": size,
+            "IMAGES": 64,
+            "BLOCK": 64,
+            "BLOCKS": blocks,
+        }
         yield programs.map_program, tensors, edges, 4, 3
         return
     held = products < 3
@@ -127,7 +135,9 @@ def main() -> None:
     from zoo.layers import large_kernel_programs as large
     from zoo.layers.large_kernel_triton import _PROGRAMS
 
-    print("| map, type | form | registers, spilled | shared KiB | instructions: once, a tile | issue | bytes | products |")
+    print(
+        "| map, type | form | registers, spilled | shared KiB | instructions: once, a tile | issue | bytes | products |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for size, (channels, tap) in STAGES.items():
         for dtype, products in TYPES.items():
@@ -137,18 +147,27 @@ def main() -> None:
                     continue
                 shared, _, cubin = assembled(program, tensors, constants, 90, warps, stages)
                 found = instructions(cubin)
-                edge = constants.get("TILE_H", 8)
-                images = constants.get("IMAGES") or min(constants["TILE"] // edge**2, constants["MAX_IMAGES"])
+                if "BLOCKS" in constants:  # all positions with all, and TF32 at half the rate
+                    images, tile, repeats = (
+                        constants["IMAGES"],
+                        constants["BLOCK"] * constants["BLOCKS"],
+                        constants["BLOCKS"],
+                    )
+                    taps = tile * (2 if dtype == "fp32" else 1)
+                else:
+                    edge, repeats = constants["TILE_H"], 1
+                    images = min(constants["TILE"] // edge**2, constants["MAX_IMAGES"])
+                    tile, taps = edge**2, edge * (constants["TALL_W"] + constants["WIDE_H"])
                 groups = -(-BATCH // images)
                 made = channels * min(groups, max(1, _PROGRAMS // channels))
-                repeats = channels * groups * constants.get("BLOCKS", 1)
-                issued = (made * found["before"] + repeats * found["inside"]) * warps / 4
-                lines = 10 * edge if "TILE" in constants else edge**2
+                issued = (made * found["before"] + channels * groups * repeats * found["inside"]) * warps / 4
+                multiplied = 2 * channels * groups * images * tile * taps
+                form = f"{images} images, {warps} warps" + (", copied" if constants.get("COPIED") else "")
+                times = issued / MULTIPROCESSORS / HERTZ, 2 * map_bytes / BYTES_PER_S, multiplied / FLOPS
                 print(
-                    f"| {channels} x {size}x{size}, {dtype} | {images} images, {warps} warps{', copied' * constants.get('COPIED', False)} | {found['registers']}, "
-                    f"{found['stack']} | {shared / 1024:.0f} | {found['before']}, {found['inside']} "
-                    f"| {1e3 * issued / MULTIPROCESSORS / HERTZ:.3f} | {2e3 * map_bytes / BYTES_PER_S:.3f} "
-                    f"| {1e3 * 2 * channels * groups * images * edge**2 * lines / FLOPS:.3f} |",
+                    f"| {channels} x {size}x{size}, {dtype} | {form} | {found['registers']}, {found['stack']} "
+                    f"| {shared / 1024:.0f} | {found['before']}, {found['inside']} "
+                    f"| {' | '.join(f'{1e3 * seconds:.3f}' for seconds in times)} |",
                     flush=True,
                 )
 

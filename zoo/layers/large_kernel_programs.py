@@ -5,8 +5,10 @@ a tall kernel, width for a wide one), `short` the other. The kernel has TAPS tap
 LINES, which lie side by side along the short one.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: disallow-untyped-defs=False, disable-error-code="assignment, index"
 # (what a program takes has no Python type)
+# ruff: noqa: RUF005
+# (Triton does not unpack tuples)
 
 from __future__ import annotations
 
@@ -18,27 +20,46 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
 POSITIONS = 256  # maps of up to so many positions take `map_program`
+PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 
-# TILE: positions that a program takes at once, images x tile height x tile width. COPIED: of a map that fits into a tile,
-# a program first writes copies that it then reads shifted, rather than the map. The first call for a shape times them
-# all. One stage each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow shared
-# memory.
+# TILE: positions that a program takes at once, images x tile height x tile width. COPIED: where a map fits into a tile,
+# a program first writes copies of it, which it then reads shifted, instead of the map. The first call for a shape times
+# them all. One stage each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow
+# shared memory.
 _CONFIGS = [
     triton.Config({"TILE": 4096, "COPIED": True}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 4096, "COPIED": False}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 4096, "COPIED": False}, num_warps=8, num_stages=1),
     triton.Config({"TILE": 8192, "COPIED": True}, num_warps=8, num_stages=1),
 ]
-PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 _WEIGHT_CONFIGS = [triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)]
+
+
+def _without_copies(configs, arguments, **constants):
+    """Where no matrices are held, no map is copied."""
+    return [config for config in configs if constants["HELD"] or not config.kwargs["COPIED"]]
+
+
+@triton.jit
+def _high(value):
+    """float32 without the 13 bits of which TF32 knows nothing."""
+    return (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _dot(left, right, total, PRECISION: tl.constexpr):
+    """total + left @ right: of float32 in TF32, or with PRECISION "tf32x3" in three products that keep 21 bits."""
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
+    if PRECISION == "tf32x3":  # Triton's own way of it spills registers
+        left_high = _high(left)
+        right_high = _high(right)
+        total = tl.dot(left - left_high, right_high, total, input_precision="tf32")
+        total = tl.dot(left_high, right - right_high, total, input_precision="tf32")
+        return tl.dot(left_high, right_high, total, input_precision="tf32")
+    else:
+        return tl.dot(left, right, total, input_precision="tf32")
 
 
 @triton.jit
@@ -54,7 +75,7 @@ def _peak_of_map(
     x, images, height, width, row0, row1, column0, column1, image_stride,
     IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """The largest magnitude within rows row0 to row1 and columns column0 to column1."""
+    """Each image's largest magnitude within rows row0 to row1 and columns column0 to column1: (IMAGES,)."""
     lane = tl.arange(0, IMAGES * TILE_H)
     image = lane // TILE_H
     peak = tl.full((IMAGES * TILE_H, TILE_W), 0.0, tl.float32)
@@ -65,7 +86,19 @@ def _peak_of_map(
             mask = ((image < images) & (rows < height))[:, None] & (columns < width)[None, :]
             value = tl.load(x + (image * image_stride + rows * width)[:, None] + columns[None, :], mask, 0.0)
             peak = tl.maximum(peak, tl.abs(value.to(tl.float32)))
-    return tl.max(peak)
+    return _peak_of_images(peak, IMAGES, TILE_H)
+
+
+@triton.jit
+def _peak_of_images(lines, IMAGES: tl.constexpr, EACH: tl.constexpr):
+    """Every image's largest of its EACH rows of magnitudes, side by side in `lines`."""
+    return tl.max(tl.reshape(tl.max(lines, 1), (IMAGES, EACH)), 1)
+
+
+@triton.jit
+def _repeated(scale, IMAGES: tl.constexpr, EACH: tl.constexpr):
+    """Every image's scale EACH times."""
+    return tl.reshape(tl.broadcast_to(scale[:, None], (IMAGES, EACH)), (IMAGES * EACH,))
 
 
 @triton.jit(do_not_specialize=["channels"])
@@ -153,16 +186,14 @@ def _matrices(
 
 
 @triton.jit
-def _line_product(
-    total, matrix, low, x, offset, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
-):
+def _line_product(total, matrix, low, x, offset, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr):
     """total + (a line's banded matrix) @ (the map, shifted by that line's offset), on 16-bit operands."""
     touched = columns & (column + offset >= 0) & (column + offset < short_size)
     block = tl.load(x, rows[:, None] & touched[None, :], 0.0)
     if PRODUCTS == 0:
         total = _dot(matrix, block, total, "tf32")
     else:
-        block = block * map_scale
+        block = block * map_scale[None, :]
         high = block.to(tl.float16)
         total = _dot(matrix, high, total, "tf32")
         if PRODUCTS == 3:
@@ -180,9 +211,7 @@ def _clear(copy, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
-def _band_of_copy(
-    copy, matrices, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr
-):
+def _band_of_copy(copy, matrices, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr):
     """As `_band` from a copy of the tile, whose lines along the long axis lie side by side between zeros."""
     lane = tl.arange(0, IMAGES * SHORT)
     copy += ((lane // SHORT * (SHORT + 2 * PAD) + PAD + lane % SHORT) * LONG)[None, :] + tl.arange(0, LONG)[:, None]
@@ -206,6 +235,8 @@ def _band(
     place = tl.arange(0, LONG)
     x += (lane // SHORT * image_stride + column * short_stride)[None, :] + place[:, None] * long_stride
     total = tl.zeros((LONG, IMAGES * SHORT), tl.float32)
+    if PRODUCTS > 0:
+        map_scale = _repeated(map_scale, IMAGES, SHORT)
     if HELD:
         rows = place < long_size
         for line in tl.static_range(LINES):
@@ -249,6 +280,7 @@ def _band(
         "ALIGN", "MAX_IMAGES", "TILE_H", "TILE_W", "STRIP_H", "STRIP_W",
         "TALL_H", "TALL_W", "WIDE_H", "WIDE_W", "SMALL_H", "SMALL_W", "PRODUCTS",
     ],
+    prune_configs_by={"early_config_prune": _without_copies},
 )  # fmt: skip
 @triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "splits"])
 def band_program(
@@ -330,8 +362,8 @@ def band_program(
             mask = ((image < images) & (row < height))[:, None] & (column < width)[None, :]
             value = tl.load(source + (image * image_stride + row * width)[:, None] + column[None, :], mask, 0.0)
             if PRODUCTS > 0:
-                map_scale, map_unscale = _scale(tl.max(tl.abs(value)))
-                value *= map_scale
+                map_scale, map_unscale = _scale(_peak_of_images(tl.abs(value), IMAGES, TILE_H))
+                value *= _repeated(map_scale, IMAGES, TILE_H)[:, None]
             value = value.to(copies.dtype.element_ty)
             tl.debug_barrier()  # the copies of the images before have been read
             if TALL_H > 0:
@@ -361,7 +393,7 @@ def band_program(
                     row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS, HELD,
                 )  # fmt: skip
             if PRODUCTS > 0:
-                band *= map_unscale * tall_factor
+                band *= tall_factor
             total = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
         if WIDE_H > 0:
             if HELD and COPIED:
@@ -372,8 +404,10 @@ def band_program(
                     column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS, HELD,
                 )  # fmt: skip
             if PRODUCTS > 0:
-                band *= map_unscale * wide_factor
+                band *= wide_factor
             total += tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
+        if PRODUCTS > 0:
+            total *= map_unscale[:, None, None]
         if HAS_BIAS:
             total += tl.load(bias + channel).to(tl.float32)
         image = tl.arange(0, IMAGES)[:, None, None]
@@ -422,7 +456,7 @@ def map_program(
     MAP_H: tl.constexpr, MAP_W: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
     SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `band_program` for maps of at most BLOCK * BLOCKS positions: all kernels as one matrix between all positions.
 
@@ -443,55 +477,25 @@ def map_program(
         table = _tabled(table, wide + channel * (WIDE_H * WIDE_W), row, column, WIDE_H, WIDE_W)
     if SMALL_H > 0:
         table = _tabled(table, small + channel * (SMALL_H * SMALL_W), row, column, SMALL_H, SMALL_W)
+    table = table.to(x.dtype.element_ty)
     image = tl.arange(0, IMAGES)
     place = tl.arange(0, BLOCK)
     origin = (image0.to(tl.int64) * channels + channel) * size
     images = (image < batch - image0)[:, None]
     offset = (image * (channels * size))[:, None] + place[None, :]
-    factor = 1.0
-    map_scale = 1.0
-    high = table
-    low = table
-    if PRODUCTS > 0:
-        peak = tl.zeros((IMAGES, BLOCK), tl.float32)
-        for block in tl.static_range(BLOCKS):
-            mask = images & (block * BLOCK + place < size)[None, :]
-            peak = tl.maximum(peak, tl.abs(tl.load(x + origin + offset + block * BLOCK, mask, 0.0).to(tl.float32)))
-        map_scale, map_unscale = _scale(tl.max(peak))
-        table_scale, table_unscale = _scale(tl.max(tl.abs(table)))
-        factor = map_unscale * table_unscale
-        table *= table_scale
-        high = table.to(tl.float16)
-        low = (table - high.to(tl.float32)).to(tl.float16)
-    else:
-        high = table.to(x.dtype.element_ty)
     inputs = ()
-    remainders = ()
     codes = ()
     for block in tl.static_range(BLOCKS):
-        codes = codes + (_code(block * BLOCK + place, MAP_H, MAP_W) + ((MAP_H - 1) * across + MAP_W - 1),)
         mask = images & (block * BLOCK + place < size)[None, :]
-        value = tl.load(x + origin + offset + block * BLOCK, mask, 0.0)
-        if PRODUCTS > 0:
-            value *= map_scale
-            inputs = inputs + (value.to(tl.float16),)
-            if PRODUCTS == 3:
-                remainders = remainders + ((value - value.to(tl.float16).to(tl.float32)).to(tl.float16),)
-        else:
-            inputs = inputs + (value,)
+        inputs = inputs + (tl.load(x + origin + offset + block * BLOCK, mask, 0.0),)
+        codes = codes + (_code(block * BLOCK + place, MAP_H, MAP_W) + ((MAP_H - 1) * across + MAP_W - 1),)
     for out_block in range(BLOCKS):
         out = out_block * BLOCK + place
         out_code = _code(out, MAP_H, MAP_W)
         total = tl.zeros((IMAGES, BLOCK), tl.float32)
         for block in tl.static_range(BLOCKS):
-            index = codes[block][:, None] - out_code[None, :]
-            matrix = _looked_up(high, index)
-            total = _dot(inputs[block], matrix, total, "tf32")
-            if PRODUCTS == 3:
-                total = _dot(remainders[block], matrix, total, "tf32")
-                total = _dot(inputs[block], _looked_up(low, index), total, "tf32")
-        if PRODUCTS > 0:
-            total *= factor
+            matrix = _looked_up(table, codes[block][:, None] - out_code[None, :])
+            total = _dot(inputs[block], matrix, total, PRECISION)
         if HAS_BIAS:
             total += tl.load(bias + channel).to(tl.float32)
         tl.store(y + origin + offset + out_block * BLOCK, total.to(y.dtype.element_ty), images & (out < size)[None, :])

@@ -8,28 +8,32 @@ writing the map takes 0.041 ms in float32 and 0.021 ms in bfloat16 (4.8 TB/s). S
 
 - A kernel's line along its long axis is a banded (Toeplitz) matrix between input rows and output rows. A tall 51x5
   kernel is the sum, over its 5 columns, of such a matrix times the map shifted sideways by up to 2; a wide one the same
-  with the axes exchanged. `matrix_program` lays the matrices out once, `band_program` multiplies: both kernels in one
-  pass over the map, on the sum of every smaller kernel that lies within one of the two.
-- Maps of at most 64 positions (SLaK's last stage, 7x7) take one matrix between all positions: `map_program`.
+  with the axes exchanged. `band_program` does both in one pass over the map, a smaller kernel within one of the two
+  added to it. Where a map fits into a tile and lines are few, it makes the matrices itself and holds them for all its
+  images, and what it reads shifted is a copy of the tile, in the order and type in which products take it. Else
+  `matrix_program` lays the matrices out first.
+- Maps of at most 256 positions (SLaK's last two stages) take one matrix between all positions: `map_program`.
 - The gradient by the map is the same with the kernels turned by 180 degrees. The gradient by a kernel is (shifted map)
   @ (gradient)^T, of which every diagonal is summed: `weight_program`.
 
-The least times in ms of SLaK's stages, forward, batch 64, on an H200 (16-bit tensor cores: 990 TFLOP/s):
+The least times in ms of SLaK's stages, forward, batch 64, on an H200 (16-bit tensor cores: 990 TFLOP/s; one instruction
+a cycle of each scheduler), of the form with the fewest instructions (`python benchmarks/large_kernel_code.py`):
 
-| stage | map, kernel | bytes, float32 | bytes, 16 bits | products, padded to the tile |
-| --- | --- | --- | --- | --- |
-| 1 | 124 x 56x56, 51 | 0.041 | 0.021 | 0.042 |
-| 2 | 249 x 28x28, 49 | 0.021 | 0.010 | 0.011 |
-| 3 | 499 x 14x14, 47 | 0.010 | 0.005 | 0.003 |
-| 4 | 998 x 7x7, 13 | 0.005 | 0.003 | 0.001 |
+| stage | map, kernel | bytes, float32 | bytes, 16 bits | products | instructions, float32 | instructions, 16 bits |
+| --- | --- | --- | --- | --- | --- | --- |
+| 1 | 124 x 56x56, 51 | 0.041 | 0.021 | 0.042 | 0.029 | 0.020 |
+| 2 | 249 x 28x28, 49 | 0.021 | 0.010 | 0.011 | 0.016 | 0.012 |
+| 3 | 499 x 14x14, 47 | 0.010 | 0.005 | 0.008, 0.004 | 0.008 | 0.008 |
+| 4 | 998 x 7x7, 13 | 0.005 | 0.003 | 0.001 | 0.004 | 0.004 |
 
-So half the bandwidth is out of reach for 16-bit maps at stage 1 in this form, and within it elsewhere.
+So in float32 nothing forbids half the bandwidth, twice the time of the bytes; for 16 bits the products do at stage 1,
+and instructions leave little room at stages 3 and 4. None of it has been timed yet: benchmarks/large_kernel.py.
 
 Precision: all sums are in float32. bfloat16 and float16 are multiplied as they are; a kernel is rounded to the map's
 type once, after smaller ones were added. Where `torch.backends.cudnn` allows TF32 for convolutions (PyTorch's default),
-float32 is rounded to the 11 bits of TF32, but as float16 scaled by a power of two, which tensor cores multiply twice as
-fast; where it does not, three such products keep 22 bits. The kernel's gradient multiplies in TF32, or thrice. Since
-zeros of the matrices are multiplied too, an infinity or NaN spreads over its map.
+float32 is rounded to the 11 bits of TF32, in bands as float16 scaled by a power of two for each image, which tensor
+cores multiply twice as fast; where it does not, three such products keep 21 bits. Since zeros of the matrices are
+multiplied too, an infinity or NaN spreads over its map.
 
 Maps in channels_last are copied to NCHW and back. The first call for a kernel, tile size and type compiles and times a
 few forms; set TRITON_CACHE_AUTOTUNING=1 to keep the choice.
@@ -51,6 +55,7 @@ from zoo.errors import ConfigError
 
 MAX_EDGE = 63  # of a kernel
 _PROGRAMS = 512  # fill the multiprocessors about twice; what each holds is made for as many images as that leaves it
+_PRECISIONS = {0: "tf32", 1: "tf32", 3: "tf32x3"}  # of products of float32 where they are not taken as 16-bit ones
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
@@ -144,9 +149,7 @@ def _sum(weights: Sequence[Tensor]) -> Tensor | None:
 
 
 @torch.library.custom_op("zoo::depthwise_bands", mutates_args=())
-def _bands(
-    x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None) -> Tensor:
     """conv(x, tall) + conv(x, wide) + conv(x, small) + bias of contiguous tensors, the kernels as of `_merge`."""
     from zoo.layers import large_kernel_programs as programs
 
@@ -157,15 +160,15 @@ def _bands(
     products = _products(x.dtype)
     tiles = _tile(height), _tile(width)
     strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
-    on_map = height * width <= programs.POSITIONS
+    on_map = height * width <= (programs.POSITIONS if products < 3 else 64)
     held = strips == (1, 1) and products < 3 and all(k is None or min(k.shape[2:]) <= 7 for k in (tall, wide))
     if small is not None and not on_map and not held:
-        if tall is None:
-            wide = _sum([wide, small])
-        else:
+        if tall is not None:
             tall = _sum([tall, small])
+        elif wide is not None:
+            wide = _sum([wide, small])
         small = None
-    options: dict[str, Any] = {"HAS_BIAS": bias is not None, "PRODUCTS": products}
+    options: dict[str, Any] = {"HAS_BIAS": bias is not None}
     for name, kernel in (("TALL", tall), ("WIDE", wide), ("SMALL", small)):
         options[f"{name}_H"], options[f"{name}_W"] = (0, 0) if kernel is None else kernel.shape[2:]
     tensors = [x if tensor is None else tensor for tensor in (tall, wide, small, bias)]
@@ -176,7 +179,7 @@ def _bands(
             programs.map_program[(_cdiv(batch, images) * channels,)](
                 x, *tensors, y, batch, channels,
                 MAP_H=height, MAP_W=width, IMAGES=images, BLOCK=block, BLOCKS=places // block,
-                num_warps=4, **options,
+                PRECISION=_PRECISIONS[products], num_warps=4, **options,
             )  # fmt: skip
             return y
         max_images = min(16, _tile(batch, 1))
@@ -201,7 +204,7 @@ def _bands(
         programs.band_program[band_grid](
             x, *matrices, *tensors[2:], copies, y, batch, channels, height, width // align, splits,
             ALIGN=align, MAX_IMAGES=max_images, TILE_H=tiles[0], TILE_W=tiles[1], STRIP_H=strips[0], STRIP_W=strips[1],
-            HELD=held, **options,
+            HELD=held, PRODUCTS=products, **options,
         )  # fmt: skip
     return y
 
@@ -240,12 +243,11 @@ def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> 
     splits = _cdiv(steps, steps_each)
     out = x.new_empty((splits, channels, 1, kernel_h, kernel_w), dtype=torch.float32)
     align = math.gcd(width, 16)
-    precision = {0: "tf32", 1: "tf32", 3: "tf32x3"}[_products(x.dtype)]
     with torch.cuda.device_of(x):
         programs.weight_program[(splits * channels * lines,)](
             x, gradient, out, batch, channels, height, width // align, steps_each * images,
             ALIGN=align, WIDE=wide, TAPS=taps, LINES=lines, LONG=_tile(long), SHORT=short_tile, IMAGES=images,
-            PRECISION=precision,
+            PRECISION=_PRECISIONS[_products(x.dtype)],
         )  # fmt: skip
     return out.sum(0)
 
@@ -267,9 +269,7 @@ def _products(dtype: torch.dtype) -> int:
 
 
 @_bands.register_fake
-def _(
-    x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
