@@ -11,7 +11,9 @@ as training has it, with an output of each branch. Models: slak_tiny at 224x224,
 PyTorch's side is cuDNN's, or what PyTorch prefers to it.
 
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
-CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. `limit_ms` is the larger
+CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. On a GPU `ms` is the time
+between two events after its cache was emptied, and operators are replayed from CUDA graphs: what Python takes to launch
+them is left out, of ours as of cuDNN's. `limit_ms` is the larger
 of arithmetic (taps that meet a pixel, not the padding, two operations each) over the fastest matrix product measured
 here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy;
 an FFT, which whole kernels get on large maps, needs less arithmetic than that. `share_of_bandwidth` is the traffic's
@@ -64,11 +66,37 @@ class Clock:
 
     def __init__(self, device: torch.device, seconds: float, turns: int) -> None:
         self.device, self.seconds, self.turns = device, seconds, turns
+        self.on_gpu = device.type == "cuda"
+        self.flush = torch.empty(256 * 2**20 if self.on_gpu else 0, dtype=torch.uint8, device=device)
 
-    def now(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
+    def measure(self, step: Step) -> tuple[float, float]:
+        """Milliseconds of the wall clock (on a GPU: between events, its cache emptied before) and of CPU time."""
+        if self.on_gpu:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            self.flush.zero_()
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            return start.elapsed_time(end), 0.0
+        wall, cpu = time.perf_counter(), time.process_time()
+        step()
+        return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
+
+    def replayed(self, step: Step) -> Step:
+        """On a GPU `step` as a CUDA graph, which leaves out what Python takes to launch it."""
+        if not self.on_gpu:
+            return step
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
 
     def compare(self, steps: dict[str, Step]) -> dict[str, dict[str, float]]:
         """Each once to warm up, then in turns, at least `turns` times and until `seconds` are over."""
@@ -78,33 +106,27 @@ class Clock:
         start, turns = time.perf_counter(), 0
         while turns < self.turns or (time.perf_counter() - start < self.seconds and turns < 500):
             for name, step in steps.items():
-                before = self.now()
-                step()
-                wall, cpu = (after - earlier for after, earlier in zip(self.now(), before, strict=True))
-                times[name].append((1000 * wall, 1000 * cpu))
+                times[name].append(self.measure(step))
             turns += 1
         found = {}
         for name, pairs in times.items():
-            found[name] = {"ms": round(statistics.median(wall for wall, _ in pairs), 3)}
-            if self.device.type == "cpu":
+            found[name] = {"ms": round(statistics.median(wall for wall, _ in pairs), 4 if self.on_gpu else 3)}
+            if not self.on_gpu:
                 found[name]["cpu_ms"] = round(statistics.median(cpu for _, cpu in pairs), 3)
         return found
 
     def peaks(self, dtype: torch.dtype) -> dict[str, float]:
         """The machine's best here: operations of a matrix product, bytes read and written by a copy, each second."""
-        side = 8192 if self.device.type == "cuda" else 2048
+        side = 8192 if self.on_gpu else 2048
         matrix = torch.randn(side, side, device=self.device).to(dtype)
-        source = torch.empty(256 * 2**20, dtype=torch.uint8, device=self.device)
+        source = torch.empty((1024 if self.on_gpu else 256) * 2**20, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
-        fastest = {"product": float("inf"), "copy": float("inf")}
-        for _ in range(10):
-            for name, step in (("product", lambda: matrix @ matrix), ("copy", lambda: target.copy_(source))):
-                before = self.now()[0]
-                step()
-                fastest[name] = min(fastest[name], self.now()[0] - before)
+        steps: dict[str, Step] = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
+        replays = {name: self.replayed(step) for name, step in steps.items()}
+        fastest = {name: min(self.measure(step)[0] for _ in range(10)) for name, step in replays.items()}
         return {
-            "gflops": round(2e-9 * side**3 / fastest["product"], 1),
-            "gb_per_s": round(2e-9 * source.numel() / fastest["copy"], 1),
+            "gflops": round(2e-6 * side**3 / fastest["product"], 1),
+            "gb_per_s": round(2e-6 * source.numel() / fastest["copy"], 1),
         }
 
 
@@ -181,7 +203,7 @@ def compare_operator(
         ("forward_backward", both, 3, (1 + len(edges)) + (len(edges) + 1) + (1 + len(edges))),
     ):
         with torch.set_grad_enabled(name != "forward"):
-            times = clock.compare(steps)
+            times = clock.compare({name: clock.replayed(step) for name, step in steps.items()})
         arithmetic, traffic = passes * operations / peaks["gflops"] / 1e6, maps * map_bytes / peaks["gb_per_s"] / 1e6
         found[name] = {
             **times,
