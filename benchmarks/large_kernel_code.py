@@ -62,9 +62,15 @@ def programs_at(
     weight = {"x": dtype, "gradient": dtype, "out": "fp32"}
     short = min(64, 1 << (size - 1).bit_length())
     constants: dict[str, Any]
-    for wide in (False, True):
-        constants = {"ALIGN": size & -size, "WIDE": wide, "TAPS": tap, "LINES": lines, "LONG": max(16, short)}
-        constants |= {"SHORT": short, "IMAGES": 64 // short, "PRECISION": "tf32x3" if products == 3 else "tf32"}
+    precision = "tf32x3" if products == 3 else "tf32"
+    for height, width in ((tap, lines), (lines, tap)):
+        if size * size <= 64:
+            constants = {"MAP_H": size, "MAP_W": size, "IMAGES": 64, "PLACES": 64, "PRECISION": precision}
+            constants |= {"KERNEL_H": height, "KERNEL_W": width}
+            yield programs.map_weight_program, weight, constants, 4, 1
+            continue
+        constants = {"ALIGN": size & -size, "WIDE": height < width, "TAPS": tap, "LINES": lines}
+        constants |= {"LONG": max(16, short), "SHORT": short, "IMAGES": 64 // short, "PRECISION": precision}
         for config in programs._WEIGHT_CONFIGS:
             yield programs.weight_program, weight, constants, config.num_warps, config.num_stages
     edges: dict[str, Any] = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}

@@ -501,6 +501,42 @@ def map_program(
         tl.store(y + origin + offset + out_block * BLOCK, total.to(y.dtype.element_ty), images & (out < size)[None, :])
 
 
+@triton.jit(do_not_specialize=["batch", "channels"])
+def map_weight_program(
+    x, gradient, out, batch, channels,
+    MAP_H: tl.constexpr, MAP_W: tl.constexpr, IMAGES: tl.constexpr, PLACES: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One channel's weight gradient on maps of at most PLACES positions.
+
+    map^T @ (gradient map) holds what every two positions share; a tap's gradient is the sum over those that lie as far
+    apart as it says.
+    """
+    size: tl.constexpr = MAP_H * MAP_W
+    channel = tl.program_id(0)
+    place = tl.arange(0, PLACES)
+    image = tl.arange(0, IMAGES)
+    offset = (image * (channels * size))[:, None] + place[None, :]
+    total = tl.zeros((PLACES, PLACES), tl.float32)
+    for image0 in range(0, batch, IMAGES):
+        origin = (image0 * channels.to(tl.int64) + channel) * size
+        mask = (image < batch - image0)[:, None] & (place < size)[None, :]
+        left = tl.load(x + origin + offset, mask, 0.0)
+        right = tl.load(gradient + origin + offset, mask, 0.0)
+        total = _dot(tl.trans(left), right, total, PRECISION)
+    tap = tl.arange(0, triton.next_power_of_2(KERNEL_H * KERNEL_W))
+    down = tap // KERNEL_W - KERNEL_H // 2
+    right = tap % KERNEL_W - KERNEL_W // 2
+    row = tl.where(place < size, place // MAP_W, PLACES)[None, :] + down[:, None]
+    column = (place % MAP_W)[None, :] + right[:, None]
+    inside = (row.to(tl.uint32, bitcast=True) < MAP_H) & (column.to(tl.uint32, bitcast=True) < MAP_W)
+    pair = (place * PLACES + place)[None, :] + ((down * MAP_W + right) * PLACES)[:, None]
+    pair &= PLACES * PLACES - 1  # what is not inside lies anywhere
+    shared = _looked_up(tl.reshape(total, (PLACES * PLACES,)), pair)
+    sums = tl.sum(tl.where(inside, shared, 0.0), 1)
+    tl.store(out + channel * (KERNEL_H * KERNEL_W) + tap, sums, tap < KERNEL_H * KERNEL_W)
+
+
 @triton.autotune(
     configs=_WEIGHT_CONFIGS[:1] if INTERPRETED else _WEIGHT_CONFIGS,
     key=["ALIGN", "WIDE", "TAPS", "LINES", "LONG", "SHORT", "PRECISION"],

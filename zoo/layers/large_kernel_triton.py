@@ -14,7 +14,7 @@ writing the map takes 0.041 ms in float32 and 0.021 ms in bfloat16 (4.8 TB/s). S
   `matrix_program` lays the matrices out first.
 - Maps of at most 256 positions (SLaK's last two stages) take one matrix between all positions: `map_program`.
 - The gradient by the map is the same with the kernels turned by 180 degrees. The gradient by a kernel is (shifted map)
-  @ (gradient)^T, of which every diagonal is summed: `weight_program`.
+  @ (gradient)^T, of which every diagonal is summed: `weight_program`, and `map_weight_program` for the smallest maps.
 
 The least times in ms of SLaK's stages, forward, batch 64, on an H200 (16-bit tensor cores: 990 TFLOP/s; one instruction
 a cycle of each scheduler), of the form with the fewest instructions (`python benchmarks/large_kernel_code.py`):
@@ -235,6 +235,17 @@ def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> 
     taps, lines = (kernel_w, kernel_h) if wide else (kernel_h, kernel_w)
     if not x.numel():
         return x.new_zeros((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+    precision = _PRECISIONS[_products(x.dtype)]
+    if height * width <= 64:
+        of_kernel = x.new_empty((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+        with torch.cuda.device_of(x):
+            programs.map_weight_program[(channels,)](
+                x, gradient, of_kernel, batch, channels,
+                MAP_H=height, MAP_W=width, IMAGES=_tile(batch), PLACES=_tile(height * width),
+                KERNEL_H=kernel_h, KERNEL_W=kernel_w, PRECISION=precision,
+                num_warps=4 if kernel_h * kernel_w <= 128 else 8, num_stages=1,
+            )  # fmt: skip
+        return of_kernel
     long, short = (width, height) if wide else (height, width)
     short_tile = min(64, 1 << (short - 1).bit_length())
     images = 64 // short_tile
@@ -247,7 +258,7 @@ def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> 
         programs.weight_program[(splits * channels * lines,)](
             x, gradient, out, batch, channels, height, width // align, steps_each * images,
             ALIGN=align, WIDE=wide, TAPS=taps, LINES=lines, LONG=_tile(long), SHORT=short_tile, IMAGES=images,
-            PRECISION=_PRECISIONS[_products(x.dtype)],
+            PRECISION=precision,
         )  # fmt: skip
     return out.sum(0)
 
