@@ -687,12 +687,15 @@ class MapNorm(nn.Module):
 
 def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and inverse standard deviation of each sample, (B, 1, 1, 1)."""
-    B, C, H, W = x.shape
-    if torch.compiler.is_compiling():  # the compiler's own form of it takes one slow pass instead of two fast ones
-        mean = x.mean((1, 2, 3), keepdim=True)
-        return mean, ((x - mean).square().mean((1, 2, 3), keepdim=True) + eps).rsqrt()
-    _, mean, deviation = torch.native_group_norm(x, None, None, B, C, H * W, 1, eps)
-    return mean[:, :, None, None].to(x.dtype), deviation[:, :, None, None].to(x.dtype)
+    if may_overwrite(x):
+        B, C, H, W = x.shape
+        _, mean, deviation = torch.native_group_norm(x, None, None, B, C, H * W, 1, eps)
+        mean, deviation = mean[:, :, None, None], deviation[:, :, None, None]
+    else:  # it compiles to one slow pass instead of two fast ones, and torch 2.11 has no gradients of its moments
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # squares leave float16
+        mean = wide.mean((1, 2, 3), keepdim=True)
+        deviation = ((wide - mean).square().mean((1, 2, 3), keepdim=True) + eps).rsqrt()
+    return mean.to(x.dtype), deviation.to(x.dtype)
 
 
 class PlainGroupNorm(nn.Module):
