@@ -8,6 +8,7 @@ from torch import nn
 import zoo
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel
+from zoo.layers.exporting import is_exporting
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -217,6 +218,29 @@ def test_compiled_whole_without_recompiling_for_batches(memory_format):
     found = torch.autograd.grad(compiled(x).square().sum(), inputs)
     expected = torch.autograd.grad(block(x).square().sum(), inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
+def test_compiled_to_the_same_convolutions(memory_format):
+    """Not to those that exported programs hold, whose sums are the same and whose gradients are slow."""
+    torch._dynamo.reset()
+    block = Block()
+    x = torch.randn(2, 4, 12, 10).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=False)(x), block(x))
+
+
+def test_compiled_code_is_told_from_exported_programs():
+    class Sign(nn.Module):
+        def forward(self, x):
+            return x if is_exporting() else -x
+
+    torch._dynamo.reset()
+    model, x = Sign(), torch.ones(3)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(model, (x,), strict=strict).module()(x), x)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="eager")(x), -x)
+    assert torch.equal(model(x), -x)
 
 
 def test_operators_keep_their_promises_to_the_compiler():

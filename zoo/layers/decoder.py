@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError
+from zoo.layers.exporting import is_exporting
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
@@ -261,7 +262,7 @@ def attend_latent(
     heads, nope = q_nope.shape[1], q_nope.shape[-1]
     scale = (nope + q_rope.shape[-1]) ** -0.5
     options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
-    few = torch.compiler.is_exporting() or 4 * q_nope.shape[2] <= latent.shape[2]  # a graph has one of the two ways
+    few = is_exporting() or 4 * q_nope.shape[2] <= latent.shape[2]  # a graph has one of the two ways
     if remembers and few:
         up = kv_b.get_parameter("weight").view(heads, -1, latent.shape[-1]).to(q_nope.dtype)
         q = torch.cat((q_nope @ up[:, :nope], q_rope), -1)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel_triton
+from zoo.layers.exporting import is_exporting
 
 
 @torch.fx.wrap
@@ -74,7 +75,7 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     for weight in weights:
         _check(x, weight, bias)
     height, width = x.shape[2:]
-    if torch.compiler.is_exporting():
+    if is_exporting():
         # sizes that are plain numbers will not change, others must not be asked
         if type(height) is int and type(width) is int and not torch.compiler.is_dynamo_compiling():
             weights = [_crop(weight, height, width) for weight in weights]

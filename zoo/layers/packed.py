@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zoo.layers.exporting import is_exporting
+
 Activation = Literal["none", "relu", "gelu"]
 _OPERATORS = torch.ops.mkldnn
 _ONEDNN = torch.backends.mkldnn.is_available() and all(
@@ -127,7 +129,7 @@ def _takes_packed(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (_needs_gradients(x) or _needs_gradients(weight))
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not (is_exporting() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled("cpu")
     )
 
