@@ -57,7 +57,8 @@ class DecoderStep(nn.Module):
         rotation = model.model.rotary(position_ids, wide if config.rope_interleaved else x.dtype)
         length = attention_mask.shape[1]
         order = torch.arange(length, device=x.device)
-        distance = order[length - input_ids.shape[1] :, None] - order
+        new = torch.arange(length - input_ids.shape[1], length, device=x.device)  # torch 2.11 knows no slice's length
+        distance = new[:, None] - order
         causal = (distance >= 0) & attention_mask.bool()[:, None]
         present: list[Tensor] = []
         visible: dict[int | None, Visible] = {}
