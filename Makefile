@@ -5,7 +5,7 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format index cards clean
+.PHONY: demo test test-all test-oldest lint format index cards clean
 
 demo: $(VENV)/.installed-train
 	$(BIN)/python -m zoo.demo
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "" $(ARGS)
+
+# in a virtual environment of its own, with the lowest versions of torch and torchvision that pyproject.toml names
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest PINS="$(shell sed -nE 's/^ *"(torch|torchvision)>=(.+)",$$/\1==\2/p' pyproject.toml)"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -39,9 +43,9 @@ clean:
 $(VENV)/.installed-train: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[train]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[train]" $(PINS)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed-train
-	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[train,dev]"
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[train,dev]" $(PINS)
 	@touch $@
