@@ -19,7 +19,7 @@ test-all: $(VENV)/.installed-dev
 
 # in a virtual environment of its own, with the lowest versions of torch and torchvision that pyproject.toml names
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest PINS="$(shell sed -nE 's/^ *"(torch|torchvision)>=(.+)",$$/\1==\2/p' pyproject.toml)"
+	$(MAKE) test VENV=.venv-oldest PINS="$(or $(shell sed -nE 's/^ *"(torch|torchvision)>=(.+)",$$/\1==\2/p' pyproject.toml),$(error pyproject.toml names no lowest torch))"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
