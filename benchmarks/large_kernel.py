@@ -12,7 +12,7 @@ PyTorch's side is cuDNN's, or what PyTorch prefers to it.
 
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. On a GPU `ms` is the time
-between two events after its cache was emptied, and operators are replayed from CUDA graphs: what Python takes to launch
+between two events, and operators are replayed from CUDA graphs after its cache was emptied: what Python takes to launch
 them is left out, of ours as of cuDNN's. `limit_ms` is the larger
 of arithmetic (taps that meet a pixel, not the padding, two operations each) over the fastest matrix product measured
 here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy;
@@ -67,13 +67,12 @@ class Clock:
     def __init__(self, device: torch.device, seconds: float, turns: int) -> None:
         self.device, self.seconds, self.turns = device, seconds, turns
         self.on_gpu = device.type == "cuda"
-        self.flush = torch.empty(256 * 2**20 if self.on_gpu else 0, dtype=torch.uint8, device=device)
+        self.flush = torch.zeros(64 * 2**20 if self.on_gpu else 0, device=device)
 
     def measure(self, step: Step) -> tuple[float, float]:
-        """Milliseconds of the wall clock (on a GPU: between events, its cache emptied before) and of CPU time."""
+        """Milliseconds of the wall clock (on a GPU: between events) and of CPU time."""
         if self.on_gpu:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.flush.zero_()
             start.record()
             step()
             end.record()
@@ -83,23 +82,33 @@ class Clock:
         step()
         return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
 
-    def replayed(self, step: Step) -> Step:
-        """On a GPU `step` as a CUDA graph, which leaves out what Python takes to launch it."""
-        if not self.on_gpu:
-            return step
+    def captured(self, step: Step | None = None) -> Step:
+        """A CUDA graph that fills the GPU's cache with other things, by reading them, and then does `step`."""
+
+        def run() -> None:
+            self.flush.sum()
+            if step is not None:
+                step()
+
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                step()
+                run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            run()
         return graph.replay
 
-    def compare(self, steps: dict[str, Step]) -> dict[str, dict[str, float]]:
-        """Each once to warm up, then in turns, at least `turns` times and until `seconds` are over."""
+    def compare(self, steps: dict[str, Step], capture: bool = False) -> dict[str, dict[str, float]]:
+        """Each once to warm up, then in turns, at least `turns` times and until `seconds` are over.
+
+        With `capture`, on a GPU: as CUDA graphs, less the time of one that only empties the cache.
+        """
+        capture = capture and self.on_gpu
+        if capture:
+            steps = {name: self.captured(step) for name, step in steps.items()} | {"nothing": self.captured()}
         for step in steps.values():
             step()
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -108,11 +117,12 @@ class Clock:
             for name, step in steps.items():
                 times[name].append(self.measure(step))
             turns += 1
-        found = {}
-        for name, pairs in times.items():
-            found[name] = {"ms": round(statistics.median(wall for wall, _ in pairs), 4 if self.on_gpu else 3)}
-            if not self.on_gpu:
-                found[name]["cpu_ms"] = round(statistics.median(cpu for _, cpu in pairs), 3)
+        medians = {name: statistics.median(wall for wall, _ in pairs) for name, pairs in times.items()}
+        nothing = medians.pop("nothing") if capture else 0.0
+        found = {name: {"ms": round(ms - nothing, 4 if self.on_gpu else 3)} for name, ms in medians.items()}
+        if not self.on_gpu:
+            for name in found:
+                found[name]["cpu_ms"] = round(statistics.median(cpu for _, cpu in times[name]), 3)
         return found
 
     def peaks(self, dtype: torch.dtype) -> dict[str, float]:
@@ -122,8 +132,7 @@ class Clock:
         source = torch.empty((1024 if self.on_gpu else 256) * 2**20, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         steps: dict[str, Step] = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
-        replays = {name: self.replayed(step) for name, step in steps.items()}
-        fastest = {name: min(self.measure(step)[0] for _ in range(10)) for name, step in replays.items()}
+        fastest = {name: min(self.measure(step)[0] for _ in range(10)) for name, step in steps.items()}
         return {
             "gflops": round(2e-6 * side**3 / fastest["product"], 1),
             "gb_per_s": round(2e-6 * source.numel() / fastest["copy"], 1),
@@ -203,7 +212,7 @@ def compare_operator(
         ("forward_backward", both, 3, (1 + len(edges)) + (len(edges) + 1) + (1 + len(edges))),
     ):
         with torch.set_grad_enabled(name != "forward"):
-            times = clock.compare({name: clock.replayed(step) for name, step in steps.items()})
+            times = clock.compare(steps, capture=True)
         arithmetic, traffic = passes * operations / peaks["gflops"] / 1e6, maps * map_bytes / peaks["gb_per_s"] / 1e6
         found[name] = {
             **times,

@@ -58,6 +58,7 @@ def programs_at(
 ) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
     """Every program that a map of size x size runs, with its forms: (program, tensors, constants, warps, stages)."""
     from zoo.layers import large_kernel_programs as programs
+    from zoo.layers.large_kernel_triton import _can_hold
 
     weight = {"x": dtype, "gradient": dtype, "out": "fp32"}
     short = min(64, 1 << (size - 1).bit_length())
@@ -89,19 +90,20 @@ def programs_at(
         }
         yield programs.map_program, tensors, edges, 4, 3
         return
-    held = products < 3
     edge = max(16, short)
+    held = _can_hold((lines, lines), (edge, edge), products)
     if not held:
-        made = {"kernel": "fp32", "matrices": "fp16", "unscales": "fp32"}
+        laid = "fp16" if products else dtype
+        made = {"kernel": "fp32", "matrices": laid, "unscales": "fp32"}
         for height, width in ((tap, lines), (lines, tap)):
             constants = {"HEIGHT": height, "WIDTH": width, "LONG": edge, "STRIP": 1, "PRODUCTS": products}
             yield programs.matrix_program, made, constants, 4, 1
-        tensors |= dict.fromkeys(("tall", "wide"), "fp16")
+        tensors |= dict.fromkeys(("tall", "wide"), laid)
         edges |= {"SMALL_H": 0, "SMALL_W": 0}
     tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
     tensors["copies"] = "fp16" if products else dtype
     edges |= {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
-    for config in programs._CONFIGS:
+    for config in programs._without_copies(programs._CONFIGS, {}, HELD=held):
         yield programs.band_program, tensors, edges | {"HELD": held, **config.kwargs}, config.num_warps, 1
 
 

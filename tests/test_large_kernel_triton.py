@@ -77,6 +77,7 @@ def test_without_triton_or_in_float64_nothing_is_available(monkeypatch):
     monkeypatch.setattr(large, "_INTERPRETED", True)
     assert large.is_available(torch.zeros(1))
     assert not large.is_available(torch.zeros(1, dtype=torch.float64))
+    assert not large.is_available(torch.zeros(1).expand(2**31))
     monkeypatch.setattr(large, "_INSTALLED", False)
     assert not large.is_available(torch.zeros(1))
 
@@ -122,7 +123,13 @@ class TestInterpreted:
             ((3, 1, 28, 28), [(49, 5), (5, 49), (5, 5)]),  # SLaK's branches, a batch that fills no tile
             ((2, 2, 7, 7), [(13, 5), (5, 13), (5, 5)]),  # one matrix for the whole map
             ((1, 1, 70, 17), [(51, 3), (3, 51), (3, 3)]),  # tiles and strips, a width that aligns nothing
+            ((1, 1, 18, 70), [(3, 51), (5, 3), (3, 5)]),  # the same the other way, no kernel within all others
+            ((1, 1, 70, 66), [(11, 9)]),  # tiles, strips and more lines than are unrolled
             ((2, 2, 12, 9), [(11, 11)]),  # more lines than are unrolled
+            ((2, 1, 17, 18), [(3, 9), (1, 5)]),  # a small kernel within a wide one
+            ((3, 2, 14, 14), [(27, 5), (5, 27), (5, 5)]),  # one matrix, in blocks
+            ((2, 2, 4, 5), [(3, 5), (3, 3)]),  # a block of fewer positions than 64
+            ((2, 1, 1, 9), [(1, 7)]),  # a single row
             ((1, 1, 9, 8), [(1, 63)]),  # longer than the map
         ],
     )
@@ -161,6 +168,28 @@ class TestInterpreted:
             y = large_kernel_sum(x, *weights, None)
         assert error(y, reference(x.double(), [w.double() for w in weights])) < TOLERANCES["tf32"]
         assert any(event.key == "zoo::depthwise_bands" for event in profile.key_averages()) == used
+
+    def test_16_bits_in_strips(self):
+        compare((1, 1, 68, 20), [(51, 3), (3, 19), (3, 3)], torch.bfloat16, TOLERANCES[torch.bfloat16])
+
+    @pytest.mark.parametrize("bright", [slice(0, 37), slice(33, 34)])
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_what_no_tap_reaches_makes_nothing_infinite(self, bright, turned, precision):
+        """The scale into float16's range knows of all that is multiplied, by zeros of the matrices, too."""
+        x, weight = torch.randn(1, 1, 128, 16) * 1e-3, torch.randn(1, 1, 51, 3)
+        x[:, :, bright] *= 1e6
+        if turned:
+            x, weight = x.mT, weight.mT
+        y = large.depthwise_conv2d(x, [weight])
+        assert error(y, reference(x.double(), [weight.double()])) < TOLERANCES[precision]
+
+    @pytest.mark.parametrize("size", [7, 20, 70])
+    def test_transposed_kernels(self, size):
+        x = torch.randn(1, 2, size, 17)
+        weights = [torch.randn(2, 1, 5, 9).mT, torch.randn(2, 1, 7, 3).mT, *(torch.randn(2, 1, 3, 3).mT for _ in "ab")]
+        weights += [torch.randn(2, 1, 1, 3)]
+        for some in (weights, weights[:1], weights[1:], weights[:3]):
+            assert error(large.depthwise_conv2d(x, some), reference(x.double(), [w.double() for w in some])) < 1e-3
 
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
     @pytest.mark.parametrize("size", [7, 20])
@@ -298,9 +327,15 @@ def test_every_form_of_slaks_stages_compiles(code, size, tap, dtype, products):
     check_machine_code(code, size, tap, dtype, products, 90)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+def test_more_lines_than_shared_memory_holds_are_not_held(code):
+    check_machine_code(code, 56, 51, "bf16", 0, 86, lines=7)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("channels", "size", "tap"), [(124, 56, 51), (249, 28, 49), (499, 14, 47), (998, 7, 13)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_slaks_stages_on_a_gpu(channels, size, tap, dtype):
-    tolerance = TOLERANCES["tf32" if dtype == torch.float32 else dtype]
+def test_slaks_stages_on_a_gpu(channels, size, tap, dtype, precision):
+    tolerance = TOLERANCES[precision if dtype == torch.float32 else dtype]
     compare((4, channels, size, size), [(tap, 5), (5, tap), (5, 5)], dtype, tolerance, "cuda")

@@ -41,9 +41,17 @@ def _without_copies(configs, arguments, **constants):
 
 
 @triton.jit
-def _high(value):
-    """float32 without the 13 bits of which TF32 knows nothing."""
-    return (value.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+def _tf32(value):
+    """float32 rounded to the 11 bits of TF32: tensor cores themselves cut the others off."""
+    return ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _rounded(value, PRECISION: tl.constexpr):
+    """What one product takes of `value`."""
+    if value.dtype == tl.float32 and PRECISION == "tf32":
+        value = _tf32(value)
+    return value
 
 
 @triton.jit
@@ -53,8 +61,8 @@ def _dot(left, right, total, PRECISION: tl.constexpr):
         left = left.to(tl.float32)
         right = right.to(tl.float32)
     if PRECISION == "tf32x3":  # Triton's own way of it spills registers
-        left_high = _high(left)
-        right_high = _high(right)
+        left_high = _tf32(left)
+        right_high = _tf32(right)
         total = tl.dot(left - left_high, right_high, total, input_precision="tf32")
         total = tl.dot(left_high, right - right_high, total, input_precision="tf32")
         return tl.dot(left_high, right_high, total, input_precision="tf32")
@@ -378,7 +386,7 @@ def band_program(
             reach_w: tl.constexpr = max(TALL_W // 2, WIDE_W // 2)
             peak = _peak_of_map(
                 source, images, height, width,
-                tl.maximum(row0 - reach_h, 0), tl.minimum(row0 + TILE_H + reach_h, height),
+                tl.maximum(row0 - reach_h, 0) // 16 * 16, tl.minimum(row0 + TILE_H + reach_h, height),
                 tl.maximum(column0 - reach_w, 0) // 16 * 16, tl.minimum(column0 + TILE_W + reach_w, width),
                 image_stride, IMAGES, TILE_H, TILE_W,
             )  # fmt: skip
@@ -477,7 +485,7 @@ def map_program(
         table = _tabled(table, wide + channel * (WIDE_H * WIDE_W), row, column, WIDE_H, WIDE_W)
     if SMALL_H > 0:
         table = _tabled(table, small + channel * (SMALL_H * SMALL_W), row, column, SMALL_H, SMALL_W)
-    table = table.to(x.dtype.element_ty)
+    table = _rounded(table.to(x.dtype.element_ty), PRECISION)
     image = tl.arange(0, IMAGES)
     place = tl.arange(0, BLOCK)
     origin = (image0.to(tl.int64) * channels + channel) * size
@@ -487,7 +495,7 @@ def map_program(
     codes = ()
     for block in tl.static_range(BLOCKS):
         mask = images & (block * BLOCK + place < size)[None, :]
-        inputs = inputs + (tl.load(x + origin + offset + block * BLOCK, mask, 0.0),)
+        inputs = inputs + (_rounded(tl.load(x + origin + offset + block * BLOCK, mask, 0.0), PRECISION),)
         codes = codes + (_code(block * BLOCK + place, MAP_H, MAP_W) + ((MAP_H - 1) * across + MAP_W - 1),)
     for out_block in range(BLOCKS):
         out = out_block * BLOCK + place
@@ -523,7 +531,7 @@ def map_weight_program(
         mask = (image < batch - image0)[:, None] & (place < size)[None, :]
         left = tl.load(x + origin + offset, mask, 0.0)
         right = tl.load(gradient + origin + offset, mask, 0.0)
-        total = _dot(tl.trans(left), right, total, PRECISION)
+        total = _dot(tl.trans(_rounded(left, PRECISION)), _rounded(right, PRECISION), total, PRECISION)
     tap = tl.arange(0, triton.next_power_of_2(KERNEL_H * KERNEL_W))
     down = tap // KERNEL_W - KERNEL_H // 2
     right = tap % KERNEL_W - KERNEL_W // 2
@@ -591,7 +599,7 @@ def weight_program(
                         ((in_row >= 0) & (in_row < long_size))[:, None] & touched[None, :],
                         0.0,
                     )
-                    total = _dot(left, tl.trans(right), total, PRECISION)
+                    total = _dot(_rounded(left, PRECISION), tl.trans(_rounded(right, PRECISION)), total, PRECISION)
         row = place[None, :] + (tap - TAPS // 2 - step * LONG)[:, None]
         inside = (row >= 0) & (row < LONG)
         diagonals = tl.gather(total, tl.minimum(tl.maximum(row, 0), LONG - 1), 0)

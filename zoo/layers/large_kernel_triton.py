@@ -64,9 +64,10 @@ _INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 def is_available(x: Tensor) -> bool:
     """Whether these functions take `x`: Triton is there, `x` of 16 or 32 bits is on an NVIDIA GPU, Ampere or later.
 
+    And it has fewer than 2^31 elements, which offsets of 32 bits reach.
     Under Triton's interpreter (`TRITON_INTERPRET=1`) tensors of the CPU count, too.
     """
-    if not _INSTALLED or x.dtype not in _DTYPES:
+    if not _INSTALLED or x.dtype not in _DTYPES or x.numel() >= 2**31:
         return False
     return _INTERPRETED or (x.is_cuda and _has_tensor_cores(x.device.index))
 
@@ -86,8 +87,8 @@ def depthwise_conv2d(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None =
     _check(x, weights, bias)
     if not is_available(x):
         raise ConfigError(
-            f"The Triton kernels need an NVIDIA GPU since Ampere and float32, bfloat16 or float16, not {x.dtype} on "
-            f"{x.device}: use zoo.layers.large_kernel, which falls back."
+            "The Triton kernels need an NVIDIA GPU since Ampere and fewer than 2^31 elements of float32, bfloat16 or "
+            f"float16, not {x.numel()} of {x.dtype} on {x.device}: use zoo.layers.large_kernel, which falls back."
         )
     tall, wide, small = _merge(weights)
     if torch.is_autocast_enabled(x.device.type):
@@ -145,7 +146,7 @@ def _sum(weights: Sequence[Tensor]) -> Tensor | None:
         down, right = (height - weight.shape[2]) // 2, (width - weight.shape[3]) // 2
         padded = F.pad(weight.float(), (right, right, down, down))  # the sum is rounded once, in the program
         total = padded if total is None else total + padded
-    return total
+    return None if total is None else total.contiguous()  # padding keeps the strides of what is transposed
 
 
 @torch.library.custom_op("zoo::depthwise_bands", mutates_args=())
@@ -161,7 +162,7 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
     tiles = _tile(height), _tile(width)
     strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
     on_map = height * width <= (programs.POSITIONS if products < 3 else 64)
-    held = strips == (1, 1) and products < 3 and all(k is None or min(k.shape[2:]) <= 7 for k in (tall, wide))
+    held = strips == (1, 1) and _can_hold([k if k is None else min(k.shape[2:]) for k in (tall, wide)], tiles, products)
     if small is not None and not on_map and not held:
         if tall is not None:
             tall = _sum([tall, small])
@@ -207,6 +208,16 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
             HELD=held, PRODUCTS=products, **options,
         )  # fmt: skip
     return y
+
+
+def _can_hold(lines: Sequence[int | None], tiles: tuple[int, int], products: int) -> bool:
+    """Whether a program has room for the matrices of so many lines of a tall and of a wide kernel.
+
+    Ten of 64x64 are 80 KiB, what shared memory of 99 KiB, the least of these GPUs, leaves beside a tile.
+    """
+    present = [(count, tile) for count, tile in zip(lines, tiles, strict=True) if count is not None]
+    room = sum(count * tile**2 for count, tile in present) <= 10 * 64**2
+    return products < 3 and room and all(count <= 7 for count, _ in present)
 
 
 def _banded(weight: Tensor, dtype: torch.dtype, tile: int, strip: int) -> tuple[Tensor, Tensor]:
