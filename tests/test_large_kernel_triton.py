@@ -82,6 +82,20 @@ def test_without_triton_or_in_float64_nothing_is_available(monkeypatch):
     assert not large.is_available(torch.zeros(1))
 
 
+def test_without_a_c_compiler_it_falls_back_and_says_why(monkeypatch):
+    large._can_build.cache_clear()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match=r"Triton needs a C compiler \(gcc\)"):
+        assert not large._can_build()
+    monkeypatch.setenv("CC", "cc")
+    large._can_build.cache_clear()
+    monkeypatch.setattr(large.sysconfig, "get_path", lambda name: __file__)
+    with pytest.warns(UserWarning, match=r"Triton needs Python's header files"):
+        assert not large._can_build()
+    large._can_build.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("shape", "weights", "message"),
     [

@@ -41,10 +41,15 @@ few forms; set TRITON_CACHE_AUTOTUNING=1 to keep the choice.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import os
+import shutil
+import sysconfig
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,17 +69,32 @@ _INTERPRETED = _INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 def is_available(x: Tensor) -> bool:
     """Whether these functions take `x`: Triton is there, `x` of 16 or 32 bits is on an NVIDIA GPU, Ampere or later.
 
-    And it has fewer than 2^31 elements, which offsets of 32 bits reach.
+    And it has fewer than 2^31 elements, which offsets of 32 bits reach, and Triton finds the C compiler that it needs.
     Under Triton's interpreter (`TRITON_INTERPRET=1`) tensors of the CPU count, too.
     """
     if not _INSTALLED or x.dtype not in _DTYPES or x.numel() >= 2**31:
         return False
-    return _INTERPRETED or (x.is_cuda and _has_tensor_cores(x.device.index))
+    return _INTERPRETED or (x.is_cuda and _is_suitable(x.device.index))
 
 
 @torch.compiler.assume_constant_result
-def _has_tensor_cores(device: int | None) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _is_suitable(device: int | None) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0) and _can_build()
+
+
+@functools.cache
+def _can_build() -> bool:
+    """Whether there is what Triton builds its launchers with; where not, a warning says so once."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    missing = [] if compiler else ["a C compiler (gcc)"]
+    missing += [] if header.is_file() else [f"Python's header files ({header})"]
+    if missing:
+        warnings.warn(
+            f"Large kernels run as F.conv2d, which takes several times as long: Triton needs {' and '.join(missing)}.",
+            stacklevel=2,
+        )
+    return not missing
 
 
 def depthwise_conv2d(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
