@@ -18,7 +18,7 @@ from zoo import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-COMMAND = [sys.executable, "-m", "zoo.cli"]
+COMMAND = [sys.executable, "-m", "zoo"]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -118,7 +118,7 @@ def test_commands_print_what_is_shown(command, output, tmp_path):
     program, *arguments = shlex.split(command)
     assert program == "zoo"
     run = subprocess.run(
-        [sys.executable, "-m", "zoo.cli", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment()
+        [sys.executable, "-m", "zoo", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment()
     )
     assert run.returncode == 0, run.stderr
     assert [line.rstrip() for line in run.stdout.splitlines() if line] == [

@@ -401,9 +401,7 @@ def test_a_folder_is_model_and_tokenizer(folder: Path) -> None:
 
 def command(*arguments: object, given: bytes = b"") -> tuple[int, str, str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ZOO_NATIVE": "0"}
-    run = subprocess.run(
-        [sys.executable, "-m", "zoo.cli", *map(str, arguments)], input=given, capture_output=True, env=env
-    )
+    run = subprocess.run([sys.executable, "-m", "zoo", *map(str, arguments)], input=given, capture_output=True, env=env)
     assert b"Traceback" not in run.stderr
     return run.returncode, run.stdout.decode(), run.stderr.decode()
 

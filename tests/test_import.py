@@ -109,7 +109,7 @@ def test_the_package_runs_from_elsewhere(tmp_path):
     """An installed package finds its index wherever it is called from."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [sys.executable, "-m", "zoo.cli", "list", "poolformer_s12", "--json"],
+        [sys.executable, "-m", "zoo", "list", "poolformer_s12", "--json"],
         cwd=tmp_path,
         env=env,
         capture_output=True,

@@ -735,7 +735,7 @@ def test_published_by_one_process_opens_in_another_that_knows_only_timm(tmp_path
     folder = zoo.save_pretrained(model, tmp_path / "saved", labels=["a", "b", "c", "d"])
     with Hub() as hub:
         where: Any = {"env": environment(hub, tmp_path / "home"), "capture_output": True, "text": True}
-        publishing = [sys.executable, "-m", "zoo.cli", "publish", str(folder), "me/net", "--license", "mit"]
+        publishing = [sys.executable, "-m", "zoo", "publish", str(folder), "me/net", "--license", "mit"]
         done = subprocess.run(publishing, **where)
         assert done.returncode == 0, done.stderr
         assert f"Published and read back: {hub.url}/me/net (commit " in done.stdout
@@ -767,7 +767,7 @@ def test_ctrl_c_in_the_middle_of_an_upload(run: Path, tmp_path: Path):
     with Hub() as hub:
         hub.fault("PUT", "^/lfs/", hold, times=1, unheard=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "zoo.cli", "publish", str(run), "me/digits", "--license", "mit"],
+            [sys.executable, "-m", "zoo", "publish", str(run), "me/digits", "--license", "mit"],
             env=environment(hub, tmp_path / "home"),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

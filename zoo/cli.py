@@ -1116,7 +1116,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def fail(message: str) -> int:
     note(f"error: {message}")
     return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
