@@ -65,7 +65,7 @@ def programs_at(
     constants: dict[str, Any]
     precision = "tf32x3" if products == 3 else "tf32"
     for height, width in ((tap, lines), (lines, tap)):
-        if size * size <= 64:
+        if size * size <= programs.BLOCK_POSITIONS:
             constants = {"MAP_H": size, "MAP_W": size, "IMAGES": 64, "PLACES": 64, "PRECISION": precision}
             constants |= {"KERNEL_H": height, "KERNEL_W": width}
             yield programs.map_weight_program, weight, constants, 4, 1
@@ -77,7 +77,7 @@ def programs_at(
     edges: dict[str, Any] = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
     edges |= {"SMALL_H": lines, "SMALL_W": lines, "HAS_BIAS": True, "PRODUCTS": products}
     tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide", "small"), "fp32")
-    if size * size <= (programs.POSITIONS if products < 3 else 64):
+    if size * size <= (programs.POSITIONS if products < 3 else programs.BLOCK_POSITIONS):
         blocks = 1 if size <= 8 else 4
         del edges["PRODUCTS"]
         edges |= {

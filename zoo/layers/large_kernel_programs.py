@@ -20,12 +20,12 @@ import triton.language as tl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
 POSITIONS = 256  # maps of up to so many positions take `map_program`
+BLOCK_POSITIONS = 64  # of which it takes so many at once, and `map_weight_program` all
 PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 
 # TILE: positions that a program takes at once, images x tile height x tile width. COPIED: where a map fits into a tile,
 # a program first writes copies of it, which it then reads shifted, instead of the map. The first call for a shape times
-# them all. One stage each: the loads that shift the map are too narrow to be copied ahead, and more stages overflow
-# shared memory.
+# them all. One stage each: loads that shift the map are too narrow to be copied ahead, and matrices fill shared memory.
 _CONFIGS = [
     triton.Config({"TILE": 4096, "COPIED": True}, num_warps=4, num_stages=1),
     triton.Config({"TILE": 4096, "COPIED": False}, num_warps=4, num_stages=1),
@@ -194,10 +194,12 @@ def _matrices(
 
 
 @triton.jit
-def _line_product(total, matrix, low, x, offset, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr):
+def _line_product(
+    total, matrix, low, x, offset, short_stride, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
+):
     """total + (a line's banded matrix) @ (the map, shifted by that line's offset), on 16-bit operands."""
     touched = columns & (column + offset >= 0) & (column + offset < short_size)
-    block = tl.load(x, rows[:, None] & touched[None, :], 0.0)
+    block = tl.load(x + offset * short_stride, rows[:, None] & touched[None, :], 0.0)
     if PRODUCTS == 0:
         total = _dot(matrix, block, total, "tf32")
     else:
@@ -249,8 +251,8 @@ def _band(
         rows = place < long_size
         for line in tl.static_range(LINES):
             total = _line_product(
-                total, matrices[line], x, x + (line - LINES // 2) * short_stride, line - LINES // 2,
-                column, short_size, rows, columns, map_scale, PRODUCTS,
+                total, matrices[line], x, x, line - LINES // 2, short_stride, column,
+                short_size, rows, columns, map_scale, PRODUCTS,
             )  # fmt: skip
     else:
         matrices += place[:, None] * (STRIP * LONG) + place[None, :]
@@ -262,22 +264,21 @@ def _band(
         for start in range(first, last, LONG):
             rows = start + place < long_size
             strip = matrices + (start - long0 + STRIP // 2 * LONG)
+            source = x + start * long_stride
             if LINES <= 7:
                 for line in tl.static_range(LINES):
                     matrix = strip + line * (LONG * STRIP * LONG)
                     total = _line_product(
-                        total, tl.load(matrix), matrix + plane,
-                        x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
-                        column, short_size, rows, columns, map_scale, PRODUCTS,
+                        total, tl.load(matrix), matrix + plane, source, line - LINES // 2, short_stride, column,
+                        short_size, rows, columns, map_scale, PRODUCTS,
                     )  # fmt: skip
             else:  # too many to unroll; those that never touch the map are left out
                 touching = tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)
                 for line in range(touching[0], touching[1]):
                     matrix = strip + line * (LONG * STRIP * LONG)
                     total = _line_product(
-                        total, tl.load(matrix), matrix + plane,
-                        x + start * long_stride + (line - LINES // 2) * short_stride, line - LINES // 2,
-                        column, short_size, rows, columns, map_scale, PRODUCTS,
+                        total, tl.load(matrix), matrix + plane, source, line - LINES // 2, short_stride, column,
+                        short_size, rows, columns, map_scale, PRODUCTS,
                     )  # fmt: skip
     return total
 
@@ -303,9 +304,8 @@ def band_program(
     """y = conv(x, tall + small) + conv(x, wide) + bias on a tile of one channel of every `splits`-th group of images.
 
     Where there is no tall kernel, the small one is added to the wide one; edges of 0 mean that there is none. HELD: the
-    matrices are made here and stay in shared memory for all images, and `copies` is room for what `size_of_copies`
-    says, of each program. Else `tall` and `wide` are what `matrix_program`
-    made of the kernels, the small one included.
+    matrices are made here and stay in shared memory for all images, and `copies` has room for every program's copies.
+    Else `tall` and `wide` are what `matrix_program` made of the kernels, the small one included.
     """
     IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES)
     width = width_units * ALIGN  # so that the compiler knows which loads are aligned
@@ -428,7 +428,7 @@ def band_program(
 @triton.constexpr_function
 def size_of_copies(images: int, tile_h: int, tile_w: int) -> int:
     """Elements of the two copies of a program's tile, one with its columns side by side, one with its rows."""
-    return images * ((tile_w + 8) * tile_h + (tile_h + 8) * tile_w)
+    return images * ((tile_w + 2 * PAD.value) * tile_h + (tile_h + 2 * PAD.value) * tile_w)
 
 
 @triton.constexpr_function

@@ -181,7 +181,7 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
     products = _products(x.dtype)
     tiles = _tile(height), _tile(width)
     strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
-    on_map = height * width <= (programs.POSITIONS if products < 3 else 64)
+    on_map = height * width <= (programs.POSITIONS if products < 3 else programs.BLOCK_POSITIONS)
     held = strips == (1, 1) and _can_hold([k if k is None else min(k.shape[2:]) for k in (tall, wide)], tiles, products)
     if small is not None and not on_map and not held:
         if tall is not None:
@@ -196,7 +196,7 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
     with torch.cuda.device_of(x):
         if on_map:
             images, places = _tile(batch), _tile(height * width, most=programs.POSITIONS)
-            block = min(places, 64)
+            block = min(places, programs.BLOCK_POSITIONS)
             programs.map_program[(_cdiv(batch, images) * channels,)](
                 x, *tensors, y, batch, channels,
                 MAP_H=height, MAP_W=width, IMAGES=images, BLOCK=block, BLOCKS=places // block,
@@ -267,7 +267,7 @@ def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> 
     if not x.numel():
         return x.new_zeros((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
     precision = _PRECISIONS[_products(x.dtype)]
-    if height * width <= 64:
+    if height * width <= programs.BLOCK_POSITIONS:
         of_kernel = x.new_empty((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
         with torch.cuda.device_of(x):
             programs.map_weight_program[(channels,)](
