@@ -327,6 +327,42 @@ def test_packed_weights_follow_the_weights():
     assert images_with_gradients.grad is not None
 
 
+@torch.no_grad()
+def test_packed_weights_suit_every_shape(capfd):
+    """oneDNN wants another layout of a weight for other maps: none is to change it at every call."""
+    conv = PackedConv2d(nn.Conv2d(512, 2048, 1)).requires_grad_(False)
+    shapes = [(1, 512, 7, 7), (1, 512, 10, 10), (2, 512, 28, 28), (3, 512, 7, 7)]
+    batches = [torch.randn(shape).to(memory_format=torch.channels_last) for shape in shapes]
+    for x in batches:
+        conv(x)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        for x in batches:
+            conv(x)
+    calls = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert sum(",convolution," in line for line in calls) == len(shapes)
+    assert not [line for line in calls if ",reorder," in line]
+
+
+@pytest.mark.parametrize("act", ["none", "gelu"])
+@pytest.mark.parametrize("size", [(7, 7), (1, 1), (3, 11), (9, 9)])
+@torch.no_grad()
+def test_a_batch_of_small_maps(size, act):
+    """Taken as one image where weights are many; in whatever memory layout they come."""
+    conv = PackedConv2d(nn.Conv2d(512, 1024, 1), act).requires_grad_(False)
+    x, y = torch.randn(3, 512, *size), torch.randn(3, 1024, *size)
+    expected = nn.functional.conv2d(x, conv.weight, conv.bias)
+    expected = expected if act == "none" else nn.functional.gelu(expected)
+    torch.compiler.reset()  # all cases share this code, which would be compiled for some of them alone
+    compiled = torch.compile(lambda x, y: (conv(x), conv.add_to(y, x)), backend="aot_eager", fullgraph=True)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        mine = x.to(memory_format=layout)
+        close(conv(mine), expected)
+        for found, wanted in zip(compiled(mine, y), (expected, y + expected), strict=True):
+            close(found, wanted)
+        total = y.clone(memory_format=layout)
+        close(conv.add_to(total, mine), y + expected)
+
+
 def image_gradient(model, dtype=torch.float32):
     batch = images().to(dtype).requires_grad_()
     model(batch)[:, 0].sum().backward()

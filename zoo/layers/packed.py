@@ -8,7 +8,8 @@ gradients are asked for, in dtypes that oneDNN lacks) these are plain layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ _ONEDNN = torch.backends.mkldnn.is_available() and all(
         "_reorder_convolution_weight",
         "_linear_pointwise",
         "_reorder_linear_weight",
+        "_get_mkldnn_serialized_md",
     )
 )
 if _ONEDNN:  # looked up at each call they take a third longer to call
@@ -38,7 +40,7 @@ def may_overwrite(x: Tensor) -> bool:
     """Whether work in place is both allowed and of use: not where it is recorded, nor where gradients flow."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not _needs_gradients(x)
+    return not needs_gradients(x)
 
 
 class PackedConv2d(nn.Conv2d):
@@ -72,7 +74,7 @@ class PackedConv2d(nn.Conv2d):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """`y + self(x)`, written over `y` where `may_overwrite(y)`."""
-        if self.act == "none" and x.dtype == y.dtype and self._packs(x) and not _needs_gradients(y):
+        if self.act == "none" and x.dtype == y.dtype and self._packs(x) and not needs_gradients(y):
             arguments = y, x, self.weight, self.bias, *self._geometry()
             if torch.compiler.is_compiling():
                 return torch.ops.zoo.packed_conv2d_add(*arguments)
@@ -128,38 +130,58 @@ def _takes_packed(x: Tensor, weight: Tensor) -> bool:
         x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not (_needs_gradients(x) or _needs_gradients(weight))
+        and not (needs_gradients(x) or needs_gradients(weight))
         and not (is_exporting() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _needs_gradients(x: Tensor) -> bool:
+def needs_gradients(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
 # A compiler sees each as one operator, since packed weights can be neither traced nor copied.
 
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight: (its state, itself as oneDNN wants it)
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # weight: _Packed
+_SHAPES = 256  # of inputs that are remembered for a weight
 
 
-def _packed_once(weight: Tensor, pack: Callable[[Tensor], Tensor]) -> Tensor:
-    """The weight in the layout that oneDNN chooses for its first input; packed anew where the weight changed."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Packed:
+    """A weight as oneDNN wants it. The layout depends on the input's shape and the number of threads; in any other the
+    result is right, but the weight changes its layout at every call, which can take fifty times as long as the rest."""
+
+    state: tuple[int, torch.dtype, int]
+    by_shape: dict[tuple[int, ...], Tensor]
+    by_layout: dict[bytes, Tensor]
+
+
+def _packed_for(weight: Tensor, shape: tuple[int, ...], pack: Callable[[Tensor], Tensor]) -> Tensor:
+    """The weight in the layout that oneDNN chooses for inputs of `shape`; packed anew where the weight changed. Shapes
+    that ask for the same layout share one copy."""
     state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
     known = _packed.get(weight)
-    if known is None or known[0] != state:
-        known = _packed[weight] = state, pack(weight.detach())
-    return known[1]
+    if known is None or known.state != state:
+        known = _packed[weight] = _Packed(state, {}, {})
+    key = (*shape, torch.get_num_threads())
+    packed = known.by_shape.get(key)
+    if packed is None:
+        packed = pack(weight.detach())
+        layout = _OPERATORS._get_mkldnn_serialized_md(packed).numpy().tobytes()
+        if len(known.by_shape) >= _SHAPES:
+            known.by_shape.clear()
+        packed = known.by_shape[key] = known.by_layout.setdefault(layout, packed)
+    return packed
 
 
 def _pack_conv2d(weight: Tensor, geometry: tuple[list[int], list[int], list[int], int], shape: torch.Size) -> Tensor:
-    return _packed_once(weight, lambda w: _OPERATORS._reorder_convolution_weight(w, *geometry, list(shape)))
+    return _packed_for(weight, shape, lambda w: _OPERATORS._reorder_convolution_weight(w, *geometry, list(shape)))
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
-    rows = x.numel() // x.shape[-1]
-    packed = _packed_once(weight, lambda w: _OPERATORS._reorder_linear_weight(w, rows))
+    # of all numbers of rows only a single one changes the layout, and takes as long in that of many
+    packed = _packed_for(weight, (), lambda w: _OPERATORS._reorder_linear_weight(w, 64))
     return _MULTIPLY(x, packed, bias, act, [], "none" if act == "gelu" else "")
 
 
@@ -177,6 +199,31 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _goes_as_one(x: Tensor, weight: Tensor, padding: list[int], stride: list[int], groups: int) -> bool:
+    """Whether to take the batch as one image: oneDNN goes through the weights for each, which are too many for a cache
+    and, as the maps are small, too much of the work."""
+    return (
+        len(x) > 1
+        and x.shape[2] * x.shape[3] <= 64
+        and weight.numel() * weight.element_size() >= 2 * 2**20
+        and weight.shape[2:] == (1, 1)
+        and groups == 1
+        and stride == [1, 1]
+        and padding == [0, 0]
+    )
+
+
+def _as_one(x: Tensor) -> Tensor:
+    """(B, C, H, W), channels_last -> (1, C, B*H, W), the same memory."""
+    return x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+
+
+def _apart(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The way back."""
+    B, C, H, W = shape
+    return x.permute(0, 2, 3, 1).reshape(B, H, W, C).permute(0, 3, 1, 2)
+
+
 def _packed_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -187,9 +234,14 @@ def _packed_conv2d(
     groups: int,
     act: str,
 ) -> Tensor:
+    B, _, H, W = x.shape
+    as_one = _goes_as_one(x, weight, padding, stride, groups)
+    if as_one:
+        x = _as_one(x)
     packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
     algorithm = "none" if act == "gelu" else ""
-    return _CONVOLVE(x, packed, bias, padding, stride, dilation, groups, act, [], algorithm)
+    out = _CONVOLVE(x, packed, bias, padding, stride, dilation, groups, act, [], algorithm)
+    return _apart(out, (B, len(weight), H, W)) if as_one else out
 
 
 def _packed_conv2d_add_(
@@ -202,6 +254,9 @@ def _packed_conv2d_add_(
     dilation: list[int],
     groups: int,
 ) -> None:
+    """All channels_last."""
+    if _goes_as_one(x, weight, padding, stride, groups):
+        y, x = _as_one(y), _as_one(x)
     packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
     _OPERATORS._convolution_pointwise_(
         y, x, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None
@@ -262,10 +317,15 @@ def _conv2d_add_op(
     groups: int,
 ) -> Tensor:
     x, y = (t.contiguous(memory_format=torch.channels_last) for t in (x, y))
+    as_one = _goes_as_one(x, weight, padding, stride, groups)
+    shape = y.shape
+    if as_one:
+        x, y = _as_one(x), _as_one(y)
     packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
-    return _OPERATORS._convolution_pointwise.binary(
+    out = _OPERATORS._convolution_pointwise.binary(
         x, y, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None
     )
+    return _apart(out, shape) if as_one else out
 
 
 @_conv2d_add_op.register_fake
