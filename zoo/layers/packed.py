@@ -150,7 +150,7 @@ _SHAPES = 256  # of inputs that are remembered for a weight
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Packed:
     """A weight as oneDNN wants it. The layout depends on the input's shape and the number of threads; in any other the
-    result is right, but the weight changes its layout at every call, which can take fifty times as long as the rest."""
+    result is right, but the weight changes its layout at every call, which can take many times as long as the rest."""
 
     state: tuple[int, torch.dtype, int]
     by_shape: dict[tuple[int, ...], Tensor]
