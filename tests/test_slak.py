@@ -1,6 +1,7 @@
 """SLaK against its authors' code, its forms against each other, and what is particular to it."""
 
 import argparse
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 
 import zoo
 from tests import golden
+from zoo import registry
+from zoo.cli import main
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError, DownloadError
 from zoo.models.slak import SLaK, arguments_of, timm_convnext_state_dict
@@ -178,26 +181,54 @@ def pickled(tmp_path_factory) -> tuple[str, dict[str, torch.Tensor], dict[str, t
 
 
 def test_the_authors_pickles(pickled):
-    """Read without running code; a tag says that the last weights are the ones that the authors evaluated."""
+    """Read without running code; of the two sets the last one is taken, which the authors evaluated, unless asked."""
     path, last, averaged = pickled
     arguments = {**SMALL, "num_classes": 10}
-    tagged = zoo.create_model("slak_tiny.vita_in1k", checkpoint_path=path, **arguments)
-    assert torch.equal(tagged.head.fc.weight, last["head.weight"])
-    own = zoo.create_model("slak_tiny", checkpoint_path=path, **arguments)
-    assert torch.equal(own.head.fc.weight, averaged["head.weight"])
-    zoo.load_checkpoint(own, path, use_ema=False)
-    assert torch.equal(own.stages[2].blocks[1].mlp.fc1.weight, last["stages.2.1.pwconv1.weight"])
+    for name in ("slak_tiny.vita_in1k", "slak_tiny"):
+        model = zoo.create_model(name, checkpoint_path=path, **arguments)
+        assert torch.equal(model.head.fc.weight, last["head.weight"])
+        assert "The last weights (model) were taken, not the averaged ones (model_ema)" in str(model.load_report)
+    report = zoo.load_checkpoint(model, path, use_ema=True)
+    assert torch.equal(model.stages[2].blocks[1].mlp.fc1.weight, averaged["stages.2.1.pwconv1.weight"])
+    assert "The averaged weights (model_ema) were taken" in str(report)
+    zoo.load_checkpoint(model, path)
+    assert torch.equal(model.head.fc.weight, last["head.weight"])
+    unpublished = zoo.create_model("slak_large", checkpoint_path=path, **arguments)  # nobody states what was evaluated
+    assert torch.equal(unpublished.head.fc.weight, averaged["head.weight"])
+
+
+@pytest.fixture
+def published(monkeypatch) -> str:
+    """A small architecture with the weights of slak_tiny."""
+    entry = dataclasses.replace(registry.get_entry("slak_test"), weights=registry.get_entry("slak_tiny").weights)
+    monkeypatch.setitem(registry._entries, "slak_test", entry)
+    return "slak_test"
+
+
+def test_commands_take_the_weights_that_were_evaluated_and_say_so(pickled, published, tmp_path, capsys):
+    path, last, averaged = pickled
+    said = "The last weights (model) were taken, not the averaged ones (model_ema)"
+    assert main(["sparsity", published, "--checkpoint", path, "--json"]) == 0
+    assert said in capsys.readouterr().err
+    for model in (published, f"{published}.vita_in1k"):
+        assert main(["convert", path, str(tmp_path / "slak.safetensors"), "--model", model, "--overwrite"]) == 0
+        assert said in capsys.readouterr().out
+        converted = zoo.weights.read_state_dict(tmp_path / "slak.safetensors")
+        assert torch.equal(converted["head.fc.weight"], last["head.weight"])
+    zoo.convert_checkpoint(path, tmp_path / "averaged.safetensors", published, use_ema=True)
+    converted = zoo.weights.read_state_dict(tmp_path / "averaged.safetensors")
+    assert torch.equal(converted["head.fc.weight"], averaged["head.weight"])
 
 
 def test_pickles_convert_to_safetensors(pickled, tmp_path):
-    path, _, averaged = pickled
+    path, last, _ = pickled
     out = tmp_path / "slak.safetensors"
     with pytest.raises(CheckpointError, match="slak_tiny"):  # the published size
         zoo.convert_checkpoint(path, out, "slak_tiny")
     assert not out.exists()
     model = small()
     zoo.load_checkpoint(model, path)
-    assert torch.equal(model.stem.conv.weight, averaged["downsample_layers.0.0.weight"])
+    assert torch.equal(model.stem.conv.weight, last["downsample_layers.0.0.weight"])
 
 
 @pytest.mark.parametrize("info", zoo.search(family="slak"), ids=lambda info: info.name)

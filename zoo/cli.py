@@ -592,9 +592,11 @@ def run_sparsity(args: argparse.Namespace) -> None:
     from zoo.loading import load_model
 
     size = None if args.input_size is None else tuple(args.input_size)
-    found = zoo.sparsity.report(
-        load_model(args.source, args.checkpoint), size, masks=_masks_beside(args.checkpoint or args.source)
-    )
+    model = load_model(args.source, args.checkpoint)
+    loaded = getattr(model, "load_report", None)  # timm's own models have none
+    if loaded is not None and loaded.choice:
+        note(f"{loaded.choice}.")
+    found = zoo.sparsity.report(model, size, masks=_masks_beside(args.checkpoint or args.source))
     if args.plot:
         found.plot(args.plot, args.layers)
     if args.json:

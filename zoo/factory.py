@@ -55,7 +55,9 @@ def create_model(
             the finest map's stride), `num_classes` (19) of them; `up_head`, `seg_head` ("A", "B", "C", from large to
             small) and `upsample` ("nearest", "bilinear") are its arguments. Weights are those of the backbone. By
             default a model does what it was published for.
-        checkpoint_path: load these weights instead: a file, a folder, or `hf-hub:owner/name@revision`.
+        checkpoint_path: load these weights instead: a file, a folder, or `hf-hub:owner/name@revision`. Of averaged
+            and last weights in one file it takes those that were evaluated of the published ones: of those with the tag
+            in `name`, else of all where they agree, else the averaged ones. `load_checkpoint` takes what it is told.
         num_classes: width of the classifier, 0 for none. Another width than the weights have leaves it freshly
             initialised.
         in_chans: input channels; the first convolution of the weights is adapted.
@@ -151,8 +153,8 @@ def create_model(
     else:
         from zoo.weights import ORIGIN_KEYS
 
-        # a tag says which weights a file of one's own holds, too
-        use_ema = weights is None or weights.use_ema or not (isinstance(source, tuple) or cfg["tag"])
+        # a tag says which weights a file of one's own holds, too; without one, all that are published are asked
+        use_ema = weights.use_ema if weights is not None and (isinstance(source, tuple) or cfg["tag"]) else None
         model = _build_with_weights(
             entry,
             args,
@@ -321,7 +323,7 @@ def _build_with_weights(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     strict: bool,
-    use_ema: bool,
+    use_ema: bool | None,
     cache_dir: str | Path | None,
     token: str | None,
     refresh: bool,

@@ -428,6 +428,11 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
     use. Raises CheckpointError.
     """
     path = Path(path)
+    return unwrap(_read(path), str(path), use_ema)
+
+
+def _read(path: Path) -> Any:
+    """What a checkpoint file holds, with all that is wrapped around its tensors. Raises CheckpointError."""
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     try:
@@ -445,8 +450,8 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
         raise CheckpointError(f"{str(path)!r} is a web page and not a checkpoint: download the file itself.")
     is_safetensors = start[8:9] == b"{"
     if path.suffix == ".safetensors" or is_safetensors:
-        return unwrap(_read_safetensors(path), str(path), use_ema)
-    return unwrap(_read_pickle(path), str(path), use_ema)
+        return _read_safetensors(path)
+    return _read_pickle(path)
 
 
 def _shards(index: Path) -> list[str]:
@@ -524,12 +529,8 @@ def _not_a_checkpoint(path: Path, error: Exception) -> CheckpointError:
 
 def unwrap(loaded: Any, name: str, use_ema: bool = True) -> StateDict:
     """The state dict within whatever a checkpoint file held. Raises CheckpointError."""
-    order = (*EMA_KEYS, *WRAPPER_KEYS) if use_ema else (*WRAPPER_KEYS, *EMA_KEYS)
-    while isinstance(loaded, Mapping):
-        inner = next((loaded[key] for key in order if isinstance(loaded.get(key), Mapping) and loaded[key]), None)
-        if inner is None:
-            break
-        loaded = inner
+    while key := _wrapper_keys(loaded, use_ema)[0]:
+        loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{name} holds a {type(loaded).__name__} and no state dict: save model.state_dict().")
     tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -542,6 +543,32 @@ def unwrap(loaded: Any, name: str, use_ema: bool = True) -> StateDict:
     while all(key.startswith("module.") for key in tensors):  # DataParallel and its kin
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors
+
+
+def _wrapper_keys(loaded: Any, use_ema: bool) -> tuple[str | None, str | None]:
+    """Under which key the tensors lie, and, of averaged and last weights side by side, the key of those not taken."""
+    if not isinstance(loaded, Mapping):
+        return None, None
+    found = [
+        next((key for key in keys if isinstance(loaded.get(key), Mapping) and loaded[key]), None)
+        for keys in (EMA_KEYS, WRAPPER_KEYS)
+    ]
+    averaged, last = found
+    if averaged is None or last is None:
+        return averaged or last, None
+    return (averaged, last) if use_ema else (last, averaged)
+
+
+def _choice_of_weights(loaded: Any, use_ema: bool) -> str:
+    """Which of averaged and last weights `unwrap` takes, in words; nothing where there is no choice."""
+    while True:
+        key, other = _wrapper_keys(loaded, use_ema)
+        if other is not None:
+            names = ("averaged", "last") if use_ema else ("last", "averaged")
+            return f"The {names[0]} weights ({key}) were taken, not the {names[1]} ones ({other})"
+        if key is None:
+            return ""
+        loaded = loaded[key]
 
 
 def _some(names: Iterable[str], most: int = 20) -> str:
@@ -564,6 +591,7 @@ class LoadReport:
         adapted: tensors that were changed to fit the model's input channels.
         fresh: tensors of the model that the checkpoint did not set.
         notes: the same in words.
+        choice: which of averaged and last weights were taken, in words, where the checkpoint has both.
     """
 
     source: str
@@ -573,10 +601,12 @@ class LoadReport:
     adapted: tuple[str, ...] = ()
     fresh: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    choice: str = ""
 
     def __str__(self) -> str:
         layout = ", converted from a published layout" if self.converted else ""
-        return ". ".join([f"{self.loaded} tensors from {self.source}{layout}", *self.notes]) + "."
+        parts = [f"{self.loaded} tensors from {self.source}{layout}", self.choice, *self.notes]
+        return ". ".join(filter(None, parts)) + "."
 
 
 def load_checkpoint(
@@ -585,7 +615,7 @@ def load_checkpoint(
     *,
     strict: bool = True,
     convert: Converter | None = None,
-    use_ema: bool = True,
+    use_ema: bool | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
     refresh: bool = False,
@@ -601,7 +631,8 @@ def load_checkpoint(
         source: a file, a folder, `hf-hub:owner/name@revision`, or a state dict.
         strict: raise if any tensor is missing, unexpected or misshapen. Otherwise load those that fit.
         convert: from the checkpoint's layout to the model's; the registered one of the model by default.
-        use_ema: prefer averaged weights where the checkpoint has both.
+        use_ema: take the averaged weights where the checkpoint has both, or the last ones. By default what was
+            evaluated of the model's published weights, where these agree, and else the averaged ones.
         cache_dir: where downloads are kept.
         token: for private and gated repositories.
         refresh: ask the Hub whether the cached checkpoint is current.
@@ -610,13 +641,16 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"load_checkpoint takes a torch.nn.Module as its model, not {type(model).__name__}.")
-    path = None
-    if isinstance(source, Mapping):
-        name, tensors = "the state dict", unwrap(source, "The state dict", use_ema)
-    else:
+    path, name, loaded = None, "the state dict", source
+    if not isinstance(source, Mapping):
         path = locate(source, cache_dir=cache_dir, token=token, refresh=refresh)
-        name, tensors = os.fspath(source), read_state_dict(path, use_ema=use_ema)
+        name, loaded = os.fspath(source), _read(path)
+    if use_ema is None:
+        cfg = getattr(model, "pretrained_cfg", None) or getattr(_behind_wrapper(model)[0], "pretrained_cfg", None)
+        use_ema = _evaluated_are_averaged(_entry_of(cfg or {}))
+    tensors = unwrap(loaded, "The state dict" if path is None else str(path), use_ema)
     report = _load(model, tensors, name, strict, convert, ours=path is not None)
+    report = dataclasses.replace(report, choice=_choice_of_weights(loaded, use_ema))
     for module in {_behind_wrapper(model)[0], model}:
         entry = _entry_of(getattr(module, "pretrained_cfg", None) or {})
         keeps_some = "load_report" in module.__dict__ and bool(report.fresh)  # of the weights that it had before
@@ -766,6 +800,13 @@ def _entry_of(cfg: Mapping[str, Any]) -> Entry | None:
         return get_entry(cfg["architecture"])
     except (KeyError, UnknownModelError):  # a model that the zoo does not know: its layout is its own
         return None
+
+
+def _evaluated_are_averaged(entry: Entry | None, tag: str | None = None) -> bool:
+    """Whether the averaged weights of a file are those to take: what the published ones state, where they agree."""
+    published = () if entry is None else entry.weights if tag is None else (entry.find_weights(tag),)
+    stated = {weights.use_ema for weights in published}
+    return stated != {False}
 
 
 def _convert(convert: Converter | None, tensors: StateDict, model: nn.Module, name: str) -> StateDict:
@@ -987,15 +1028,16 @@ def convert_checkpoint(
     name: str | None = None,
     *,
     overwrite: bool = False,
-    use_ema: bool = True,
+    use_ema: bool | None = None,
     cache_dir: str | Path | None = None,
     token: str | None = None,
     refresh: bool = False,
 ) -> LoadReport:
     """Write a checkpoint in any published layout as safetensors in the zoo's layout, with nothing left out.
 
-    `name` is the architecture; without it, the `config.json` beside the checkpoint says it. Raises CheckpointError
-    for a checkpoint that does not fit the architecture, ConfigError for an output that cannot be written.
+    `name` is the architecture; without it, the `config.json` beside the checkpoint says it. `use_ema` is that of
+    `load_checkpoint`. Raises CheckpointError for a checkpoint that does not fit the architecture, ConfigError for an
+    output that cannot be written.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -1007,33 +1049,34 @@ def convert_checkpoint(
         raise ConfigError(f"{str(out)!r} exists: give another name, or overwrite it with overwrite=True (--overwrite).")
     where: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "refresh": refresh}
     path = locate(source, **where)
-    tensors = read_state_dict(path, use_ema=use_ema)
-    model, entry = _model_for(tensors, source, path, name, where)
-    converted = _convert(entry.convert, tensors, model, os.fspath(source))
-    fit = _Fit(model, converted, {"architecture": entry.name}, entry)
-    fit.check(os.fspath(source), True, "Nothing was written: was it trained as another architecture?")
-    was_converted = converted.keys() != tensors.keys()
+    loaded = _read(path)
     tag = split_name(name)[1] if name else None
-    origin = _origin(entry, path, os.fspath(source), was_converted, tag)
-    tensors = {key: fit.tensors[key] for key in fit.targets if key in fit.tensors}
-    write_safetensors(tensors, out, origin_metadata(entry.name, origin))
-    return LoadReport(source=os.fspath(source), loaded=len(fit.tensors), converted=was_converted)
-
-
-def _model_for(
-    tensors: StateDict, source: str | Path, path: Path, name: str | None, where: Mapping[str, Any]
-) -> tuple[nn.Module, Entry]:
-    """A model on the meta device as wide, at its input and at its classifier, as the checkpoint is."""
-    from zoo.factory import build_module
-
-    args: dict[str, Any] = {}
     if name is not None:
         entry = get_entry(name)
-        tag = split_name(name)[1]
         args = dict(entry.find_weights(tag).args) if tag else {}
     else:
         architecture, args = _saved_architecture(source, path, where)
         entry = get_entry(architecture)
+    if use_ema is None:
+        use_ema = _evaluated_are_averaged(entry, tag)
+    tensors = unwrap(loaded, str(path), use_ema)
+    model = _model_for(tensors, source, entry, args)
+    converted = _convert(entry.convert, tensors, model, os.fspath(source))
+    fit = _Fit(model, converted, {"architecture": entry.name}, entry)
+    fit.check(os.fspath(source), True, "Nothing was written: was it trained as another architecture?")
+    was_converted = converted.keys() != tensors.keys()
+    origin = _origin(entry, path, os.fspath(source), was_converted, tag)
+    tensors = {key: fit.tensors[key] for key in fit.targets if key in fit.tensors}
+    write_safetensors(tensors, out, origin_metadata(entry.name, origin))
+    choice = _choice_of_weights(loaded, use_ema)
+    return LoadReport(source=os.fspath(source), loaded=len(fit.tensors), converted=was_converted, choice=choice)
+
+
+def _model_for(tensors: StateDict, source: str | Path, entry: Entry, args: Mapping[str, Any]) -> nn.Module:
+    """A model on the meta device as wide, at its input and at its classifier, as the checkpoint is."""
+    from zoo.factory import build_module
+
+    args = dict(args)
     model = build_module(entry, args, device="meta")
     found = _convert(entry.convert, tensors, model, os.fspath(source))
     takes = inspect.signature(entry.build).parameters
@@ -1043,7 +1086,7 @@ def _model_for(
     if entry.first_conv and "in_chans" in takes:
         stems = [found[key] for name in _names(entry.first_conv) if (key := f"{name}.weight") in found]
         args |= {"in_chans": stems[0].shape[1]} if stems and stems[0].ndim == 4 else {}
-    return build_module(entry, args, device="meta"), entry
+    return build_module(entry, args, device="meta")
 
 
 def _saved_architecture(source: str | Path, path: Path, where: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

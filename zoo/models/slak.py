@@ -456,7 +456,7 @@ def _merge_all(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def arguments_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of the `SLaK` that a checkpoint, in a published layout or ours, belongs to: read from its shapes.
 
-        tensors = zoo.weights.read_state_dict("SLaK_tiny_checkpoint.pth")
+        tensors = zoo.weights.read_state_dict("SLaK_tiny_checkpoint.pth", use_ema=False)  # the last, as evaluated
         model = zoo.create_model("slak_tiny", **arguments_of(tensors))
         zoo.load_checkpoint(model, tensors)
 
@@ -545,8 +545,8 @@ COMPACT = (
     "Large depthwise kernels are the sum of tall, wide and small ones; trained sparse, 40% of all weights are zero."
 )
 WEIGHTS_NOTE = (
-    "The authors state no licence for the weights; their code is MIT. Their evaluation takes the last weights, not the "
-    "averaged ones, where the file holds both."
+    "The authors state no licence for the weights; their code is MIT. Where the file holds averaged weights, too, the "
+    "last ones are loaded, which the authors evaluate."
 )
 
 SIZES: dict[str, dict[str, Any]] = {
