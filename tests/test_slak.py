@@ -107,6 +107,17 @@ def test_golden_parity(file):
     assert deviation(reference, model) < 1e-9
 
 
+# 2.3 * 100 is 229.99..., and rounded down 229: only 2.3 itself gives 229 there and 23 of 10
+@pytest.mark.parametrize(("mlp_ratio", "read"), [(2.5, 2.5), (2.7, 2.7), (3.3, 3.3), (1.3, 1.3), (2.3, 2.3), (8 / 3, None)])
+@pytest.mark.parametrize("dims", [(24, 48, 96, 100), (10, 100), (62, 124)])
+def test_fractional_mlp_ratios_are_read_from_the_shapes(mlp_ratio, read, dims):
+    arguments: dict[str, Any] = {"depths": (1,) * len(dims), "kernel_sizes": (3,) * len(dims), "width_factor": 1.0}
+    model = small(mlp_ratio=mlp_ratio, dims=dims, **arguments)
+    found = arguments_of(model.state_dict())
+    zoo.create_model("slak_test", **found).load_state_dict(model.state_dict())
+    assert len(dims) < 4 or read is None or found["mlp_ratio"] == read
+
+
 @forms
 def test_golden_arguments_are_read_from_the_shapes(form):
     reference = golden.load("slak", form)
@@ -300,6 +311,16 @@ def test_the_fast_form_equals_the_model(form, size):
         assert (found - expected[name]).abs().max() < 1e-5 * expected[name].abs().max(), name
     again = zoo.optimize_for_inference(fast)
     torch.testing.assert_close(again(images), fast(images))
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_images_that_are_too_small_are_errors_in_words(optimize):
+    model = small().eval()
+    model = zoo.optimize_for_inference(model) if optimize else model
+    for size in ((31, 32), (32, 31), (8, 8), (3, 64)):
+        with pytest.raises(ConfigError, match=r"too small: a map of .* This network takes images from 32x32 up"):
+            model(torch.zeros(1, 3, *size))
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
 def test_the_fast_form_of_features():

@@ -15,8 +15,10 @@ With 7x7 kernels and no small ones it is what the authors call ConvNeXt: unlike 
 the depthwise convolution. `timm_convnext_state_dict` folds that away, and what is left is timm's ConvNeXt.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths
 from zoo.layers.folding import as_conv2d, fold_scale
+from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 from zoo.layers.packed import PackedConv2d, may_overwrite
@@ -40,7 +43,8 @@ BN_EPS = 1e-5
 
 # ------------------------------------------------------------------------------------------------------- large kernels
 
-torch.fx.wrap("depthwise_conv2d")  # choose their way by sizes, which fx does not follow
+torch.fx.wrap("check_map")  # these choose by sizes, which fx does not follow
+torch.fx.wrap("depthwise_conv2d")
 torch.fx.wrap("large_kernel_sum")
 
 
@@ -204,14 +208,19 @@ class SLaKBlock(nn.Module):
 
 
 class Stem(nn.Module):
-    """Patches of `stride` x `stride` pixels, then norm. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)"""
+    """Patches of `stride` x `stride` pixels, then norm. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)
 
-    def __init__(self, in_chans: int, dim: int, stride: int) -> None:
+    `needed` says which images the network takes. Raises ConfigError for those without a patch.
+    """
+
+    def __init__(self, in_chans: int, dim: int, stride: int, needed: str) -> None:
         super().__init__()
+        self.stride, self.needed = stride, needed
         self.conv = nn.Conv2d(in_chans, dim, stride, stride)
         self.norm = LayerNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.stride, self.stride, self.needed)
         return self.norm(self.conv(x))
 
     def fast_form(self) -> nn.Module:
@@ -219,14 +228,19 @@ class Stem(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Norm, then a 2x2 convolution of stride 2. (B, in_dim, H, W) -> (B, dim, H/2, W/2)"""
+    """Norm, then a 2x2 convolution of stride 2. (B, in_dim, H, W) -> (B, dim, H/2, W/2)
 
-    def __init__(self, in_dim: int, dim: int) -> None:
+    `needed` says which images the network takes. Raises ConfigError for a map below 2x2.
+    """
+
+    def __init__(self, in_dim: int, dim: int, needed: str) -> None:
         super().__init__()
+        self.needed = needed
         self.norm = LayerNorm2d(in_dim)
         self.conv = nn.Conv2d(in_dim, dim, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x, 2, 2, self.needed)
         return self.conv(self.norm(x))
 
 
@@ -250,9 +264,10 @@ class SLaKStage(nn.Module):
 
 
 class SLaK(StagedNet):
-    """A ConvNeXt of large kernels. (B, in_chans, H, W) -> (B, num_classes); H and W from 32 up.
+    """A ConvNeXt of large kernels. (B, in_chans, H, W) -> (B, num_classes)
 
-    The defaults are SLaK-T's. Any number of stages works.
+    The defaults are SLaK-T's. Any number of stages works. H and W are at least the stride of the last: 32 with four
+    stages and a stem of stride 4. A smaller image is a ConfigError.
 
     Args:
         in_chans: channels of the input.
@@ -323,11 +338,13 @@ class SLaK(StagedNet):
                 return MergedLargeKernelConv(width, kernel_size, small_kernel_size, decompose)
             return LargeKernelConv(width, kernel_size, small_kernel_size, decompose, batch_norm)
 
-        self.stem = Stem(in_chans, widths[0], stem_stride)
+        least = stem_stride * 2 ** (len(dims) - 1)
+        needed = f"This network takes images from {least}x{least} up."
+        self.stem = Stem(in_chans, widths[0], stem_stride, needed)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, (width, kernel_size) in enumerate(zip(widths, kernel_sizes, strict=True)):
-            downsample = Downsample(widths[i - 1], width) if i else nn.Identity()
+            downsample = Downsample(widths[i - 1], width, needed) if i else nn.Identity()
             blocks = [
                 SLaKBlock(width, large_kernel(width, kernel_size), mlp_ratio, drop_path, layer_scale_init)
                 for drop_path in drop_paths[i]
@@ -359,9 +376,11 @@ class FastStem(nn.Module):
 
     def __init__(self, stem: Stem) -> None:
         super().__init__()
+        self.stride, self.needed = stem.stride, stem.needed
         self.conv, self.norm = PackedConv2d(stem.conv), stem.norm
 
     def forward(self, x: Tensor) -> Tensor:
+        check_map(x, self.stride, self.stride, self.needed)
         return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
 
 
@@ -374,12 +393,16 @@ class FastStage(nn.Module):
         super().__init__()
         self.owns_input = isinstance(stage.downsample, Downsample)
         self.downsample = stage.downsample
+        self.needed = ""
         if isinstance(stage.downsample, Downsample):
+            self.needed = stage.downsample.needed
             self.downsample = nn.Sequential(stage.downsample.norm, PackedConv2d(stage.downsample.conv))
         blocks = [FastBlock(block) for block in stage.blocks]  # type: ignore[arg-type]
         self.blocks, self.hidden = nn.Sequential(*blocks), blocks[0].fc1.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.owns_input:
+            check_map(x, 2, 2, self.needed)
         x = self.downsample(x)
         if not may_overwrite(x):
             return self.blocks(x)
@@ -475,7 +498,8 @@ def arguments_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         (name,) = {name for name in _LARGE if f"{firsts[0]}large_kernel.{name}.weight" in shapes}
         larges = [shapes[f"{first}large_kernel.{name}.weight"] for first in firsts]
         _, in_chans, _, stem_stride = shapes["stem.conv.weight"]
-        hidden, width = shapes[f"{firsts[0]}mlp.fc1.weight"]
+        mlps = [shapes[f"{first}mlp.fc1.weight"] for first in firsts]
+        mlp_ratio = _mlp_ratio([(hidden, width) for hidden, width in mlps])
     except (IndexError, KeyError, ValueError) as error:
         raise CheckpointError("This is no checkpoint of a SLaK: its blocks hold no large kernels.") from error
     decompose, merged = _LARGE[name]
@@ -492,12 +516,26 @@ def arguments_of(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         "decompose": decompose,
         "merged": merged,
         "batch_norm": any(key.endswith(".bn.weight") for key in shapes),
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": mlp_ratio,
         "stem_stride": stem_stride,
     }
     if f"{firsts[0]}gamma" not in shapes:
         arguments["layer_scale_init"] = None
     return arguments
+
+
+def _mlp_ratio(stages: Sequence[tuple[int, int]]) -> float:
+    """The shortest decimal that gives each of (hidden, width) its hidden width.
+
+    Where channels were cut out there may be none: then it is the quotient of the first.
+    """
+    least = max(Fraction(hidden, width) for hidden, width in stages)
+    for digits in range(16):
+        first = math.ceil(least * 10**digits)
+        for ratio in (first / 10**digits, (first + 1) / 10**digits):  # rounded products may just miss the first
+            if all(int(ratio * width) == hidden for hidden, width in stages):
+                return ratio
+    return stages[0][0] / stages[0][1]
 
 
 # the kernel that says what a large-kernel operator is: (decompose, merged)
