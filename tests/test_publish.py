@@ -35,6 +35,7 @@ from zoo.models.metaformer import MetaFormer
 from zoo.publishing import model_card, prepare, publish
 from zoo.training import TrainingConfig, train
 from zoo.training.config import ModelConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"depths": (1, 1), "dims": (8, 16), "stem_kernel_size": 3, "stem_stride": 2}
@@ -188,6 +189,40 @@ def test_without_an_evaluation_the_run_speaks_for_itself_and_a_checkpoint_says_t
     card = model_card(bare)
     assert "These weights come without measured results." in card
     assert "## Training" not in card
+
+
+def test_a_sparse_run_says_so_and_brings_its_masks(run: Path, tmp_path: Path):
+    dense = prepare(run, tmp_path / "dense")
+    assert "sparse" not in metadata(dense.card).tags
+    assert "effective" not in dense.card
+    model = zoo.create_model(f"local-dir:{run / 'best'}")
+    torch.manual_seed(0)
+    masks = {name: torch.rand(w.shape) < 0.25 for name, w in zoo.sparsity.sparse_parameters(model).items()}
+    zoo.sparsity.apply_masks(model, masks)
+    for name in ("best", "last"):
+        write_safetensors(model.state_dict(), run / name / "model.safetensors")
+        zoo.sparsity.save_masks(masks, run / name / "masks.safetensors")
+    found = zoo.sparsity.report(model, masks=masks)
+    (run / "sparsity.json").write_text(found.to_json())
+    found.plot(run / "masks.png")
+
+    draft = prepare(run, tmp_path / "sparse")
+    assert "sparse" in metadata(draft.card).tags
+    assert f"| density | {found.density:.2%} of " in draft.card
+    assert f"| effective parameters | {found.effective_params:,} |" in draft.card
+    assert f"| parameters | {found.params:,} |" in draft.card
+    assert "](masks.png)" in draft.card
+    for name, place in (("sparsity.json", run), ("masks.png", run), ("masks.safetensors", run / "best")):
+        assert (draft.folder / name).read_bytes() == (place / name).read_bytes()
+    again = prepare(draft.folder, tmp_path / "again")  # as anyone's checkpoint
+    assert {"sparsity.json", "masks.png", "masks.safetensors"} <= again.files.keys()
+
+    zoo.sparsity.save_masks({name: ~mask for name, mask in masks.items()}, run / "last" / "masks.safetensors")
+    other = prepare(run, tmp_path / "other")  # what is reported is of the last masks, and not of the best
+    assert "masks.safetensors" in other.files
+    assert not {"sparsity.json", "masks.png"} & other.files.keys()
+    assert any("of other masks than this checkpoint's" in remark for remark in other.remarks)
+    assert "](masks.png)" not in other.card
 
 
 def test_nothing_private_is_published(run: Path, tmp_path: Path):

@@ -13,16 +13,20 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.cards import bibtex, cite, markdown_table, module_docstring, shape
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
 from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize
+
+if TYPE_CHECKING:
+    from zoo.profiling import Profile
+    from zoo.sparsity import SparseModel
 
 __all__ = [
     "Base",
@@ -35,6 +39,7 @@ __all__ = [
 ]
 
 HUB = "https://huggingface.co"
+SPARSE = 0.99  # the density below which a model is called sparse: halving leaves a few zeros in any
 ENVIRONMENT = "environment.json"  # of a run: what it was made with, a row for each start
 
 
@@ -185,6 +190,7 @@ def render_model_card(
     half: bool = False,
     rounded: bool = False,
     files: Sequence[str] = (),
+    masks: Mapping[str, Tensor] | None = None,
 ) -> str:
     """The card of `model`, as Markdown with the Hub's metadata on top.
 
@@ -201,18 +207,24 @@ def render_model_card(
         half: whether the weights are kept in half precision.
         rounded: whether that changed them, so that the figures are of other weights than these.
         files: that lie beside the card.
+        masks: of a sparse model, by which its weights are counted, as `zoo.sparsity.report` does.
 
     Raises ConfigError when the metadata is not what the Hub reads.
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     info = facts_of(str(cfg["architecture"]))
+    from zoo.profiling import profile
+
     about = _Data.of(run, results, dataset)
     place = repo_id or "OWNER/NAME"
     figures = _figures(run, results)
     name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
+    costs = profile(model)
+    sparse = _sparsity(model, costs, masks)
     data = _metadata(
         name=name,
         model=model,
+        is_sparse=sparse is not None,
         info=info,
         repo_id=repo_id,
         opens_in_timm=opens_in_timm,
@@ -225,7 +237,7 @@ def render_model_card(
         files=files,
     )
     sections = {
-        "Model": _model_section(model, cfg, info, half),
+        "Model": _model_section(model, cfg, info, half, costs, sparse, "masks.png" in files),
         "Use": _use_section(place, model, info, opens_in_timm),
         "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
         "Training": training_section(run, base, files),
@@ -345,6 +357,7 @@ def _metadata(
     *,
     name: str,
     model: nn.Module,
+    is_sparse: bool,
     info: ModelInfo | None,
     repo_id: str | None,
     opens_in_timm: bool,
@@ -383,7 +396,12 @@ def _metadata(
     return ModelCardData(
         library_name="timm" if opens_in_timm else "backbone-zoo",
         pipeline_tag=task,
-        tags=[task, "zoo", *(["timm"] if opens_in_timm else []), *([info.family] if info else [])],
+        tags=[
+            *(task, "zoo"),
+            *(["timm"] if opens_in_timm else []),
+            *([info.family] if info else []),
+            *(["sparse"] if is_sparse else []),
+        ],
         datasets=[trained_on] if trained_on else None,
         base_model=base.hub_id if base else None,
         metrics=["mean_iou" if segments else "accuracy"] if measured else None,
@@ -419,10 +437,25 @@ def _summary(
     return text + "."
 
 
-def _model_section(model: nn.Module, cfg: Mapping[str, Any], info: ModelInfo | None, half: bool) -> str:
-    from zoo.profiling import profile
+def _sparsity(model: nn.Module, costs: Profile, masks: Mapping[str, Tensor] | None) -> SparseModel | None:
+    """What `zoo sparsity` counts of a sparse model; None of any other."""
+    if not masks and (costs.effective is None or costs.effective.density >= SPARSE):
+        return None
+    from zoo.sparsity import report
 
-    costs = profile(model)
+    found = report(model, masks=masks)
+    return found if found.density < SPARSE else None
+
+
+def _model_section(
+    model: nn.Module,
+    cfg: Mapping[str, Any],
+    info: ModelInfo | None,
+    half: bool,
+    costs: Profile,
+    sparse: SparseModel | None,
+    has_picture: bool,
+) -> str:
     classes = getattr(model, "num_classes", 0)
     size = tuple(cfg["input_size"])
     rows = [
@@ -430,6 +463,7 @@ def _model_section(model: nn.Module, cfg: Mapping[str, Any], info: ModelInfo | N
         ("classes", f"{classes:,}{_some_labels(cfg)}" if classes else "none: features"),
         ("parameters", f"{costs.params:,}"),
         ("MACs", f"{humanize(costs.macs)} for one input of {shape(size)}"),
+        *(_sparse_rows(sparse) if sparse else []),
         ("activations", humanize(costs.activations)),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
         ("preprocessing", _preprocessing(cfg, whole=is_segmentation(model))),
@@ -439,11 +473,28 @@ def _model_section(model: nn.Module, cfg: Mapping[str, Any], info: ModelInfo | N
         "MACs are multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts "
         "one); activations are the output elements of the same operators.",
     ]
+    if sparse:
+        text.append(
+            "Density is the share of the weights of convolutions and linear layers that are not zero, or that masks "
+            "keep; effective parameters are without the others, and of effective MACs each layer has its density's "
+            "share. `zoo sparsity` counts them. Ordinary kernels multiply by zero as by anything else."
+        )
+    if sparse and has_picture:
+        text.append("![Density of every layer, and masks](masks.png)")
     if info and info.compact:
         text.insert(0, f"{info.compact.rstrip('.')}.")
     if info and info.paper:
         text.append(f"Paper: {cite(info.paper)}")
     return "\n\n".join(text)
+
+
+def _sparse_rows(sparse: SparseModel) -> list[tuple[str, str]]:
+    zeros = sum(layer.nonzeros < layer.params for layer in sparse.layers)
+    return [
+        ("density", f"{sparse.density:.2%} of the weights of {len(sparse.layers)} layers, of which {zeros} have zeros"),
+        ("effective parameters", f"{sparse.effective_params:,}"),
+        ("effective MACs", humanize(sparse.effective_macs)),
+    ]
 
 
 def _some_labels(cfg: Mapping[str, Any]) -> str:

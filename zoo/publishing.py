@@ -47,6 +47,7 @@ from zoo.model_card import (
     without_paths,
 )
 from zoo.registry import UNSTATED, Weights, get_entry, is_restricted, list_models, model_info, split_name
+from zoo.sparsity.masks import MASKS, load_masks
 from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
 
 __all__ = ["Draft", "Publication", "model_card", "prepare", "publish"]
@@ -58,6 +59,7 @@ TRIES = 5
 LONGEST_WAIT = 300.0  # seconds that a rate limit may ask for before it is an error
 # licences that a copy of must go along wherever weights are passed on, and where their text is
 COPY_GOES_ALONG = {"fair-noncommercial-research-license": "LICENSE.md of github.com/facebookresearch/EUPE, for one"}
+SPARSITY = ("sparsity.json", "masks.png")  # what a sparse run leaves beside its checkpoints
 RESULTS = ("evaluation/results.json", "results.json")  # where a run or a checkpoint may keep an evaluation
 
 
@@ -409,6 +411,7 @@ def prepare(
         )
     if found.run is not None:
         _add_records(found.run, draft)
+    masks = None if found.checkpoint is None else _add_masks(found.checkpoint, found.run, draft, remarks)
     if evaluation is not None:
         text = json.dumps(without_paths(evaluation), indent=1) + "\n"
         _write(draft / "results.json", text)
@@ -429,7 +432,8 @@ def prepare(
         if tokenizer is None:
             remarks.append("There is no tokenizer beside the weights: name one with --tokenizer.")
     else:
-        card = render_model_card(served, opens_in_timm=_opens_in_timm(draft, inputs, logits), **facts)
+        opens = _opens_in_timm(draft, inputs, logits)
+        card = render_model_card(served, opens_in_timm=opens, masks=masks, **facts)
     _write(draft / "README.md", card)
     if not license:
         remarks.append("No licence is stated for these weights: name one with --license.")
@@ -759,6 +763,27 @@ def _add_records(run: RunRecord, draft: Path) -> None:
     rows = [{key: value for key, value in without_paths(row).items() if key != "command"} for row in run.environment]
     if rows:
         _write(draft / ENVIRONMENT, json.dumps(rows, indent=1) + "\n")
+
+
+def _add_masks(
+    checkpoint: Path, run: RunRecord | None, draft: Path, remarks: list[str]
+) -> dict[str, Tensor] | None:
+    """The masks of a sparse checkpoint, which are returned, and what reports them: a run's is of its last checkpoint."""
+    if not (checkpoint / MASKS).is_file():
+        return None
+    shutil.copyfile(checkpoint / MASKS, draft / MASKS)
+    folder, reported = (checkpoint, checkpoint) if run is None else (run.folder, run.folder / "last")
+    there = [folder / name for name in SPARSITY if (folder / name).is_file()]
+    belongs = (reported / MASKS).is_file() and filecmp.cmp(reported / MASKS, checkpoint / MASKS, shallow=False)
+    if run is not None and belongs:  # a run that went on, and was stopped, has newer masks than it reported
+        belongs = all(path.stat().st_mtime >= (reported / MASKS).stat().st_mtime for path in there)
+    if belongs:
+        for path in there:
+            shutil.copyfile(path, draft / path.name)
+    elif there:
+        names = " and ".join(path.name for path in there)
+        remarks.append(f"Left out: {names} of {folder}, which are of other masks than this checkpoint's.")
+    return load_masks(checkpoint / MASKS)
 
 
 def _read_text(path: Path) -> str:
