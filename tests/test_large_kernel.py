@@ -305,3 +305,8 @@ def test_costs_are_those_of_the_whole_kernels():
     costs = zoo.profile(Block(), input_size=(4, 12, 10))
     taps = 27 * 5 + 5 * 27 + 5 * 5 + 5 * 27
     assert costs.macs == 4 * 12 * 10 * taps
+
+
+def test_complex_maps_are_convolved_where_an_fft_would_win():
+    x, weight = torch.randn(1, 2, 56, 56, dtype=torch.complex64), torch.randn(2, 1, 51, 51, dtype=torch.complex64)
+    torch.testing.assert_close(depthwise_conv2d(x, weight), torch.conv2d(x, weight, padding=25, groups=2))

@@ -9,6 +9,10 @@ kernels of dozens of taps a side, "same" zero padding, stride 1. What it chooses
   PyTorch's, which takes 10 to 60 times as long; as a banded matrix product in float64, which oneDNN does not take;
 - on CUDA, the kernels of `zoo.layers.large_kernel_triton`.
 
+An FFT mixes all pixels of a channel of an image: an infinity or NaN anywhere spreads over the whole channel, and next
+to a huge outlier (1e6) the others lose digits (errors of some 1e-3 in float32), where `F.conv2d` keeps them apart. It
+is chosen for whole kernels such as 51x51 on maps of some size, not for tall and wide ones.
+
 Traces and exported programs hold plain convolutions. The choices were measured on a CPU with AVX-512:
 benchmarks/large_kernel.py, benchmarks/results/large_kernel.json.
 """
@@ -32,7 +36,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     autocast it computes in the lower precision, as that does. Differentiable twice and more; `torch.func` and forward
     mode get that very convolution. On a CPU the result has the memory format of `x`.
 
-    Raises ConfigError for shapes that do not fit and for even kernels.
+    Raises ConfigError for shapes that do not fit and for even kernels; scripted, it does not check.
     """
     if torch.jit.is_scripting():
         return _convolve(x, _crop(weight, x.shape[2], x.shape[3]), bias, x.dtype in (torch.float32, torch.bfloat16))
@@ -194,7 +198,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Ten
     if x.numel() == 0:
         return _conv2d(x, weight, bias)
     channels_last = _in_channels_last(x)
-    if _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
+    if not x.is_complex() and _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
         y = _convolve_by_fourier(x, weight, bias)
     elif not fast:  # PyTorch's own convolution takes 2 to 10 times as long in channels_last
         y = _conv2d(x.contiguous(), weight, bias)
