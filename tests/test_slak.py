@@ -108,7 +108,9 @@ def test_golden_parity(file):
 
 
 # 2.3 * 100 is 229.99..., and rounded down 229: only 2.3 itself gives 229 there and 23 of 10
-@pytest.mark.parametrize(("mlp_ratio", "read"), [(2.5, 2.5), (2.7, 2.7), (3.3, 3.3), (1.3, 1.3), (2.3, 2.3), (8 / 3, None)])
+@pytest.mark.parametrize(
+    ("mlp_ratio", "read"), [(2.5, 2.5), (2.7, 2.7), (3.3, 3.3), (1.3, 1.3), (2.3, 2.3), (8 / 3, None)]
+)
 @pytest.mark.parametrize("dims", [(24, 48, 96, 100), (10, 100), (62, 124)])
 def test_fractional_mlp_ratios_are_read_from_the_shapes(mlp_ratio, read, dims):
     arguments: dict[str, Any] = {"depths": (1,) * len(dims), "kernel_sizes": (3,) * len(dims), "width_factor": 1.0}

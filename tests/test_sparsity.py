@@ -322,6 +322,34 @@ def test_a_report_goes_by_masks_where_it_is_given_them(sparse):
         zoo.sparsity.report(sparse, (3, 64, 64), masks={"fc": masks[name]})
 
 
+def test_a_folder_is_profiled_with_its_zeros(sparse, tmp_path, capsys):
+    from zoo.cli import main
+
+    zoo.save_pretrained(sparse, tmp_path / "best")
+    run, size = str(tmp_path), ["--input-size", "3", "64", "64"]
+    assert main(["profile", run, "poolformer_s12", *size, "--json"]) == 0
+    told, dense = json.loads(capsys.readouterr().out)
+    found = zoo.sparsity.report(sparse, (3, 64, 64))
+    assert (told["name"], told["params"], told["macs"]) == (run, found.params, found.macs)
+    assert (told["effective"]["params"], told["effective"]["macs"]) == (found.effective_params, found.effective_macs)
+    assert dense["effective"] is None
+    (result,) = zoo.benchmark(run, input_size=(3, 64, 64), repeats=1, warmup=0, memory=False)
+    assert result.name == run
+    for name in (f"{run}/nothing", f"{run}/nothing/at/all"):
+        assert main(["profile", name]) == 1
+        assert f"There is no run or checkpoint {name!r}" in capsys.readouterr().err
+
+
+def test_a_rule_without_a_sparsity_is_an_error(capsys):
+    from zoo.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["profile", "poolformer_s12", "--sparsity-rule", "erk"])
+    assert "--sparsity-rule says how zeros are spread over the layers" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="say with sparsity="):
+        zoo.profile("poolformer_s12", sparsity_rule="erk")
+
+
 def test_the_command_prints_and_draws(sparse, tmp_path, capsys):
     from zoo.cli import main
 
@@ -337,5 +365,7 @@ def test_the_command_prints_and_draws(sparse, tmp_path, capsys):
     assert (tmp_path / "masks.png").stat().st_size
     assert main(["sparsity", str(tmp_path / "runn")]) == 1
     assert "Did you mean run" in capsys.readouterr().err
+    assert main(["sparsity", "slak_test"]) == 1
+    assert "(--checkpoint)" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["sparsity", str(tmp_path / "run"), "--layers", "stages.0"])

@@ -185,12 +185,13 @@ zoo pareto --plot pareto.png""",
 zoo profile poolformer_s12
 zoo profile caformer_s18 --input-size 3 384 384 --depth 3
 zoo profile poolformer_s12 --plot cost.png
+zoo profile runs/digits
 zoo profile slak_tiny --sparsity 0.4 --sparsity-rule erk
 zoo profile mobilellm_125m --tokens 512
 zoo profile snnet_deit_ti_s_b --stitches --plot stitches.png
 zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     )
-    sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, of timm (timm/NAME), or a folder")
     input_shape(sub)
     sub.add_argument("--tokens", type=int, metavar="N", help="of a language model: length of the text (default: 128)")
     sub.add_argument("--batch-size", type=int, default=1, metavar="N", help="images or texts at once (default: 1)")
@@ -202,9 +203,8 @@ zoo profile poolformer_s12 timm/deit_tiny_patch16_224 --json""",
     zeros.add_argument("--sparsity", type=float, metavar="S", help="count as if this share of the weights were zero")
     sub.add_argument(
         "--sparsity-rule",
-        default="uniform",
         metavar="R",
-        help="how over the layers: uniform, er, erk (default: uniform)",
+        help="how --sparsity is spread over the layers: uniform, er, erk (default: uniform)",
     )
     as_json(sub)
 
@@ -235,7 +235,7 @@ zoo benchmark poolformer_s12 convformer_s18 --batch-size 1 32 --threads 2
 zoo benchmark caformer_s18 --device cuda --dtype bfloat16 --channels-last --compile
 zoo benchmark mobilellm_125m smollm_135m --tokens 128 --optimize --threads 2""",
     )
-    sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, or of timm (timm/NAME)")
+    sub.add_argument("names", nargs="+", metavar="NAME", help="a model of the zoo, of timm (timm/NAME), or a folder")
     sub.add_argument("--batch-size", nargs="+", type=int, default=[1], metavar="N", help="one or several (default: 1)")
     input_shape(sub)
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
@@ -1079,6 +1079,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         command.error("--plot draws one model: give a single NAME.")
     if args.command == "profile" and args.checkpoint and len(args.names) > 1:
         command.error("--checkpoint holds one model: give a single NAME.")
+    if args.command == "profile" and args.sparsity_rule is not None and args.sparsity is None:
+        command.error("--sparsity-rule says how zeros are spread over the layers: say with --sparsity how many.")
     if args.command == "profile" and args.stitches:
         others = (args.checkpoint, args.sparsity, args.tokens)
         if len(args.names) > 1 or args.batch_size != 1 or any(other is not None for other in others):

@@ -15,7 +15,15 @@ from zoo.files import checkpoint_places
 from zoo.hub import load_config
 from zoo.registry import get_entry, split_name
 
-__all__ = ["checkpoint_folder", "create_timm_model", "load_model", "looks_like_path", "model_task", "of_run"]
+__all__ = [
+    "checkpoint_folder",
+    "create_timm_model",
+    "load_model",
+    "looks_like_path",
+    "model_task",
+    "of_run",
+    "resolve_path",
+]
 
 
 def load_model(source: str, checkpoint_path: str | None = None, **model_args: Any) -> nn.Module:
@@ -29,20 +37,7 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
         return create_timm_model(
             source, pretrained=checkpoint_path is None, checkpoint_path=checkpoint_path or "", **model_args
         )
-    path = Path(source).expanduser()
-    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
-        folder = checkpoint_folder(path)
-        if folder is not None:
-            return create_model(f"local-dir:{folder}", checkpoint_path=checkpoint_path, **model_args)
-        if path.is_file():
-            raise ConfigError(
-                f"{source} has no config.json beside it that says what model it is: name the model, and give this file "
-                "as checkpoint_path."
-            )
-        raise ConfigError(f"{source} is neither the folder of a run nor one with config.json and model.safetensors.")
-    if looks_like_path(source):
-        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise ConfigError(f"There is no run or checkpoint {source!r}.{near}")
+    source = resolve_path(source)
     tagged_or_hub = "." in source or ":" in source
     return create_model(
         source,
@@ -50,6 +45,28 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
         checkpoint_path=checkpoint_path,
         **model_args,
     )
+
+
+def resolve_path(source: str) -> str:
+    """`source`, or, where that is a path to a run or a model, `local-dir:` and the folder where its weights lie.
+
+    Raises ConfigError for a path at which there is neither.
+    """
+    path = Path(source).expanduser()
+    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
+        folder = checkpoint_folder(path)
+        if folder is not None:
+            return f"local-dir:{folder}"
+        if path.is_file():
+            raise ConfigError(
+                f"{source} has no config.json beside it that says what model it is: name the model, and give this file "
+                "as checkpoint_path (--checkpoint)."
+            )
+        raise ConfigError(f"{source} is neither the folder of a run nor one with config.json and model.safetensors.")
+    if looks_like_path(source):
+        near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise ConfigError(f"There is no run or checkpoint {source!r}.{near}")
+    return source
 
 
 def checkpoint_folder(path: Path) -> Path | None:

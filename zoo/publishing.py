@@ -765,10 +765,8 @@ def _add_records(run: RunRecord, draft: Path) -> None:
         _write(draft / ENVIRONMENT, json.dumps(rows, indent=1) + "\n")
 
 
-def _add_masks(
-    checkpoint: Path, run: RunRecord | None, draft: Path, remarks: list[str]
-) -> dict[str, Tensor] | None:
-    """The masks of a sparse checkpoint, which are returned, and what reports them: a run's is of its last checkpoint."""
+def _add_masks(checkpoint: Path, run: RunRecord | None, draft: Path, remarks: list[str]) -> dict[str, Tensor] | None:
+    """The masks of a sparse checkpoint, which are returned, and what reports them: a run reports its last ones."""
     if not (checkpoint / MASKS).is_file():
         return None
     shutil.copyfile(checkpoint / MASKS, draft / MASKS)

@@ -338,7 +338,8 @@ class ModelInfo:
 def _find_weights(name: str, weights: tuple[Weights, ...], tag: str | None) -> Weights:
     if not weights:
         raise UnknownModelError(
-            f"{name} has no published weights. Load your own with checkpoint_path=, or leave out pretrained=True."
+            f"{name} has no published weights. Load your own with checkpoint_path= (--checkpoint), or, in Python, "
+            "leave out pretrained=True."
         )
     if tag is None:
         return weights[0]

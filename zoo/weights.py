@@ -87,7 +87,7 @@ def fetch(
     if weights.page is not None:
         raise DownloadError(
             f"The weights {weights.tag!r} can only be fetched by hand, from {weights.page}"
-            f"{f' ({weights.note})' if weights.note else ''}: then give the file with checkpoint_path=."
+            f"{f' ({weights.note})' if weights.note else ''}: then give the file with checkpoint_path= (--checkpoint)."
         )
     if weights.url is None:
         raise ConfigError(f"The weights {weights.tag!r} name neither a Hub repository nor a URL.")

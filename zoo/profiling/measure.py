@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 
 from zoo.devices import DEVICES, device_name, find_device
 from zoo.errors import ConfigError, ZooError, did_you_mean
-from zoo.hub import load_config
 from zoo.inference import optimize_for_inference
+from zoo.loading import model_task
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
-from zoo.registry import get_entry, model_info
+from zoo.registry import get_entry
 from zoo.units import humanize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -242,9 +242,7 @@ def benchmark(
 
 def _is_language(name: Any) -> bool:
     try:
-        if isinstance(name, str) and ":" in name:
-            name = load_config(name)[0]
-        return model_info(name).task == "language"
+        return isinstance(name, str) and model_task(name) == "language"
     except ZooError:
         return False
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.factory import create_model
 from zoo.files import whole_file
+from zoo.loading import load_model, resolve_path
 from zoo.plots import check_picture
 from zoo.profiling.effective import ZEROS, Effective, check_sparsity, effective_costs
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
+from zoo.registry import list_models
 from zoo.units import humanize
 
 CONVENTION = (
@@ -228,7 +229,7 @@ def profile(
     checkpoint_path: str | Path | None = None,
     tokens: int | None = None,
     sparsity: float | None = None,
-    sparsity_rule: str = "uniform",
+    sparsity_rule: str | None = None,
 ) -> Profile:
     """Count what `model` costs in eval mode, without running it: its forward is traced on the meta device.
 
@@ -236,13 +237,15 @@ def profile(
 
     Args:
         model: a module, which is left as it is, or a name: the zoo's models first, then timm's (`"timm/NAME"` is
-            always timm's). A model by name is built without memory for its weights.
+            always timm's). A model by name is built without memory for its weights; the folder of a run or a model
+            is loaded, so that `effective` counts its zeros.
         input_size: (channels, height, width) of one image; by default what the model's `pretrained_cfg` says.
         batch_size: images at a time; MACs and activations grow with it.
         tokens: of a language model: length of the prompt, and how many tokens one more sees, itself among them (128).
         checkpoint_path: for a name: the weights whose zeros `effective` counts, as `zoo.create_model` takes them.
         sparsity: share of the weights that `effective` takes to be zero, instead of counting them.
-        sparsity_rule: how that is spread over the layers: "uniform", "er" or "erk" (`zoo.sparsity`).
+        sparsity_rule: how that is spread over the layers: "uniform", "er" or "erk" (`zoo.sparsity`); by default
+            "uniform".
 
     A model whose forward looks at the values of its tensors cannot run on the meta device; it is traced on the CPU.
 
@@ -252,6 +255,12 @@ def profile(
         CheckpointError, DownloadError: a checkpoint that does not fit or cannot be read.
     """
     check_count("batch_size", batch_size)
+    if sparsity_rule is not None and sparsity is None:
+        raise ConfigError(
+            "sparsity_rule= (--sparsity-rule) says how zeros are spread over the layers: say with sparsity= "
+            "(--sparsity) how many."
+        )
+    sparsity_rule = sparsity_rule or "uniform"
     check_sparsity(sparsity, sparsity_rule)
     if checkpoint_path is not None and sparsity is not None:
         raise ConfigError("sparsity= states what checkpoint_path= holds: give one of the two.")
@@ -261,9 +270,11 @@ def profile(
         input_size = check_input_size(input_size)
     if isinstance(model, str):
         name = model
-        original = (
-            build(model, "meta") if checkpoint_path is None else create_model(model, checkpoint_path=checkpoint_path)
-        )
+        is_path = model not in list_models() and resolve_path(model) != model
+        has_weights = is_path or checkpoint_path is not None
+        path = None if checkpoint_path is None else str(checkpoint_path)
+        original = load_model(model, path) if has_weights else build(model, "meta")
+        model = original if has_weights else model
     elif isinstance(model, nn.Module):
         original = _unwrapped(model)
         name = _name_of(original)
@@ -288,8 +299,7 @@ def profile(
     if isinstance(channels, int) and channels != size[0]:
         raise ConfigError(f"{name} takes images of {channels} channels, not {size[0]}: input_size is {size}.")
 
-    given = original if checkpoint_path is not None else model
-    trace, traced_on = _trace(given, original, (batch_size, *size), name)
+    trace, traced_on = _trace(model, original, (batch_size, *size), name)
     return Profile(
         name=name,
         input_size=size,

@@ -10,6 +10,7 @@ from torch import nn
 from zoo.compat.timm import timms_own
 from zoo.errors import ConfigError, UnknownModelError, did_you_mean
 from zoo.factory import create_model
+from zoo.loading import resolve_path
 from zoo.registry import list_models
 
 TIMM_PREFIX = "timm/"
@@ -18,12 +19,15 @@ TIMM_PREFIX = "timm/"
 def build(name: str, device: torch.device | str = "cpu") -> nn.Module:
     """The model called `name`, without weights: the zoo's if it has one, else timm's (`timm/NAME`: always timm's).
 
-    Raises UnknownModelError with the nearest names of both.
+    The folder of a run or a model stands for its architecture. Raises UnknownModelError with the nearest names of both,
+    ConfigError for a path at which there is no model.
     """
     if not isinstance(name, str):
         raise ConfigError(f"A model name is a string such as 'poolformer_s12', not {type(name).__name__}.")
     if name.startswith(TIMM_PREFIX):
         return _build_with_timm(name.removeprefix(TIMM_PREFIX), device)
+    if name not in list_models():  # a folder of that name in the way is none's
+        name = resolve_path(name)
     try:
         return create_model(name, pretrained=False, device=device)
     except UnknownModelError:
