@@ -31,8 +31,16 @@ from zoo.cli import main
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError
 from zoo.models import slak
+from zoo.publishing import model_card
 from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of
-from zoo.training import ImageClassification, Interrupted, LanguageTrainingConfig, TrainingConfig, train
+from zoo.training import (
+    ImageClassification,
+    Interrupted,
+    LanguageModeling,
+    LanguageTrainingConfig,
+    TrainingConfig,
+    train,
+)
 from zoo.training.checkpoint import read_state
 from zoo.training.config import SparsityConfig
 from zoo.training.language_config import TextDataConfig
@@ -608,6 +616,43 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def fake_metric(name: str, *values: float) -> Callable[..., dict[str, float]]:
+    """An evaluation that answers these, one call after another."""
+    rest = iter(values)
+    return lambda self, model: {"loss": 1.0, name: next(rest)}
+
+
+FALLING: dict[str, Any] = {"method": "gmp", "density": 0.2, "update_interval": 11, "stop": 0.6}  # 11 updates an epoch
+
+
+@pytest.mark.parametrize("resumed", [False, True], ids=["whole", "resumed"])
+def test_the_best_epoch_is_one_at_the_lowest_density(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
+):
+    """Denser epochs before it, however accurate, do not count; of those at the same density the better one does."""
+    monkeypatch.setattr(ImageClassification, "evaluate", fake_metric("top1", 90.0, 80.0, 30.0, 50.0, 40.0))
+    changes: dict[str, Any] = {"sparsity": FALLING, "scheduler": {"epochs": 5}}
+    if resumed:
+        train(configure(recipe, tmp_path / "run", **changes, train={"max_updates": 22}))
+        assert read_state(tmp_path / "run" / "best")["progress"]["best_epoch"] == 2
+    run = train(configure(recipe, tmp_path / "run", **changes, resume="auto"))
+    densities = [float(row["density"]) for row in rows(run.folder)]
+    assert densities[0] > densities[1] + 0.1 > densities[2] + 0.1
+    assert densities[2:] == pytest.approx([0.2] * 3, abs=1e-3)
+    assert (run.best_epoch, run.best) == (4, 50.0)
+    kept = load_masks(run.best_checkpoint / "masks.safetensors").values()
+    assert sum(int(mask.count_nonzero()) for mask in kept) / sum(m.numel() for m in kept) == pytest.approx(
+        0.2, abs=0.01
+    )
+    assert "Top-1 accuracy on scikit-learn digits: 50.00%" in model_card(run.folder)
+
+
+def test_an_epoch_that_is_no_number_is_never_the_best(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ImageClassification, "evaluate", fake_metric("top1", math.nan, 20.0, math.nan))
+    run = train(configure(recipe, tmp_path / "run", sparsity=FALLING, scheduler={"epochs": 3}))
+    assert (run.best_epoch, run.best) == (2, 20.0)
+
+
 def asked_to_stop(loss: Callable[..., Tensor], batch: int) -> Callable[..., Tensor]:
     """`loss`, which sends this process a signal at its so-many-th call."""
     calls = itertools.count(1)
@@ -700,6 +745,21 @@ def test_what_a_sparse_run_of_a_language_model_leaves(tmp_path: Path, monkeypatc
         name: int(mask.count_nonzero()) for name, mask in masks.items()
     }
     assert (run.folder / "masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_of_a_language_model_whose_density_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """There the lowest value of the same density is best."""
+    monkeypatch.setattr(LanguageModeling, "evaluate", fake_metric("bits_per_byte", 2.0, 5.0, 4.0, 4.5))
+    write_jsonl(tmp_path / "train.jsonl", TEXTS)
+    write_jsonl(tmp_path / "val.jsonl", TEXTS[::7])
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    changes: dict[str, Any] = {"data": data_of(tmp_path), "output": {"dir": str(tmp_path / "run")}}
+    changes |= {"scheduler": {"epochs": 4}, "sparsity": {"method": "gmp", "density": 0.3, "update_interval": 1}}
+    changes["sparsity"]["stop"] = 0.5
+    run = train(load_config(LanguageTrainingConfig, tmp_path / "small.yaml", **changes))
+    densities = [float(row["density"]) for row in rows(run.folder)]
+    assert densities[0] > densities[1] == densities[2] == densities[3]
+    assert (run.best_epoch, run.best) == (3, 4.0)
 
 
 def test_gradients_that_overflow(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from zoo.cards import bibtex, cite, markdown_table, module_docstring, shape
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
+from zoo.history import best_row
 from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize
 
@@ -117,8 +118,8 @@ def _row_of(folder: Path, checkpoint: str, history: Sequence[Mapping[str, Any]])
     if metric is None:
         return None
     evaluated = [row for row in history if row.get(metric) is not None]
-    if checkpoint == "best":  # the first of equals, as the loop keeps it
-        return (max if metric in ("val_top1", "val_miou") else min)(evaluated, key=lambda row: row[metric])
+    if checkpoint == "best":
+        return best_row(evaluated, metric, metric not in ("val_top1", "val_miou"))
     return evaluated[-1] if _is_of_epoch(folder, history[-1]) and evaluated[-1] is history[-1] else None
 
 

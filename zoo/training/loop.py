@@ -2,9 +2,10 @@
 
 A run's folder holds `config.yaml`, `environment.json` (a row for each start: command, versions, devices), `history.csv`
 (a row for each epoch; `lr` is the rate that it ended with), `curves.png`, and the checkpoints `last` and `best`, which
-hold the masks of a sparse run (`masks.safetensors`) beside weights that are zero where these say so. A run
-that is stopped by Ctrl-C or SIGTERM saves itself, and `resume` goes on as if it had not been stopped: on the CPU bit
-for bit, on the same number of processes.
+hold the masks of a sparse run (`masks.safetensors`) beside weights that are zero where these say so. `best` is of the
+epoch with the best value of the task's metric among those at the lowest density (`zoo.history`): while a density
+falls, each epoch takes the place of denser ones. A run that is stopped by Ctrl-C or SIGTERM saves itself, and `resume`
+goes on as if it had not been stopped: on the CPU bit for bit, on the same number of processes.
 
 Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
@@ -58,6 +59,7 @@ from zoo.config import to_plain, to_yaml
 from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.files import make_folder, whole_file
+from zoo.history import is_better
 from zoo.layers.products import FastProducts
 from zoo.sparsity import apply_masks, load_masks, save_masks
 from zoo.training.checkpoint import (
@@ -128,7 +130,8 @@ class Task(Protocol):
     `model` is averaged, evaluated and saved. `learner` is what is optimised, and prepared for several processes:
     `model` itself, or a module that holds it beside what training alone needs, such as projections onto a teacher's
     features.
-    `metric` names the entry of `evaluate`'s answer that decides which checkpoint is best: the highest, or the lowest.
+    `metric` names the entry of `evaluate`'s answer that decides which checkpoint is best: the highest, or the lowest,
+    of the epochs at the lowest density.
     """
 
     model: nn.Module
@@ -394,7 +397,9 @@ class _Loop:
         progress = self.progress
         if progress.best_epoch:
             best, last = self.folder / "best", self.folder / "last"
-            found = f"Best {_metric_text(self.task.metric, progress.best)} in epoch {progress.best_epoch}: {best}."
+            density = (self._best_row() or {}).get("density")
+            at = "" if density is None else f" at density {density:.1%}"
+            found = f"Best {_metric_text(self.task.metric, progress.best)} in epoch {progress.best_epoch}{at}: {best}."
             self._say(found + (f" Last: {last}." if last.exists() else ""))
         return Run(
             folder=self.folder,
@@ -542,7 +547,7 @@ class _Loop:
         if is_last or (progress.epoch + 1) % self.config.train.eval_interval == 0:
             metrics = self._evaluate()
             row |= {f"val_{name}": value for name, value in metrics.items()}
-            is_best = self._is_better(metrics[self.task.metric])
+            is_best = is_better(row, self._best_row(), f"val_{self.task.metric}", self.task.lower_is_better)
             if is_best:
                 progress.best, progress.best_epoch = metrics[self.task.metric], progress.epoch + 1
         progress.history.append(row)
@@ -554,11 +559,9 @@ class _Loop:
             self.accelerator.log({k: v for k, v in row.items() if k != "updates"}, step=progress.updates)
         self._say(_row_text(row, self.epochs, is_best, speed))
 
-    def _is_better(self, value: float) -> bool:
-        """Than the best so far; one that is no number never is."""
-        if self.progress.best_epoch == 0:
-            return not math.isnan(value)
-        return value < self.progress.best if self.task.lower_is_better else value > self.progress.best
+    def _best_row(self) -> dict[str, Any] | None:
+        """The history's of the epoch that the best checkpoint is of."""
+        return next((row for row in self.progress.history if row["epoch"] == self.progress.best_epoch), None)
 
     def _evaluate(self) -> dict[str, float]:
         """What the epoch learned is saved first: evaluation may take long, fail, or be ended by a signal at once."""

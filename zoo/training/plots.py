@@ -8,6 +8,7 @@ from typing import Any
 
 from zoo.errors import MissingDependencyError
 from zoo.files import whole_file
+from zoo.history import best_row
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -39,8 +40,8 @@ def plot_curves(
         for key, style, label in (("train_loss", "--", "training"), ("val_loss", "-", "evaluation")):
             left.plot(*_points(rows, key), style, color=colour, marker=_marker(rows), label=f"{prefix}{label}")
         epochs, values = _points(rows, f"val_{metric}")
-        best = min if lower_is_better else max
-        label = f"{prefix}{metric_title(metric)}" + (f" (best {best(values):.{digits}f})" if values else "")
+        best = best_row(rows, f"val_{metric}", lower_is_better)
+        label = f"{prefix}{metric_title(metric)}" + (f" (best {best[f'val_{metric}']:.{digits}f})" if best else "")
         right.plot(epochs, values, color=colour, marker=_marker(rows), label=label)
     left.set_ylabel("loss")
     left.set_ylim(bottom=0)
