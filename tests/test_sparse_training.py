@@ -597,8 +597,20 @@ def test_channels_of_language_models_do_not_die_out(sparsity: dict[str, Any]):
 
 
 def test_masks_that_would_never_move():
-    with pytest.raises(ConfigError, match="update_interval is 2000 updates, and they may move from update 0 to 100 of"):
+    with pytest.raises(
+        ConfigError, match="update_interval is 2000 updates, and masks may move from update 0 to 100 of"
+    ):
         make(network(), method="slak")
+
+
+@pytest.mark.parametrize(
+    "config", [{"method": "gmp"}, {"method": "granet"}, {"method": "static", "initial_density": 1}]
+)
+def test_a_density_that_would_fall_at_once(config: dict[str, Any]):
+    message = r"fall all at once: sparsity\.update_interval is 51 updates, and masks may move from update 0 to 50 of 66"
+    with pytest.raises(ConfigError, match=rf"{message}\. Lower it\.$"):
+        make(network(), 66, density=0.2, update_interval=51, stop=0.75, **config)
+    make(network(), 66, density=0.2, update_interval=50, stop=0.76, **config)
 
 
 def test_weights_without_zeros_have_no_masks():
@@ -915,17 +927,25 @@ def hidden_layers(model: nn.Module) -> list[Any]:
     return [module for name, module in model.named_modules() if name.endswith(".fc1")]
 
 
-def test_sparsity_may_begin_and_end_on_the_way(recipe: Path, tmp_path: Path):
+def test_sparsity_may_begin_on_the_way_and_end_in_another_run(recipe: Path, tmp_path: Path):
     dense = train(configure(recipe, tmp_path / "run", train={"max_updates": 3}))
     assert not (dense.folder / "last" / "masks.safetensors").exists()
     sparsity = {"method": "static", "density": 0.5, "masks": "magnitude"}
     train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": 6}, resume="auto"))
     assert [row["density"] == "" for row in rows(dense.folder)] == [True, False]
     masks = load_masks(dense.folder / "last" / "masks.safetensors")
-    train(configure(recipe, tmp_path / "run", scheduler={"epochs": 3}, train={"max_updates": 9}, resume="auto"))
-    weights = safetensors.torch.load_file(dense.folder / "last" / "model.safetensors")
+    before = (dense.folder / "last" / "model.safetensors").read_bytes()
+    config = (dense.folder / "config.yaml").read_bytes()
+    message = r"was trained with sparsity\.method static, and none is set now: give the same --sparsity\.\* again"
+    with pytest.raises(CheckpointError, match=message):
+        train(configure(recipe, tmp_path / "run", scheduler={"epochs": 3}, train={"max_updates": 9}, resume="auto"))
+    assert (dense.folder / "last" / "model.safetensors").read_bytes() == before
+    assert (dense.folder / "config.yaml").read_bytes() == config
+    start = {"checkpoint_path": str(dense.folder / "last")}
+    other = train(configure(recipe, tmp_path / "other", model=start, train={"max_updates": 3}))
+    weights = safetensors.torch.load_file(other.folder / "last" / "model.safetensors")
     assert all(weights[name][~mask].all() for name, mask in masks.items())  # all weights learn again
-    assert not (dense.folder / "last" / "masks.safetensors").exists()
+    assert not (other.folder / "last" / "masks.safetensors").exists()
 
 
 def test_a_run_that_ends_before_masks_move_says_so(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -935,6 +955,21 @@ def test_a_run_that_ends_before_masks_move_says_so(recipe: Path, tmp_path: Path,
         train(run)
         said = "Masks do not move up to train.max_updates (2): see sparsity.update_interval." in capsys.readouterr().err
         assert said == (updates == 2)
+
+
+@pytest.mark.parametrize("updates", [2, 7, 15])
+def test_a_run_that_ends_before_its_density_says_at_which(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, updates: int
+):
+    sparsity: dict[str, Any] = {"method": "gmp", "density": 0.2, "update_interval": 3, "stop": 0.7}  # of 22 updates
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": updates}))
+    said, end = capsys.readouterr().err, float(rows(run.folder)[-1]["density"])
+    note = (
+        f"The run will end at density {end:.2%}, not 20.01%: the density falls up to update 15, and train.max_updates"
+    )
+    assert (note in said) == (updates < 15)
+    assert ("will end at" in said) == (updates < 15)
+    assert (end == pytest.approx(0.2, abs=1e-3)) == (updates == 15)
 
 
 def test_what_a_sparse_run_cannot_do(recipe: Path, tmp_path: Path):

@@ -223,7 +223,8 @@ class TrainConfig:
         model_ema: keep an exponential moving average of the weights; it is what is evaluated and saved.
         model_ema_decay: of that average.
         model_ema_warmup: let its decay grow from zero.
-        max_updates: stop after so many updates; null for all epochs.
+        max_updates: stop after so many updates; null for all epochs. A schedule, also of a density that falls, goes by
+            the epochs: it is cut off.
         eval_interval: epochs from one evaluation to the next; the last epoch is always evaluated.
         save_interval_updates: updates from one checkpoint to the next within an epoch; null for epochs' ends alone.
     """

@@ -677,8 +677,13 @@ class _Loop:
         rule = config.sparsity.rule()
         held = None if saved is None else saved[1].get("sparsity")
         if rule is None:
-            if held is not None:
-                self._say("The run was sparse, and goes on with all weights: sparsity.method is not set.")
+            if saved is not None and held is not None:
+                checkpoint, before = saved[0], saved[1]["config"]["sparsity"]["method"]
+                raise CheckpointError(
+                    f"{checkpoint} was trained with sparsity.method {before}, and none is set now: give the same "
+                    f"--sparsity.* again (--config {checkpoint.parent / 'config.yaml'} has them); or, to train all "
+                    "weights, begin a run in another output.dir, which may start from these (model.checkpoint_path)."
+                )
             return None
         self._check_sparse()
         sparse = SparseTraining(
@@ -697,8 +702,13 @@ class _Loop:
                 apply_masks(self.ema.module, sparse.masks)
         self._say(sparse.describe())
         limit = config.train.max_updates
-        moves = sparse.falls or rule.growth != "none"
-        if moves and limit is not None and not any(map(sparse.is_due, range(1, limit + 1))):
+        if sparse.falls and limit is not None and limit < sparse.end:
+            self._say(
+                f"The run will end at density {sparse.density_at(limit):.2%}, not {sparse.density_at(sparse.end):.2%}: "
+                f"the density falls up to update {sparse.end}, and train.max_updates stops the run after {limit}. "
+                "Raise it, or lower scheduler.epochs, whose updates sparsity.stop is a share of."
+            )
+        elif sparse.moves and limit is not None and not any(map(sparse.is_due, range(1, limit + 1))):
             self._say(f"Masks do not move up to train.max_updates ({limit}): see sparsity.update_interval.")
         return sparse
 

@@ -80,7 +80,8 @@ class SparseTraining:
         agree: overwrites tensors with those of the first process, where there are several.
 
     `masks` holds the masks by the names of the weights; chosen layers without one keep all weights. Raises ConfigError
-    where no layer is chosen, all chosen are frozen, and masks would never move although the rule says so.
+    where no layer is chosen, all chosen are frozen, and masks would never move, or a density not fall step by step,
+    although the rule says so.
     """
 
     def __init__(
@@ -101,10 +102,13 @@ class SparseTraining:
         self.interval = updates_per_epoch if rule.update_interval == "epoch" else int(rule.update_interval)
         self.begin, self.end = round(rule.start * updates), round(rule.stop * updates)
         self.falls = rule.initial_density is not None
-        if rule.growth != "none" and -(-max(self.begin, 1) // self.interval) * self.interval > self.end:
+        self.moves = self.falls or rule.growth != "none"
+        if self.moves and -(-max(self.begin, 1) // self.interval) * self.interval > self.end:
+            what = "The density would fall all at once" if self.falls else "Masks would never move"
             raise ConfigError(
-                f"Masks would never move: sparsity.update_interval is {self.interval} updates, and they may move from "
-                f"update {self.begin} to {self.end} of {updates}. Lower it, or set sparsity.growth to none."
+                f"{what}: sparsity.update_interval is {self.interval} updates, and masks may move from update "
+                f"{self.begin} to {self.end} of {updates}. Lower it"
+                + ("." if self.falls else ", or set sparsity.growth to none.")
             )
         self.masks: dict[str, Tensor] = {}
         self.kept: dict[str, int] = {}  # weights that each mask keeps
@@ -565,6 +569,13 @@ class SparseTraining:
         """The share of the chosen layers' weights that is kept."""
         total = sum(parameter.numel() for parameter in self.parameters.values())
         return 1 - sum(mask.numel() - self.kept[name] for name, mask in self.masks.items()) / total
+
+    def density_at(self, update: int) -> float:
+        """What `density` is after this update where it falls."""
+        last = max(filter(self.is_due, range(1, update + 1)), default=0)
+        total = sum(parameter.numel() for parameter in self.parameters.values())
+        targets = self.targets(last)
+        return 1 - sum(self.masks[name].numel() - kept for name, kept in targets.items()) / total
 
     def describe(self) -> str:
         """One line on what is sparse."""
