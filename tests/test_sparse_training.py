@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,7 @@ from zoo.training import (
     LanguageModeling,
     LanguageTrainingConfig,
     TrainingConfig,
+    parse_training_config,
     train,
 )
 from zoo.training.checkpoint import read_state
@@ -47,6 +50,8 @@ from zoo.training.language_config import TextDataConfig
 from zoo.training.loop import make_accelerator
 from zoo.training.parallel import Peers
 from zoo.training.sparse import SparseTraining, largest, snip_scores
+from zoo.training.sparse_methods import METHODS as METHOD_RULES
+from zoo.training.sparse_methods import SparsityRule
 
 CASES = golden.load("slak", "sparse_training")["cases"]
 
@@ -1009,7 +1014,47 @@ def test_the_configuration_of_a_run_is_read_again(recipe: Path, tmp_path: Path):
     sparsity = {"method": "nm", "layers": ["stages.*.blocks"], "pattern": "1:4"}
     run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": 1}))
     again = load_config(TrainingConfig, run.folder / "config.yaml")
-    assert again.sparsity == SparsityConfig(method="nm", layers=("stages.*.blocks",), pattern="1:4")
+    given = SparsityConfig(method="nm", layers=("stages.*.blocks",), pattern="1:4")
+    assert again.sparsity == given.resolved()
+    assert again.sparsity.rule() == given.rule()
+
+
+@pytest.mark.parametrize("method", ["granet", "set", "slak"])
+def test_an_old_run_means_what_it_meant(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, method: str
+):
+    """Its configuration holds the values that its method had, and goes on with them when the method has others."""
+    sparsity: dict[str, Any] = {"method": method, "density": 0.4, "growth": "random"}
+    sparsity |= {} if method == "set" else {"update_interval": 3}
+    few = {"max_updates": 5}
+    first = train(configure(recipe, tmp_path / "first", sparsity=sparsity, train=few))
+    old, written = METHOD_RULES[method], (first.folder / "config.yaml").read_text()
+    assert load_config(TrainingConfig, first.folder / "config.yaml").sparsity.rule() == dataclasses.replace(
+        old, **{key: value for key, value in sparsity.items() if key != "method"}
+    )
+    other = dataclasses.replace(old, distribution="uniform", prune_rate=0.01, stop=0.9, masks="magnitude")
+    monkeypatch.setitem(METHOD_RULES, method, other)
+    again = {"output": {"dir": str(tmp_path / "again")}}
+    second = train(load_config(TrainingConfig, first.folder / "config.yaml", **again))
+    assert_same_checkpoint(first.folder / "last", second.folder / "last")
+    assert (second.folder / "config.yaml").read_text() == written.replace("first", "again")
+    capsys.readouterr()
+    train(load_config(TrainingConfig, first.folder / "config.yaml", train={"max_updates": 7}, resume="auto"))
+    assert "than the run began with: train.max_updates." in capsys.readouterr().err
+    card = model_card(first.folder)
+    assert f"| `sparsity.prune_rate` | `{old.prune_rate}` |" in card
+    assert f'| `sparsity.distribution` | `"{old.distribution}"` |' in card
+
+
+def test_help_says_what_null_means_for_a_sparse_run(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        parse_training_config(["--help"], prog="train.py")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "zoo/training/sparse_methods.py lists the values of each method" in said
+    for name in (field.name for field in dataclasses.fields(SparsityRule)):
+        entry = re.search(rf" --sparsity\.{name} (?!.* --sparsity\.{name} )(.*?) \(type: ", said)
+        assert entry is not None
+        assert "Null: what the method sets" in entry[1], name
 
 
 # ------------------------------------------------------------------------------------------------------ two processes

@@ -267,44 +267,56 @@ class TrainConfig:
 class SparsityConfig:
     """Weights that are held at zero, and how the masks that say which move (`zoo.training.sparse`).
 
-    What is left null is as `method` has it; `zoo.training.sparse_methods` lists that.
+    What is left null is as `method` has it; `zoo.training.sparse_methods` lists that. A run's `config.yaml` has the
+    values themselves: to try another method, begin with the recipe and not with that file.
 
     Args:
-        method: "static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm" or "chase"; null trains all weights.
-        density: share of the chosen layers' weights that is kept, above 0 and up to 1: 1 - sparsity.
-        layers: "all" (weights of convolutions and linear layers), "decomposed" (of them SLaK's long depthwise
-            kernels), or names of modules and weights, with `*` and `?`. Vectors and frozen weights are never sparse.
+        method: "static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm" or "chase"; null trains all weights. It
+            sets what is left null below: zoo/training/sparse_methods.py lists the values of each method.
+        density: share of the chosen layers' weights that is kept, above 0 and up to 1: 1 - sparsity. Null: what the
+            method sets (slak alone does), or what its masks or pattern give.
+        layers: "all" (weights of convolutions and linear layers), "decomposed" (of them SLaK's long depthwise kernels),
+            or names of modules and weights, with `*` and `?`. Vectors and frozen weights are never sparse. Null: what
+            the method sets.
         distribution: of the density over the layers: "uniform"; "er" and "erk" (Erdos-Renyi, without and with the
             kernel's size): small layers are denser; "snip": by the loss's sensitivity on the first update's batches.
+            Null: what the method sets.
         masks: which weights of a layer are kept at first: "random"; those of the largest "magnitude"; of the largest
             sensitivity ("snip"); those that are not zero in the "weights" that training starts from, whose density it
-            keeps.
-        dense_from: a layer that would keep this share of its weights or more keeps all.
+            keeps. Null: what the method sets.
+        dense_from: a layer that would keep this share of its weights or more keeps all. Null: what the method sets.
         pattern: N:M, such as "2:4" (in quotes): at most 2 of every 4 weights along the inputs are kept, which fixes the
-            density.
-        initial_density: density at the start, from which it falls to `density` on a cubic curve.
+            density. Null: what the method sets.
+        initial_density: density at the start, from which it falls to `density` on a cubic curve. Null: what the method
+            sets.
         prune: which weights leave when masks move: the smallest by "magnitude", or, in proportion, the smallest
-            positive and the largest negative ones ("magnitude_per_sign").
+            positive and the largest negative ones ("magnitude_per_sign"). Null: what the method sets.
         growth: where as many appear, at zero: "random", or where the "gradient" or the optimizer's "momentum" is
-            largest. With "none" masks do not move.
-        prune_rate: share of a layer's kept weights that move at once, at first.
-        final_prune_rate: the same at `stop`.
-        prune_schedule: the way from the one to the other: "cosine" or "linear"; "constant" stays at `prune_rate`.
-        update_interval: updates of the weights from one move of the masks to the next, or "epoch".
-        start: share of the run before which masks do not move and the density does not fall.
-        stop: share of the run after which they do not.
-        update_instead_of_step: the gradients of an update that moves masks are not used for the weights.
+            largest. With "none" masks do not move. Null: what the method sets.
+        prune_rate: share of a layer's kept weights that move at once, at first. Null: what the method sets.
+        final_prune_rate: the same at `stop`. Null: what the method sets.
+        prune_schedule: the way from the one to the other: "cosine" or "linear"; "constant" stays at `prune_rate`. Null:
+            what the method sets.
+        update_interval: updates of the weights from one move of the masks to the next, or "epoch". Null: what the
+            method sets.
+        start: share of the run before which masks do not move and the density does not fall. Null: what the method
+            sets.
+        stop: share of the run after which they do not. Null: what the method sets.
+        update_instead_of_step: the gradients of an update that moves masks are not used for the weights. Null: what the
+            method sets.
         optimizer_state: "dense": the optimizer follows the gradients of all weights, also of those at zero; "active":
             only of those kept, and a weight that appears starts anew, its bias correction counted by its own age;
             "compact": the same, stored for the kept weights alone, which takes memory as the density does (optimizers
-            that treat each weight by itself).
-        regrow_warmup: updates over which the steps of a weight that appeared grow to their full length.
+            that treat each weight by itself). Null: what the method sets.
+        regrow_warmup: updates over which the steps of a weight that appeared grow to their full length. Null: what the
+            method sets.
         lr_density_power: a layer of density d takes steps d ** -power as long: 0 as they are, 1 as muP asks for sparse
-            layers (Dey et al. 2024, arXiv 2405.15743).
+            layers (Dey et al. 2024, arXiv 2405.15743). Null: what the method sets.
         dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`; at
             the end of the run they are cut off. Only channels whose layers, those that make and those that read them,
             are all chosen and not frozen; not of language models. Their weights go to other channels, of their layer
             first, so that the density stays, unless it is more than the living channels hold: these end dense then.
+            Null: what the method sets.
     """
 
     method: Literal["static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm", "chase"] | None = None
@@ -328,6 +340,11 @@ class SparsityConfig:
     regrow_warmup: int | None = None
     lr_density_power: float | None = None
     dead_channels: float | None = None
+
+    def resolved(self) -> SparsityConfig:
+        """The same with the method's values written down where none is given."""
+        rule = self.rule()
+        return self if rule is None else dataclasses.replace(self, **dataclasses.asdict(rule))
 
     def rule(self) -> SparsityRule | None:
         """All values, with the method's where none is given; None where no method is."""

@@ -38,7 +38,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import timm.optim
 import torch
@@ -300,7 +300,9 @@ def _report_sparsity(folder: Path, console: Console) -> None:
 
 class _Loop:
     def __init__(self, task: Task, config: RunConfig, accelerator: Accelerator, console: Console) -> None:
-        self.task, self.config, self.accelerator, self.console = task, config, accelerator, console
+        self.task, self.accelerator, self.console = task, accelerator, console
+        # as it is written down: a run means the same when a method's values are others one day
+        self.config: RunConfig = dataclasses.replace(cast(Any, config), sparsity=config.sparsity.resolved())
         train, device, processes = config.train, accelerator.device, accelerator.num_processes
         self.folder = prepare_folder(config)
         self.peers = Peers(processes)
