@@ -833,6 +833,40 @@ def test_channels_that_die_out_are_cut_off(recipe: Path, tmp_path: Path):
     torch.testing.assert_close(shrunk(images), last(images), rtol=1e-5, atol=1e-5)
 
 
+def test_a_shrunk_model_is_measured_and_published_with_the_record_of_its_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Its figures are its own: here those of a model that it is told apart from by its size."""
+    sparsity = {"method": "chase", "density": 0.5, "update_interval": 3, "stop": 0.8, "dead_channels": 0.4}
+    sizes = []
+
+    def accuracy(self: ImageClassification, model: nn.Module) -> dict[str, float]:
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+        return {"loss": 1.0, "top1": 80.0 if sizes[-1] == sizes[0] else 70.0}
+
+    monkeypatch.setattr(ImageClassification, "evaluate", accuracy)
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, scheduler={"epochs": 1}))
+    shrunk = run.folder / "shrunk"
+    assert (len(sizes), sizes[1] < sizes[0]) == (2, True)
+    figures = "val loss 1.0000  top1 70.00%; with them val loss 1.0000  top1 80.00%."
+    assert f"{sizes[1]:,} parameters of {sizes[0]:,}. {figures}" in capsys.readouterr().err
+    assert json.loads((shrunk / "figures.json").read_text()) == {"epoch": 1, "val_loss": 1.0, "val_top1": 70.0}
+    (run.folder / "results.json").write_text('{"top1": 99.0}')  # an evaluation of the best, and not of this one
+    for source, top1 in ((shrunk, "70.00"), (run.folder / "last", "80.00")):
+        draft = tmp_path / f"draft-{top1}"
+        options = ["--license", "apache-2.0", "--dry-run", str(draft)]
+        assert main(["publish", str(source), "me/x", *options]) == 0
+        files = {path.name for path in draft.iterdir()}
+        assert {"training_config.yaml", "history.csv", "environment.json", "curves.png"} <= files
+        assert ("figures.json" in files) == (source == shrunk)
+        assert "results.json" not in files
+        card = (draft / "README.md").read_text()
+        assert f"Top-1 accuracy on scikit-learn digits: {top1}%, measured" in card
+        assert "| `sparsity.dead_channels` | `0.4` |" in card
+        assert ("when the channels that had died out were cut off" in card) == (source == shrunk)
+        assert f"/blob/main/{'figures.json' if source == shrunk else 'history.csv'}" in card
+
+
 def test_channels_that_nothing_reads_are_cut_off_as_well():
     """Of one that is read but not made, the bias is left: it stays."""
     model = network().eval()

@@ -1,4 +1,4 @@
-"""Which epoch of a run is its best, by the rows of its history."""
+"""Which epoch of a run is its best, by the rows of its history, and what a run leaves beside its checkpoints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
-__all__ = ["best_row", "is_better"]
+__all__ = ["FIGURES", "SHRUNK", "best_row", "is_better"]
 
 Row: TypeAlias = Mapping[str, Any]
 
+SHRUNK = "shrunk"  # in a run's folder: the last model without the channels that died out
+FIGURES = "figures.json"  # in that folder: what was measured of it, as a row of the history has it
 SAME_DENSITY = 1e-3  # of it: whole weights are counted, so that densities that are meant to be equal are not quite
 
 

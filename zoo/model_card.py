@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.cards import bibtex, cite, markdown_table, module_docstring, shape
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
-from zoo.history import best_row
+from zoo.history import FIGURES, SHRUNK, best_row
 from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize
 
@@ -62,8 +62,8 @@ class Base:
 class RunRecord:
     """What a run's folder says of one of its checkpoints.
 
-    `row` is the history's row of the epoch that the checkpoint is of, None where it was not evaluated, and
-    `environment` has a row for each of the run's starts.
+    `row` is the history's row of the epoch that the checkpoint is of, or that of a shrunk model's own figures; None
+    where it was not evaluated. `environment` has a row for each of the run's starts.
     """
 
     folder: Path
@@ -72,6 +72,11 @@ class RunRecord:
     history: Sequence[Mapping[str, Any]]
     row: Mapping[str, Any] | None
     environment: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def measured_in(self) -> str:
+        """The file that `row` is from."""
+        return FIGURES if self.checkpoint == SHRUNK else "history.csv"
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -113,6 +118,8 @@ def _number(text: str) -> int | float | None:
 
 
 def _row_of(folder: Path, checkpoint: str, history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    if checkpoint == SHRUNK:
+        return _figures_of(folder)
     metrics = ("val_top1", "val_miou", "val_bits_per_byte", "val_loss")  # the first there is decides, as in training
     metric = next((key for key in metrics if any(row.get(key) is not None for row in history)), None)
     if metric is None:
@@ -121,6 +128,15 @@ def _row_of(folder: Path, checkpoint: str, history: Sequence[Mapping[str, Any]])
     if checkpoint == "best":
         return best_row(evaluated, metric, metric not in ("val_top1", "val_miou"))
     return evaluated[-1] if _is_of_epoch(folder, history[-1]) and evaluated[-1] is history[-1] else None
+
+
+def _figures_of(folder: Path) -> dict[str, Any] | None:
+    """What a run measured of its shrunk model; None where it did not write that down."""
+    try:
+        row = json.loads((folder / FIGURES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return row if isinstance(row, dict) and "epoch" in row else None
 
 
 def _is_of_epoch(folder: Path, row: Mapping[str, Any]) -> bool:
@@ -234,7 +250,7 @@ def render_model_card(
         data=about,
         trained_on=dataset or _hub_data(run),
         figures={} if rounded else figures,
-        measured_in="history.csv" if results is None else "results.json",
+        measured_in="results.json" if results is not None else run.measured_in if run else "",
         files=files,
     )
     sections = {
@@ -586,6 +602,11 @@ def _evaluation_section(
         assert run.row is not None
         epoch = f"epoch {run.row['epoch']} of {run.history[-1]['epoch']}"
         source = f"Measured on {where} at the end of {epoch} of the training run; `history.csv` holds every epoch."
+        if run.checkpoint == SHRUNK:
+            source = (
+                f"Measured on {where} after {epoch} of the training run, when the channels that had died out were cut "
+                f"off; `{FIGURES}` holds the figures, and `history.csv` those of every epoch before that."
+            )
     text = [markdown_table(("metric", ">value"), rows)]
     if rounded:
         text.append("The figures are of the weights before they were halved, and not of these.")

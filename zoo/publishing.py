@@ -35,6 +35,7 @@ from zoo.errors import CheckpointError, ConfigError, PublishError, UnknownModelE
 from zoo.exporting.checked import check_input
 from zoo.factory import create_model
 from zoo.files import checkpoint_places, whole_file
+from zoo.history import FIGURES, SHRUNK
 from zoo.hub import CONFIG, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
 from zoo.model_card import (
@@ -114,8 +115,8 @@ def publish(
     bit and logits, before this returns. Publishing the same again changes nothing and compares again.
 
     Args:
-        source: a model that `create_model` made, the folder of a run (its best checkpoint), a folder in the Hub's
-            layout, or a file of weights with `model=`.
+        source: a model that `create_model` made, the folder of a run (its best checkpoint), that of one of its
+            checkpoints (best, last, shrunk), a folder in the Hub's layout, or a file of weights with `model=`.
         repo_id: "owner/name"; made if need be. Other files that it holds stay.
         private: of a repository that is made; a public one that exists is refused.
         create_pr: open a pull request instead of committing to main.
@@ -487,7 +488,7 @@ def _find(source: nn.Module | str | Path, model: str | None) -> _Source:
             f"{str(folder)!r} is neither the folder of a run (config.yaml, best or last) nor a checkpoint ({CONFIG}, "
             f"{WEIGHTS})."
         )
-    if folder.name in ("best", "last") and (folder.parent / "config.yaml").is_file():
+    if folder.name in ("best", "last", SHRUNK) and (folder.parent / "config.yaml").is_file():
         return _from_run(folder.parent, folder.name)
     module = _open(f"local-dir:{folder}")
     note = read_json(folder / CONFIG).get("note")
@@ -749,16 +750,16 @@ def _read_results(found: _Source, given: str | Path | None) -> tuple[dict[str, A
 
 def _is_evaluated(run: RunRecord) -> bool:
     """Whether `eval.py --model RUN` evaluates this checkpoint: the best, or the last where there is no best."""
-    return run.checkpoint == "best" or not (run.folder / "best" / CONFIG).is_file()
+    return run.checkpoint == ("best" if (run.folder / "best" / CONFIG).is_file() else "last")
 
 
 def _add_records(run: RunRecord, draft: Path) -> None:
     """The run's configuration and surroundings without what is private, its history and its curves."""
     config = {key: value for key, value in without_paths(run.config).items() if key not in ("output", "resume")}
     _write(draft / "training_config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    for name in ("history.csv", "curves.png", "samples.md"):
-        if (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, draft / name)
+    for path in (run.folder / name for name in ("history.csv", "curves.png", "samples.md", f"{SHRUNK}/{FIGURES}")):
+        if path.is_file() and (path.name != FIGURES or run.checkpoint == SHRUNK):
+            shutil.copyfile(path, draft / path.name)
     # the configuration says all that a command does, and the command of a user's own program may hold secrets
     rows = [{key: value for key, value in without_paths(row).items() if key != "command"} for row in run.environment]
     if rows:

@@ -4,8 +4,9 @@ A run's folder holds `config.yaml`, `environment.json` (a row for each start: co
 (a row for each epoch; `lr` is the rate that it ended with), `curves.png`, and the checkpoints `last` and `best`, which
 hold the masks of a sparse run (`masks.safetensors`) beside weights that are zero where these say so. `best` is of the
 epoch with the best value of the task's metric among those at the lowest density (`zoo.history`): while a density
-falls, each epoch takes the place of denser ones. A run that is stopped by Ctrl-C or SIGTERM saves itself, and `resume`
-goes on as if it had not been stopped: on the CPU bit for bit, on the same number of processes.
+falls, each epoch takes the place of denser ones. `shrunk`, where channels died out, is the model of `last` without
+them, with what was measured of it (`figures.json`). A run that is stopped by Ctrl-C or SIGTERM saves itself, and
+`resume` goes on as if it had not been stopped: on the CPU bit for bit, on the same number of processes.
 
 Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
@@ -29,6 +30,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import json
 import math
 import os
 import shutil
@@ -59,7 +61,7 @@ from zoo.config import to_plain, to_yaml
 from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.files import make_folder, whole_file
-from zoo.history import is_better
+from zoo.history import FIGURES, SHRUNK, is_better
 from zoo.layers.products import FastProducts
 from zoo.sparsity import apply_masks, load_masks, save_masks
 from zoo.training.checkpoint import (
@@ -81,7 +83,6 @@ from zoo.training.sparse import MASKS, SparseTraining, snip_scores
 __all__ = ["Interrupted", "Run", "RunConfig", "Task", "TrainingError", "fit", "make_accelerator"]
 
 READ_LOSS_EVERY = 20  # updates; reading it waits for the accelerator
-SHRUNK = "shrunk"  # in a run's folder: the last model without the channels that died out
 FUSED = ("adam", "adamw")  # torch's own, which can update all weights in one pass over memory
 DRAW_EVERY = 10.0  # seconds; drawing takes longer than a small epoch
 TRACKERS = {"tensorboard": '"backbone-zoo[train]"', "wandb": "wandb", "trackio": "trackio"}  # what pip installs
@@ -622,7 +623,7 @@ class _Loop:
         self.peers.wait()
 
     def _cut_channels(self) -> None:
-        """Beside the last checkpoint: its model without the channels that died out."""
+        """Beside the last checkpoint: its model without the channels that died out, and what that one achieves."""
         if self.sparse is None or not self.sparse.channels:
             return
         task, last = self.task, self.folder / "last"
@@ -632,15 +633,22 @@ class _Loop:
         if not channels:
             return
         after = sum(parameter.numel() for parameter in smaller.parameters())
+        metrics, whole_row = task.evaluate(smaller), self.progress.history[-1]
+        row = {"epoch": self.progress.epoch, **{f"val_{name}": value for name, value in metrics.items()}}
+
+        def save(folder: Path) -> None:
+            task.save(folder)
+            (folder / FIGURES).write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+
         task.model = smaller
         try:
             if self.accelerator.is_main_process:
-                write_checkpoint(self.folder / SHRUNK, task.save)
+                write_checkpoint(self.folder / SHRUNK, save)
         finally:
             task.model = trained
         self._say(
             f"{channels:,} channels died out: {self.folder / SHRUNK} is {last} without them, {after:,} parameters of "
-            f"{before:,}."
+            f"{before:,}. {_metrics_text(row)}; with them {_metrics_text(whole_row)}."
         )
 
     def _find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
@@ -1019,14 +1027,21 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _row_text(row: dict[str, Any], epochs: int, is_best: bool, speed: str) -> str:
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}", f"train loss {row['train_loss']:.4f}"]
-    for key, value in row.items():
-        if key.startswith("val_"):
-            parts.append(("val " if key == "val_loss" else "") + _metric_text(key.removeprefix("val_"), value))
+    parts += [_metrics_text(row)] if any(key.startswith("val_") for key in row) else []
     if "density" in row:
         parts.append(f"density {row['density']:.1%}")
     parts.append(f"lr {row['lr']:.2e}")
     parts.append(f"{row['seconds']:.1f} s" + (f" ({speed})" if speed else ""))
     return "  ".join(parts) + ("  *" if is_best else "")
+
+
+def _metrics_text(row: dict[str, Any]) -> str:
+    """What was measured of the model, as far as a row of the history says."""
+    return "  ".join(
+        ("val " if key == "val_loss" else "") + _metric_text(key.removeprefix("val_"), value)
+        for key, value in row.items()
+        if key.startswith("val_")
+    )
 
 
 def _metric_text(name: str, value: float) -> str:
