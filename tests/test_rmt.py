@@ -53,7 +53,8 @@ def test_golden_parity(file):
         }
     assert reference["precision"] == "float64"
     assert outputs.keys() == reference["outputs"].keys()
-    assert max(golden.errors(reference, outputs).values()) < 1e-9
+    # angles are powers in float32, as published: their last bit, which phases multiply, depends on the processor
+    assert max(golden.errors(reference, outputs).values()) < 1e-8
 
 
 @pytest.mark.parametrize("file", [name for name in golden.names("rmt") if "@" in name])
