@@ -13,7 +13,7 @@ import zoo
 from tests import golden
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError, DownloadError
-from zoo.models.rmt import RMT, relative_positions
+from zoo.models.rmt import RMT, RelativePositions, relative_positions
 from zoo.registry import get_entry
 from zoo.training import TrainingConfig
 
@@ -32,6 +32,20 @@ def golden_params() -> list:
     return [pytest.param(name, marks=() if "1121layers" in name else pytest.mark.slow) for name in golden.names("rmt")]
 
 
+def with_golden_logarithm(module: nn.Module, inputs: Any, tables: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Decays of the first head by the logarithm of 3/4 that the golden files were made with.
+
+    Decays are logarithms in float32, as published, whose last bit depends on the processor: there it was one below the
+    nearest, here it may be another. That alone is worth 5e-9.
+    """
+    sin, cos, *decays = tables
+    for decay in decays:
+        here = decay[0, 0, 1].item()
+        assert here == pytest.approx(math.log(0.75), rel=2**-23)
+        decay[0] *= -0.28768205642700195 / here
+    return [sin, cos, *decays]
+
+
 @pytest.mark.parametrize("file", golden_params())
 def test_golden_parity(file):
     reference = golden.load("rmt", file)
@@ -40,6 +54,9 @@ def test_golden_parity(file):
     assert not report.dropped
     assert not report.fresh
     model.double().eval()
+    for module in model.modules():
+        if isinstance(module, RelativePositions):
+            module.register_forward_hook(with_golden_logarithm)
 
     with torch.no_grad():
         images = golden.inputs(reference)["input"].double()
@@ -53,8 +70,7 @@ def test_golden_parity(file):
         }
     assert reference["precision"] == "float64"
     assert outputs.keys() == reference["outputs"].keys()
-    # angles are powers in float32, as published: their last bit, which phases multiply, depends on the processor
-    assert max(golden.errors(reference, outputs).values()) < 1e-8
+    assert max(golden.errors(reference, outputs).values()) < 1e-9
 
 
 @pytest.mark.parametrize("file", [name for name in golden.names("rmt") if "@" in name])
