@@ -25,6 +25,7 @@ from torch import nn
 
 import zoo
 from tests.hub_stub import Hub, Reply, corrupt, drop, status
+from tests.sparse_runs import make_sparse
 from zoo import cli
 from zoo.data import DataConfig
 from zoo.devices import device_name
@@ -35,7 +36,6 @@ from zoo.models.metaformer import MetaFormer
 from zoo.publishing import model_card, prepare, publish
 from zoo.training import TrainingConfig, train
 from zoo.training.config import ModelConfig, OutputConfig, SchedulerConfig, TrainConfig
-from zoo.weights import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"depths": (1, 1), "dims": (8, 16), "stem_kernel_size": 3, "stem_stride": 2}
@@ -195,16 +195,7 @@ def test_a_sparse_run_says_so_and_brings_its_masks(run: Path, tmp_path: Path):
     dense = prepare(run, tmp_path / "dense")
     assert "sparse" not in metadata(dense.card).tags
     assert "effective" not in dense.card
-    model = zoo.create_model(f"local-dir:{run / 'best'}")
-    torch.manual_seed(0)
-    masks = {name: torch.rand(w.shape) < 0.25 for name, w in zoo.sparsity.sparse_parameters(model).items()}
-    zoo.sparsity.apply_masks(model, masks)
-    for name in ("best", "last"):
-        write_safetensors(model.state_dict(), run / name / "model.safetensors")
-        zoo.sparsity.save_masks(masks, run / name / "masks.safetensors")
-    found = zoo.sparsity.report(model, masks=masks)
-    (run / "sparsity.json").write_text(found.to_json())
-    found.plot(run / "masks.png")
+    found = make_sparse(run)
 
     draft = prepare(run, tmp_path / "sparse")
     assert "sparse" in metadata(draft.card).tags
@@ -217,7 +208,7 @@ def test_a_sparse_run_says_so_and_brings_its_masks(run: Path, tmp_path: Path):
     again = prepare(draft.folder, tmp_path / "again")  # as anyone's checkpoint
     assert {"sparsity.json", "masks.png", "masks.safetensors"} <= again.files.keys()
 
-    zoo.sparsity.save_masks({name: ~mask for name, mask in masks.items()}, run / "last" / "masks.safetensors")
+    zoo.sparsity.save_masks({name: ~mask for name, mask in found.masks.items()}, run / "last" / "masks.safetensors")
     other = prepare(run, tmp_path / "other")  # what is reported is of the last masks, and not of the best
     assert "masks.safetensors" in other.files
     assert not {"sparsity.json", "masks.png"} & other.files.keys()

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 import zoo
 from tests.hub_stub import Hub
 from tests.language import small
+from tests.sparse_runs import make_sparse
 from zoo import cli
 from zoo.data.text import TextDataConfig
 from zoo.data.tokenizers import create_tokenizer
@@ -134,6 +135,20 @@ def test_what_cannot_be_saved(tmp_path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------- publishing
+
+
+def test_a_sparse_run_says_so_and_brings_its_masks(run: Path, tmp_path: Path):
+    dense = model_card(run)
+    assert "effective" not in dense
+    assert "- sparse" not in dense
+    found = make_sparse(run)
+    draft = prepare(run, tmp_path / "sparse")
+    assert "sparse" in ModelCard(draft.card).data.tags
+    assert f"| density | {found.density:.2%} of " in draft.card
+    assert f"| effective parameters | {found.effective_params:,} |" in draft.card
+    assert f" for a text of {found.input_size[-1]} tokens |" in draft.card
+    assert "](masks.png)" in draft.card
+    assert {"sparsity.json", "masks.png", "masks.safetensors"} <= draft.files.keys()
 
 
 def test_a_run_is_published_and_opens(hub: Hub, run: Path, tmp_path: Path):

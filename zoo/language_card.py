@@ -10,10 +10,10 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.cards import bibtex, cite, markdown_table, module_docstring
 from zoo.errors import ConfigError
@@ -29,6 +29,9 @@ from zoo.model_card import (
     facts_of,
     licence_metadata,
     licence_section,
+    sparsity_of,
+    sparsity_rows,
+    sparsity_text,
     tools_of,
     training_section,
     without_paths,
@@ -36,6 +39,9 @@ from zoo.model_card import (
 from zoo.profiling.tokens import token_costs
 from zoo.registry import ModelInfo
 from zoo.units import humanize
+
+if TYPE_CHECKING:
+    from zoo.sparsity import SparseModel
 
 __all__ = ["render_language_card"]
 
@@ -63,6 +69,7 @@ def render_language_card(
     half: bool = False,
     rounded: bool = False,
     files: Sequence[str] = (),
+    masks: Mapping[str, Tensor] | None = None,
 ) -> str:
     """The card of `model`, a decoder with its weights, as Markdown with the Hub's metadata on top.
 
@@ -78,9 +85,11 @@ def render_language_card(
     figures, tasks = _figures(run, results), _tasks(results)
     data_name = _data_name(run, results, dataset)
     stated = ({}, []) if rounded else (figures, tasks)
+    sparse = sparsity_of(model, masks)
     data = _metadata(
         name=name,
         info=info,
+        is_sparse=sparse is not None,
         repo_id=repo_id,
         opens_in_transformers=opens_in_transformers,
         base=base,
@@ -89,7 +98,7 @@ def render_language_card(
         measured=_measured(*stated, data_name, dataset, repo_id, results, files),
     )
     sections = {
-        "Model": _model_section(model, config, cfg, info, tokenizer, half),
+        "Model": _model_section(model, config, cfg, info, tokenizer, half, sparse, "masks.png" in files),
         "Use": _use_section(place, config, tokenizer is not None, opens_in_transformers),
         "Evaluation": _evaluation_section(data_name, figures, tasks, run, results, rounded),
         "Training": training_section(run, base, files),
@@ -187,6 +196,7 @@ def _metadata(
     *,
     name: str,
     info: ModelInfo | None,
+    is_sparse: bool,
     repo_id: str | None,
     opens_in_transformers: bool,
     base: Base | None,
@@ -200,7 +210,12 @@ def _metadata(
     return ModelCardData(
         library_name="transformers" if opens_in_transformers else "backbone-zoo",
         pipeline_tag=TASK,
-        tags=[TASK, "zoo", *(["transformers"] if opens_in_transformers else []), *([info.family] if info else [])],
+        tags=[
+            *(TASK, "zoo"),
+            *(["transformers"] if opens_in_transformers else []),
+            *([info.family] if info else []),
+            *(["sparse"] if is_sparse else []),
+        ],
         datasets=[trained_on] if trained_on else None,
         base_model=base.hub_id if base else None,
         metrics=sorted({str(one.metric_type) for one in measured}) or None,
@@ -233,7 +248,14 @@ def _summary(
 
 
 def _model_section(
-    model: nn.Module, config: DecoderConfig, cfg: Mapping[str, Any], info: ModelInfo | None, tokenizer: Any, half: bool
+    model: nn.Module,
+    config: DecoderConfig,
+    cfg: Mapping[str, Any],
+    info: ModelInfo | None,
+    tokenizer: Any,
+    half: bool,
+    sparse: SparseModel | None,
+    has_picture: bool,
 ) -> str:
     costs = token_costs(model)
     layers = f"{config.depth}"
@@ -259,6 +281,7 @@ def _model_section(
         ("context", f"{config.context_length:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,}" + (f", tokenizer of {tokenizer.vocab_size:,}" if tokenizer else "")),
         ("MACs", f"{humanize(costs.macs)} a token, and {humanize(costs.attention_macs)} for each remembered one"),
+        *(sparsity_rows(sparse, f" for a text of {sparse.input_size[-1]} tokens") if sparse else []),
         ("memory", f"{memory} a token"),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
     ]
@@ -266,6 +289,7 @@ def _model_section(
         markdown_table(("", ""), rows),
         "MACs are multiply-accumulates of linear layers and head for a generated token (one fused multiply-add counts "
         "one).",
+        *(sparsity_text(has_picture) if sparse else []),
     ]
     if info and info.compact:
         text.insert(0, f"{info.compact.rstrip('.')}.")

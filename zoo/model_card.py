@@ -237,7 +237,7 @@ def render_model_card(
     figures = _figures(run, results)
     name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
     costs = profile(model)
-    sparse = _sparsity(model, costs, masks)
+    sparse = sparsity_of(model, masks)
     data = _metadata(
         name=name,
         model=model,
@@ -454,12 +454,14 @@ def _summary(
     return text + "."
 
 
-def _sparsity(model: nn.Module, costs: Profile, masks: Mapping[str, Tensor] | None) -> SparseModel | None:
+def sparsity_of(model: nn.Module, masks: Mapping[str, Tensor] | None) -> SparseModel | None:
     """What `zoo sparsity` counts of a sparse model; None of any other."""
-    if not masks and (costs.effective is None or costs.effective.density >= SPARSE):
-        return None
-    from zoo.sparsity import report
+    from zoo.sparsity import report, sparse_parameters
 
+    if not masks:  # a report takes a trace, which of a dense model says nothing
+        weights = sparse_parameters(model).values()
+        if sum(int(w.count_nonzero()) for w in weights) >= SPARSE * sum(w.numel() for w in weights):
+            return None
     found = report(model, masks=masks)
     return found if found.density < SPARSE else None
 
@@ -480,7 +482,7 @@ def _model_section(
         ("classes", f"{classes:,}{_some_labels(cfg)}" if classes else "none: features"),
         ("parameters", f"{costs.params:,}"),
         ("MACs", f"{humanize(costs.macs)} for one input of {shape(size)}"),
-        *(_sparse_rows(sparse) if sparse else []),
+        *(sparsity_rows(sparse) if sparse else []),
         ("activations", humanize(costs.activations)),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
         ("preprocessing", _preprocessing(cfg, whole=is_segmentation(model))),
@@ -490,14 +492,7 @@ def _model_section(
         "MACs are multiply-accumulates of convolution, linear, matmul and attention (one fused multiply-add counts "
         "one); activations are the output elements of the same operators.",
     ]
-    if sparse:
-        text.append(
-            "Density is the share of the weights of convolutions and linear layers that are not zero, or that masks "
-            "keep; effective parameters are without the others, and of effective MACs each layer has its density's "
-            "share. `zoo sparsity` counts them. Ordinary kernels multiply by zero as by anything else."
-        )
-    if sparse and has_picture:
-        text.append("![Density of every layer, and masks](masks.png)")
+    text += sparsity_text(has_picture) if sparse else []
     if info and info.compact:
         text.insert(0, f"{info.compact.rstrip('.')}.")
     if info and info.paper:
@@ -505,13 +500,24 @@ def _model_section(
     return "\n\n".join(text)
 
 
-def _sparse_rows(sparse: SparseModel) -> list[tuple[str, str]]:
+def sparsity_rows(sparse: SparseModel, of_what: str = "") -> list[tuple[str, str]]:
+    """Of the table of a model: `of_what` says what its MACs are of, where the table does not."""
     zeros = sum(layer.nonzeros < layer.params for layer in sparse.layers)
     return [
         ("density", f"{sparse.density:.2%} of the weights of {len(sparse.layers)} layers, of which {zeros} have zeros"),
         ("effective parameters", f"{sparse.effective_params:,}"),
-        ("effective MACs", humanize(sparse.effective_macs)),
+        ("effective MACs", f"{humanize(sparse.effective_macs)}{of_what}"),
     ]
+
+
+def sparsity_text(has_picture: bool) -> list[str]:
+    """What those rows mean, and the picture where there is one."""
+    text = (
+        "Density is the share of the weights of convolutions and linear layers that are not zero, or that masks keep; "
+        "effective parameters are without the others, and of effective MACs each layer has its density's share. "
+        "`zoo sparsity` counts them. Ordinary kernels multiply by zero as by anything else."
+    )
+    return [text, *(["![Density of every layer, and masks](masks.png)"] if has_picture else [])]
 
 
 def _some_labels(cfg: Mapping[str, Any]) -> str:

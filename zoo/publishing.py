@@ -425,7 +425,7 @@ def prepare(
     if license_text is not None:
         _write(draft / "LICENSE", license_text)
     names = sorted(path.name for path in draft.iterdir())
-    facts: dict[str, Any] = {"repo_id": repo_id, "run": found.run, "results": evaluation, "base": base}
+    facts: dict[str, Any] = {"repo_id": repo_id, "run": found.run, "results": evaluation, "base": base, "masks": masks}
     facts |= {"license": license, "dataset": dataset, "note": note, "half": half, "rounded": rounded, "files": names}
     if is_language:
         opens = _opens_in_transformers(draft, inputs, logits, remarks)
@@ -434,7 +434,7 @@ def prepare(
             remarks.append("There is no tokenizer beside the weights: name one with --tokenizer.")
     else:
         opens = _opens_in_timm(draft, inputs, logits)
-        card = render_model_card(served, opens_in_timm=opens, masks=masks, **facts)
+        card = render_model_card(served, opens_in_timm=opens, **facts)
     _write(draft / "README.md", card)
     if not license:
         remarks.append("No licence is stated for these weights: name one with --license.")
