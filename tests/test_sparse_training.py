@@ -1011,6 +1011,18 @@ def test_a_run_that_ends_before_its_density_says_at_which(
     assert (end == pytest.approx(0.2, abs=1e-3)) == (updates == 15)
 
 
+@pytest.mark.parametrize("updates", [7, 15])
+def test_a_run_that_ends_before_its_channels_died_says_so(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture, updates: int
+):
+    sparsity: dict[str, Any] = {"method": "chase", "density": 0.5, "update_interval": 3, "stop": 0.7}  # of 22 updates
+    sparsity["dead_channels"] = 0.25
+    train(configure(recipe, tmp_path / "run", sparsity=sparsity, train={"max_updates": updates}))
+    said = capsys.readouterr().err
+    note = "Fewer than 25.0% of the channels will have died out: they do up to update 15, and train.max_updates stops"
+    assert (note in said) == ("Fewer than" in said) == (updates < 15)
+
+
 def test_what_a_sparse_run_cannot_do(recipe: Path, tmp_path: Path):
     sparsity: dict[str, Any] = {"method": "rigl", "density": 0.5, "update_interval": 5}
     with pytest.raises(ConfigError, match=r"sparsity does not go with train\.parallel fsdp"):

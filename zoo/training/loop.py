@@ -712,13 +712,20 @@ class _Loop:
                 apply_masks(self.ema.module, sparse.masks)
         self._say(sparse.describe())
         limit = config.train.max_updates
-        if sparse.falls and limit is not None and limit < sparse.end:
+        if limit is None:
+            return sparse
+        aims = []  # that a run which is cut off misses
+        if sparse.falls and limit < sparse.end:
+            reached, aim = sparse.density_at(limit), sparse.density_at(sparse.end)
+            aims.append(f"The run will end at density {reached:.2%}, not {aim:.2%}: the density falls")
+        if sparse.channels and limit < sparse.end:
+            aims.append(f"Fewer than {rule.dead_channels:.1%} of the channels will have died out: they do")
+        for text in aims:
             self._say(
-                f"The run will end at density {sparse.density_at(limit):.2%}, not {sparse.density_at(sparse.end):.2%}: "
-                f"the density falls up to update {sparse.end}, and train.max_updates stops the run after {limit}. "
-                "Raise it, or lower scheduler.epochs, whose updates sparsity.stop is a share of."
+                f"{text} up to update {sparse.end}, and train.max_updates stops the run after {limit}. Raise it, or "
+                "lower scheduler.epochs, whose updates sparsity.stop is a share of."
             )
-        elif sparse.moves and limit is not None and not any(map(sparse.is_due, range(1, limit + 1))):
+        if not aims and sparse.moves and not any(map(sparse.is_due, range(1, limit + 1))):
             self._say(f"Masks do not move up to train.max_updates ({limit}): see sparsity.update_interval.")
         return sparse
 
