@@ -143,7 +143,7 @@ def test_a_sparse_run_says_so_and_brings_its_masks(run: Path, tmp_path: Path):
     assert "- sparse" not in dense
     found = make_sparse(run)
     draft = prepare(run, tmp_path / "sparse")
-    assert "sparse" in ModelCard(draft.card).data.tags
+    assert "sparse" in ModelCard(draft.card).data.to_dict()["tags"]
     assert f"| density | {found.density:.2%} of " in draft.card
     assert f"| effective parameters | {found.effective_params:,} |" in draft.card
     assert f" for a text of {found.input_size[-1]} tokens |" in draft.card
