@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from zoo.errors import ConfigError, MissingDependencyError, ZooError, describe_os_error, did_you_mean
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 __all__ = [
     "UsageError",
@@ -53,7 +57,7 @@ def parse_config(
     value of the wrong type. `--help` prints and exits.
     """
     try:
-        from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter
+        from jsonargparse import ArgumentError
     except ImportError as error:
         raise MissingDependencyError('Configurations need jsonargparse: pip install "backbone-zoo[train]".') from error
 
@@ -61,6 +65,20 @@ def parse_config(
     _check_flags(schema, argv)
     for path in flag_values(argv, "--config"):
         _check_keys(schema, read_yaml(path), path, [name for name, _ in _fields(schema)])
+    parser = _parser(typing.cast(type, schema), prog, description, examples)
+    try:
+        parsed = parser.parse_args(argv)
+        fields = parser.instantiate(parsed)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(error)) from None
+    return schema(**{field.name: fields[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+
+
+@functools.cache
+def _parser(schema: type, prog: str, description: str, examples: str) -> ArgumentParser:
+    """Kept, as reading the types of all fields takes much longer than parsing."""
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter
+
     parser = ArgumentParser(
         prog=prog,
         description=description,
@@ -71,12 +89,7 @@ def parse_config(
     )
     parser.add_argument("--config", action="config", help="YAML file to start from; flags go over it.")
     parser.add_class_arguments(schema)
-    try:
-        parsed = parser.parse_args(argv)
-        fields = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise ConfigError(_one_line(error)) from None
-    return schema(**{field.name: fields[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+    return parser
 
 
 def run_command(main: Callable[[], object]) -> int:
