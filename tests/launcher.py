@@ -1,30 +1,109 @@
-"""`train.py` in real processes that start at once: a server process has imported everything, and forks.
+"""Python in real processes that start at once: a server process has imported what takes seconds, and forks.
 
 What is forked lives and dies as any process: it has its own memory, may be killed, and answers with its exit status.
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
+import gc
+import importlib
 import json
 import os
 import resource
+import runpy
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
+import types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+# what train.py imports, on its way too
+TRAINING = ("docstring_parser", "matplotlib.figure", "sklearn.datasets", "sklearn.model_selection", "train")
+
+
+class Server:
+    """Has imported `modules`, and forks when asked."""
+
+    def __init__(self, *modules: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+        )
+
+    def ask(self, question: dict[str, Any] | None) -> Any:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """Ask the server to end: what this process forked meanwhile may hold the pipe open."""
+        self.process.communicate(json.dumps(None) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- any program
+
+
+class Program:
+    """As `subprocess.Popen([sys.executable, *argv], ...)`, its output kept."""
+
+    def __init__(
+        self,
+        *argv: object,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        input: str | bytes = "",
+    ) -> None:
+        self.argv = [str(arg) for arg in argv]
+        self.folder = tempfile.TemporaryDirectory()
+        self.stdin, self.stdout, self.stderr = (Path(self.folder.name) / name for name in ("in", "out", "err"))
+        self.stdin.write_bytes(input.encode() if isinstance(input, str) else input)
+        streams = {"stdin": str(self.stdin), "stdout": str(self.stdout), "stderr": str(self.stderr)}
+        where = {"cwd": str(cwd or Path.cwd()), "env": dict(os.environ if env is None else env)}
+        self.pid = _torch().ask({"argv": self.argv, **streams, **where})
+
+    def finish(self) -> subprocess.CompletedProcess[str]:
+        status = _torch().ask({"wait": self.pid})
+        with self.folder:
+            return subprocess.CompletedProcess(self.argv, status, self.stdout.read_text(), self.stderr.read_text())
+
+
+def python(*argv: object, **where: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run([sys.executable, *argv], capture_output=True, text=True, ...)`, but for seconds of imports."""
+    return Program(*argv, **where).finish()
+
+
+@functools.cache
+def _torch() -> Server:
+    server = Server("torch", "torchvision")
+    atexit.register(server.close)
+    return server
+
+
+# ------------------------------------------------------------------------------------------------------------- train.py
 
 
 @dataclasses.dataclass
 class Job:
     """The processes of one run, in order of rank. `output` holds all that they said."""
 
-    launcher: Launcher
+    server: Server
     pids: list[int]
     output: Path
 
@@ -33,10 +112,10 @@ class Job:
 
     def wait(self) -> list[int]:
         """Exit statuses; negative numbers are signals."""
-        return [self.launcher.ask({"wait": pid}) for pid in self.pids]
+        return [self.server.ask({"wait": pid}) for pid in self.pids]
 
     def is_running(self) -> bool:
-        return any(self.launcher.ask({"poll": pid}) is None for pid in self.pids)
+        return any(self.server.ask({"poll": pid}) is None for pid in self.pids)
 
     def wait_for(self, path: Path) -> None:
         while not path.exists():
@@ -49,23 +128,8 @@ class Job:
 
 class Launcher:
     def __init__(self) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        self.server = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            cwd=ROOT,
-        )
+        self.server = Server(*TRAINING)
         self.jobs = 0
-
-    def ask(self, question: dict[str, Any]) -> Any:
-        assert self.server.stdin is not None
-        assert self.server.stdout is not None
-        self.server.stdin.write(json.dumps(question) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
 
     def start(
         self,
@@ -81,12 +145,15 @@ class Launcher:
         """
         self.jobs += 1
         output, port = folder / f"output{self.jobs}.txt", _free_port()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        streams = {"stdin": os.devnull, "stdout": str(output), "stderr": str(output)}
+        question: dict[str, Any] = {"argv": [str(arg) for arg in (ROOT / "train.py", *argv)], "cwd": str(ROOT)}
+        question |= {"max_file_size": max_file_size, "pause": pause, **streams}
         pids = []
         for rank in range(processes):
-            environment = {} if processes == 1 else _torchrun_environment(rank, processes, port)
-            question = {"argv": [str(arg) for arg in argv], "env": environment, "output": str(output)}
-            pids.append(self.ask({**question, "max_file_size": max_file_size, "pause": pause}))
-        return Job(self, pids, output)
+            ranks = {} if processes == 1 else _torchrun_environment(rank, processes, port)
+            pids.append(self.server.ask({**question, "env": environment | ranks}))
+        return Job(self.server, pids, output)
 
     def run(self, folder: Path, *argv: object, **options: Any) -> str:
         """Run `train.py` to its end, which must be a good one; what it said."""
@@ -96,8 +163,7 @@ class Launcher:
         return job.text()
 
     def close(self) -> None:
-        """Ask the server to end: what this process forked meanwhile may hold the pipe open."""
-        self.server.communicate(json.dumps(None) + "\n")
+        self.server.close()
 
 
 def _torchrun_environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -111,20 +177,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def serve() -> int:
-    """Fork as asked until asked to end. In the forked process: the exit status of `train.py`."""
-    import docstring_parser  # noqa: F401
-    import jsonargparse  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import sklearn.datasets
-    import sklearn.model_selection  # noqa: F401
+# ----------------------------------------------------------------------------------------------------------- the server
 
-    import train
-    import zoo.training  # noqa: F401
-    from zoo.config import run_command
 
+def serve(modules: list[str]) -> dict[str, Any] | None:
+    """Fork as asked until asked to end. In the forked process: what it was asked for."""
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()
     ended: dict[int, int] = {}
-
     for line in sys.stdin:
         question = json.loads(line)
         if question is None:
@@ -133,8 +194,7 @@ def serve() -> int:
         if "argv" in question:
             answer = os.fork()
             if answer == 0:
-                _become(question)
-                return run_command(train.main)
+                return question
         else:
             pid = question.get("wait", question.get("poll"))
             if pid not in ended:
@@ -143,24 +203,46 @@ def serve() -> int:
                     ended[pid] = os.waitstatus_to_exitcode(status)
             answer = ended.get(pid)
         print(json.dumps(answer), flush=True)
-    return 0
+    return None
 
 
-def _become(question: dict[str, Any]) -> None:
-    """Make the forked process one that a shell has started."""
+def become(question: dict[str, Any]) -> None:
+    """Make the forked process one that a shell has started as `python *argv`, and run it to its end."""
+    os.environ.clear()
     os.environ.update(question["env"])
-    sys.argv = ["train.py", *question["argv"]]
+    os.chdir(question["cwd"])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if question["max_file_size"]:
+    if question.get("max_file_size"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at its start: the write fails instead
         resource.setrlimit(resource.RLIMIT_FSIZE, (question["max_file_size"], resource.RLIM_INFINITY))
-    if question["pause"]:
+    if question.get("pause"):
         _slow_down(question["pause"])
-    output = os.open(question["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    streams = [os.open(question["stdin"], os.O_RDONLY)]
+    streams += [os.open(question[key], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for key in ("stdout", "stderr")]
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+
+    sys.path[:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))  # not the folder of this file
+    what, *rest = question["argv"]
+    if what == "-c":
+        code, *rest = rest
+        sys.argv, main = ["-c", *rest], types.ModuleType("__main__")
+        sys.path.insert(0, "")
+        sys.modules["__main__"] = main
+        exec(compile(code, "<string>", "exec"), main.__dict__)
+    elif what == "-m":
+        module, *rest = rest
+        sys.argv = ["-m", *rest]
+        sys.path.insert(0, question["cwd"])
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [what, *rest]
+        sys.path.insert(0, str(Path(what).parent))
+        runpy.run_path(what, run_name="__main__")
 
 
 def _slow_down(pause: float) -> None:
@@ -175,5 +257,25 @@ def _slow_down(pause: float) -> None:
     ImageClassification.loss = slow  # type: ignore[assignment, method-assign]
 
 
+def end(status: int) -> NoReturn:
+    """As Python ends, but for taking apart all that was imported, which takes a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(serve())
+    asked = serve(sys.argv[1:])
+    status = 0
+    try:
+        if asked is not None:
+            become(asked)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    end(status)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import zoo
+from tests.launcher import python
 from zoo import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ COMMAND = [sys.executable, "-m", "zoo"]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT)
+    return python("-m", "zoo", *arguments, cwd=cwd, env=ENVIRONMENT)
 
 
 def succeed(*arguments: str, cwd: Path | None = None) -> str:
@@ -233,9 +234,7 @@ def test_a_plot_names_the_front_and_no_others(tmp_path):
 def test_a_plot_without_matplotlib_says_what_to_install(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     env = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    result = subprocess.run(
-        [*COMMAND, "pareto", "--plot", "front.png"], capture_output=True, text=True, env=env, cwd=tmp_path
-    )
+    result = python("-m", "zoo", "pareto", "--plot", "front.png", env=env, cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr == 'error: Plots need matplotlib: pip install "backbone-zoo[train]".\n'
 

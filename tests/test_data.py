@@ -6,8 +6,6 @@ import io
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from timm.data import auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
 import zoo
+from tests.launcher import python
 from zoo.data import (
     UNREADABLE,
     AugmentConfig,
@@ -167,7 +166,7 @@ def test_a_hub_data_set_that_cannot_be_had():
         "except DataError as error:\n    print(error)"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    done = python("-c", code, env=environment)
     assert "The data set 'nobody/nothing' cannot be had from the Hub" in done.stdout, done.stderr
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.launcher import python
 from zoo.demo import LANGUAGE_RECIPE, LEAST_TOP1, MOST_BITS, RECIPE, DemoError, demo, demo_language
 
 
@@ -54,16 +53,14 @@ def test_every_step_of_the_language_demo_in_short(tmp_path: Path, capsys: pytest
 
 
 def test_an_output_that_cannot_be_written():
-    done = subprocess.run(
-        [sys.executable, "-m", "zoo.demo", "--output", "/dev/null/demo"], capture_output=True, text=True
-    )
+    done = python("-m", "zoo.demo", "--output", "/dev/null/demo")
     assert done.returncode == 1
     assert done.stderr == "error: Cannot write to the folder '/dev/null/demo': Not a directory.\n"
 
 
 @pytest.mark.slow
 def test_the_demo_reaches_its_accuracy(tmp_path: Path):
-    done = subprocess.run([sys.executable, "-m", "zoo.demo", "--output", tmp_path], capture_output=True, text=True)
+    done = python("-m", "zoo.demo", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "results.json").read_text())["top1"] >= LEAST_TOP1
     with open(tmp_path / "language" / "history.csv", newline="") as file:

@@ -12,11 +12,11 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.launcher import python
 from zoo import cards, cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,14 +44,7 @@ def blocks(document: str, language: str) -> list[tuple[int, str]]:
 def test_python_snippets_run_and_print_what_they_say(document, tmp_path):
     snippets = blocks(document, "python")
     assert snippets
-    run = subprocess.run(
-        [sys.executable, "-c", RUNNER, document],
-        input=json.dumps(snippets),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(),
-    )
+    run = python("-c", RUNNER, document, input=json.dumps(snippets), cwd=tmp_path, env=environment())
     assert run.returncode == 0, run.stderr
     printed = dict(json.loads(line) for line in run.stdout.splitlines())
     for line, source in snippets:
@@ -63,13 +56,7 @@ def test_python_snippets_run_and_print_what_they_say(document, tmp_path):
 
 def test_the_check_of_printed_comments_can_fail(tmp_path):
     """A guard for the guard: the runner reports a snippet's error with its document and line."""
-    run = subprocess.run(
-        [sys.executable, "-c", RUNNER, "README.md"],
-        input='[[41, "1 / 0"]]',
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    run = python("-c", RUNNER, "README.md", input='[[41, "1 / 0"]]', cwd=tmp_path)
     assert run.returncode == 1
     assert 'File "README.md", line 42' in run.stderr
 
@@ -117,9 +104,7 @@ def test_commands_exist(command, monkeypatch):
 def test_commands_print_what_is_shown(command, output, tmp_path):
     program, *arguments = shlex.split(command)
     assert program == "zoo"
-    run = subprocess.run(
-        [sys.executable, "-m", "zoo", *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment()
-    )
+    run = python("-m", "zoo", *arguments, cwd=tmp_path, env=environment())
     assert run.returncode == 0, run.stderr
     assert [line.rstrip() for line in run.stdout.splitlines() if line] == [
         line.rstrip() for line in output.splitlines() if line
@@ -161,8 +146,6 @@ def test_the_worked_example_holds_the_contract_of_a_vision_model(tmp_path):
     env = environment()
     env["PYTHONPATH"] += os.pathsep + str(tmp_path)
     contract = ["tests/test_vision_contract.py", "-k", "plainnet", "-p", "plainnet", "-p", "no:cacheprovider"]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *contract], cwd=ROOT, capture_output=True, text=True, env=env
-    )
+    run = python("-m", "pytest", "-q", *contract, cwd=ROOT, env=env)
     assert run.returncode == 0, run.stdout
     assert re.search(r"\d\d passed", run.stdout)

@@ -7,10 +7,7 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ import torch
 from PIL import Image
 
 import zoo
+from tests.launcher import Program
 from tests.test_data import make_parquet
 from zoo.evaluation import load_model, predict
 from zoo.evaluation.config import EvaluationConfig, parse_evaluation
@@ -253,20 +251,11 @@ def test_two_processes_count_every_image_once(eval_py: Any, models: list[Path], 
     for rank in "01":  # what torchrun does
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        ranks.append(
-            subprocess.Popen(
-                [*map(str, [sys.executable, ROOT / "eval.py", *flags, tmp_path / "two"])],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=os.environ | places | address,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
-        )
-    texts = [rank.communicate() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], texts
-    assert texts[0][0].count("Written to") == 1
-    assert texts[1][0] == ""  # one speaks
+        ranks.append(Program(ROOT / "eval.py", *flags, tmp_path / "two", env=os.environ | places | address))
+    found = [rank.finish() for rank in ranks]
+    assert [rank.returncode for rank in found] == [0, 0], found
+    assert found[0].stdout.count("Written to") == 1
+    assert found[1].stdout == ""  # one speaks
     one, two = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in ("one", "two"))
     for key in ("top1", "top5", "images", "confusion", "per_class", "skipped"):
         assert one[key] == two[key]

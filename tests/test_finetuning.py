@@ -6,8 +6,6 @@ import copy
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 import zoo
 from tests.hub_stub import Hub
+from tests.launcher import python
 from tests.models import each_vision_model
 from tests.test_data import make_folder
 from tests.test_training import SMALL, assert_goes_on_exactly, configure
@@ -128,9 +127,7 @@ def test_weights_from_the_hub(tmp_path: Path):
         hub.repo("lab/s12", files)
         environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        done = subprocess.run(
-            [sys.executable, "-c", FROM_THE_HUB], env=clean | environment, cwd=ROOT, capture_output=True, text=True
-        )
+        done = python("-c", FROM_THE_HUB, env=clean | environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["tag"] == found["default"] == found["repository"] == wanted

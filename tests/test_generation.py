@@ -6,8 +6,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 import zoo
 from tests.language import small
+from tests.launcher import python
 from zoo.errors import ConfigError
 from zoo.generation import Decoding, Sampling, prepare
 
@@ -401,9 +400,9 @@ def test_a_folder_is_model_and_tokenizer(folder: Path) -> None:
 
 def command(*arguments: object, given: bytes = b"") -> tuple[int, str, str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ZOO_NATIVE": "0"}
-    run = subprocess.run([sys.executable, "-m", "zoo", *map(str, arguments)], input=given, capture_output=True, env=env)
-    assert b"Traceback" not in run.stderr
-    return run.returncode, run.stdout.decode(), run.stderr.decode()
+    run = python("-m", "zoo", *arguments, input=given, env=env)
+    assert "Traceback" not in run.stderr
+    return run.returncode, run.stdout, run.stderr
 
 
 def run_here(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launcher import python
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "torchvision", "timm", "numpy", "matplotlib", "datasets", "accelerate", "sklearn", "fvcore")
 
@@ -37,8 +39,7 @@ def test_facts_load_neither_torch_nor_timm(what):
 
 
 def test_every_public_name_is_there():
-    code = "import zoo\nfor name in zoo.__all__: getattr(zoo, name)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    run = python("-c", "import zoo\nfor name in zoo.__all__: getattr(zoo, name)", cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 import zoo
 from tests.hub_stub import Hub
 from tests.language import SMALL, small
+from tests.launcher import python
 from zoo.errors import UnknownModelError
 
 SIZES = {**SMALL, "vocab_size": 257, "context_length": 128}
@@ -83,10 +82,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Any]) -> d
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
         environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         environment |= {"SIZES": json.dumps([SIZES, LATENT])}
-        root = Path(__file__).resolve().parents[1]
-        run = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", SCRIPT], env=environment, cwd=root, capture_output=True, text=True
-        )
+        run = python("-c", SCRIPT, env=environment, cwd=Path(__file__).resolve().parents[1])
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)
 

@@ -25,6 +25,7 @@ from torch import nn
 
 import zoo
 from tests.hub_stub import Hub, Reply, corrupt, drop, status
+from tests.launcher import python
 from tests.sparse_runs import make_sparse
 from zoo import cli
 from zoo.data import DataConfig
@@ -760,9 +761,8 @@ def test_published_by_one_process_opens_in_another_that_knows_only_timm(tmp_path
     model = zoo.create_model("poolformerv2_s12", pretrained=False, num_classes=4)
     folder = zoo.save_pretrained(model, tmp_path / "saved", labels=["a", "b", "c", "d"])
     with Hub() as hub:
-        where: Any = {"env": environment(hub, tmp_path / "home"), "capture_output": True, "text": True}
-        publishing = [sys.executable, "-m", "zoo", "publish", str(folder), "me/net", "--license", "mit"]
-        done = subprocess.run(publishing, **where)
+        env = environment(hub, tmp_path / "home")
+        done = python("-m", "zoo", "publish", folder, "me/net", "--license", "mit", env=env)
         assert done.returncode == 0, done.stderr
         assert f"Published and read back: {hub.url}/me/net (commit " in done.stdout
         data = card_of(hub, "me/net").data
@@ -778,7 +778,7 @@ with torch.inference_mode():
 assert model.pretrained_cfg["label_names"] == ["a", "b", "c", "d"]
 assert "zoo" not in sys.modules
 """
-        opened = subprocess.run([sys.executable, "-c", opening], cwd=tmp_path, **where)
+        opened = python("-c", opening, cwd=tmp_path, env=env)
         assert opened.returncode == 0, opened.stderr
 
 

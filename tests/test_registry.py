@@ -6,13 +6,12 @@ import dataclasses
 import functools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import zoo
+from tests.launcher import python
 from tests.models import each_model
 from zoo import index, registry
 from zoo.errors import ConfigError, UnknownModelError
@@ -33,8 +32,8 @@ def own_models():
 
 
 def run_python(code: str) -> None:
-    """In a fresh process, which has imported nothing."""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    """In a fresh process, which has imported nothing of the zoo."""
+    run = python("-c", code, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 

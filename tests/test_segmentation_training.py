@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import zoo
-from tests.launcher import Launcher
+from tests.launcher import Launcher, python
 from tests.test_training import assert_same_checkpoint, rows
 from zoo.config import load_config
 from zoo.data import (
@@ -695,18 +692,12 @@ def test_options_of_the_loop(recipe: Path, tmp_path: Path, changes: dict[str, An
 
 def test_the_command_line_trains_and_evaluates(recipe: Path, tmp_path: Path):
     output, found = tmp_path / "run", tmp_path / "found"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def command(*argv: object) -> subprocess.CompletedProcess[str]:
-        call = [sys.executable, *map(str, argv)]
-        return subprocess.run(call, capture_output=True, text=True, env=environment)
-
     config = ["--config", recipe, "--output.dir", output, "--data.workers", "1"]
-    done = command(ROOT / "train.py", *config, "--train.max_updates", "3")
+    done = python(ROOT / "train.py", *config, "--train.max_updates", "3")
     assert done.returncode == 0, done.stderr
     assert "Best mIoU " in done.stderr
     (best,) = rows(output)
-    done = command(ROOT / "eval.py", "--model", output, "--output", found, "--pictures", "2")
+    done = python(ROOT / "eval.py", "--model", output, "--output", found, "--pictures", "2")
     assert done.returncode == 0, done.stderr
     assert f"mIoU {float(best['val_miou']):.2f}%, mean accuracy" in done.stdout
     assert {path.name for path in found.iterdir()} == {

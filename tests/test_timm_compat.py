@@ -1,9 +1,8 @@
 """`register_with_timm`, in processes of their own: it changes timm's registry."""
 
-import subprocess
-import sys
-
 import pytest
+
+from tests.launcher import python
 
 PRELUDE = """
 import timm, torch, zoo
@@ -12,7 +11,7 @@ from zoo.models.metaformer import MetaFormer
 
 
 def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", PRELUDE + code], capture_output=True, text=True, timeout=300)
+    done = python("-c", PRELUDE + code)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout

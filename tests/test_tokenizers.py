@@ -6,8 +6,6 @@ import io
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 import zoo
 from tests.hub_stub import Hub
 from tests.language import small
+from tests.launcher import python
 from zoo.data import train_tokenizer
 from zoo.data.tokenizers import ByteTokenizer, JsonTokenizer, SentencePieceTokenizer, Tokenizer, check_fits
 from zoo.errors import CheckpointError, ConfigError, DataError, DownloadError, UnknownModelError
@@ -300,7 +299,7 @@ def test_training_gives_the_same_tokenizer_each_time(tmp_path: Path) -> None:
         "import json, sys; from zoo.data import train_tokenizer; "
         "train_tokenizer(json.load(sys.stdin), 400).save(sys.argv[1])"
     )
-    subprocess.run([sys.executable, "-c", program, tmp_path], input=json.dumps(texts), text=True, check=True)
+    assert python("-c", program, tmp_path, input=json.dumps(texts)).returncode == 0
     tokenizer = train_tokenizer(iter(texts), 400)
     tokenizer.save(tmp_path / "here")
     written = (tmp_path / "tokenizer.json").read_bytes()
@@ -444,9 +443,7 @@ def test_tokenizers_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None
     env.pop("HF_HUB_OFFLINE", None)
 
     def ask(cases: list[list[Any]], **more: str) -> list[Any]:
-        run = subprocess.run(
-            [sys.executable, "-c", HUB], input=json.dumps(cases), capture_output=True, text=True, env={**env, **more}
-        )
+        run = python("-c", HUB, input=json.dumps(cases), env={**env, **more})
         assert run.returncode == 0, run.stderr
         return [json.loads(line) for line in run.stdout.splitlines()]
 

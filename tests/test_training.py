@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image
 from rich.console import Console
 
 import zoo
+from tests.launcher import python
 from tests.test_data import make_folder
 from zoo.config import load_config, parse_config, run_command, to_yaml
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
@@ -114,10 +114,8 @@ def assert_same_checkpoint(left: Path, right: Path) -> None:
 def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path):
     """train.py leaves a whole run, eval.py finds in it what training found, and its checkpoint opens by itself."""
     output = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(recipe), "--output.dir", str(output)]
-    done = subprocess.run(
-        [*command, "--output.tracker", "tensorboard", "--data.workers", "2"], capture_output=True, text=True
-    )
+    flags = ["--config", recipe, "--output.dir", output, "--output.tracker", "tensorboard", "--data.workers", 2]
+    done = python(ROOT / "train.py", *flags)
     assert done.returncode == 0, done.stderr
     assert f": {output / 'best'}. Last: {output / 'last'}." in done.stderr
     history = rows(output)
@@ -139,7 +137,7 @@ def test_a_run_from_the_command_line(recipe: Path, tmp_path: Path):
     assert list(cfg["label_names"]) == list("0123456789")
 
     best = max(history, key=lambda row: float(row["val_top1"]))
-    done = subprocess.run([sys.executable, ROOT / "eval.py", "--model", output], capture_output=True, text=True)
+    done = python(ROOT / "eval.py", "--model", output)
     assert done.returncode == 0, done.stderr
     assert f"top-1 {float(best['val_top1']):.2f}%, top-5 {float(best['val_top5']):.2f}%" in done.stdout
 
@@ -491,7 +489,7 @@ def test_bad_configurations(train_py: Any, tmp_path: Path):
 def test_errors_of_a_real_process():
     """The two kinds of exit status, and not a word of Python."""
     for flags, status in ((["--optimizer.lrr", "1"], 2), (["--data.name", "folder"], 1)):
-        done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
+        done = python(ROOT / "train.py", *flags)
         assert done.returncode == status
         assert done.stderr.startswith("error: ")
         assert "Traceback" not in done.stderr

@@ -13,8 +13,6 @@ import os
 import pickle
 import re
 import socket
-import subprocess
-import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -29,6 +27,7 @@ from torch import nn
 
 import zoo
 from tests.hub_stub import Hub, corrupt, cut_at, shorten, status
+from tests.launcher import Program, python
 from zoo.errors import CheckpointError, ConfigError, DownloadError, UnknownModelError
 from zoo.hub import load_config
 from zoo.registry import Weights
@@ -166,6 +165,7 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, -1))  # no file may grow larger: what a full disk does
     found["full disk"] = outcome(repo, "me/bin", cache_dir=HOME / "full")
     found["url, full disk"] = outcome(link, "/files/net.pth", cache_dir=HOME / "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
     found["full files"] = files(HOME / "full")
     print(json.dumps(found))
 """
@@ -231,7 +231,7 @@ print(json.dumps(found))
 """
 
 
-def start(script: str, path: Path, home: Path, hub_url: str, **env: str) -> subprocess.Popen[str]:
+def start(script: str, path: Path, home: Path, hub_url: str, **env: str) -> Program:
     """Run a script in a process of its own, as huggingface_hub reads its environment once, at import."""
     path.write_text(PRELUDE + script)
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
@@ -239,13 +239,13 @@ def start(script: str, path: Path, home: Path, hub_url: str, **env: str) -> subp
     clean |= {"HF_ENDPOINT": hub_url, "HUB_URL": hub_url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     clean |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
     clean |= {"PYTHONPATH": root, **env}
-    return subprocess.Popen([sys.executable, str(path)], env=clean, stdout=subprocess.PIPE, text=True)
+    return Program(path, env=clean)
 
 
-def finish(process: subprocess.Popen[str]) -> dict[str, Any]:
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    return json.loads(out.splitlines()[-1])
+def finish(process: Program) -> dict[str, Any]:
+    done = process.finish()
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def between(hub: Hub, mark: str) -> list[str]:
@@ -993,7 +993,8 @@ for write, *args in (zoo.save_pretrained, model, {it!r}), (zoo.convert_checkpoin
     except ZooError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = python("-c", script)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("Cannot write") == 2
     assert os.listdir(tmp_path) == ["source"]
 
