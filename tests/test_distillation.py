@@ -188,9 +188,9 @@ def test_colour_becomes_grey_as_pillow_makes_it(teacher: Path):
 @pytest.mark.parametrize(
     "distill",
     [
-        {"kind": "soft", "tau": 2.0},
-        {"kind": "hard"},
-        {"kind": "feature", "alpha": 0.2, "stages": [-1]},
+        pytest.param({"kind": "soft", "tau": 2.0}, marks=pytest.mark.slow),
+        pytest.param({"kind": "hard"}, marks=pytest.mark.slow),
+        {"kind": "feature", "alpha": 0.2, "stages": [-1]},  # the one that has weights of its own
     ],
     ids=lambda value: value["kind"],
 )

@@ -116,10 +116,11 @@ def test_a_bias_that_does_not_fit_is_refused():
         large.depthwise_conv2d(torch.zeros(1, 2, 8, 8), [torch.zeros(2, 1, 3, 3)], torch.zeros(3))
 
 
-def test_arithmetic_under_the_interpreter():
+def test_arithmetic_under_the_interpreter(pytestconfig):
     if INTERPRETED:
         pytest.skip("this is the interpreter's process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestInterpreted"]
+    which = ["-m", pytestconfig.option.markexpr, f"{__file__}::TestInterpreted"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *which]
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     run = subprocess.run(command, cwd=ROOT, env={**env, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     if 'scope.set_attr(tensor, "__index__"' in run.stdout and "only 0-dimensional arrays" in run.stdout:
@@ -150,12 +151,12 @@ class TestInterpreted:
     def test_float32(self, shape, edges, precision):
         compare(shape, edges, torch.float32, TOLERANCES[precision])
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
     def test_matrices_are_held_for_all_images(self, dtype, monkeypatch):
         monkeypatch.setattr(large, "_PROGRAMS", 2)  # of which each takes every second group of images
         compare((70, 1, 10, 12), [(9, 3), (3, 11), (3, 3)], dtype, TOLERANCES.get(dtype, TOLERANCES["tf32"]))
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
     @pytest.mark.parametrize("form", range(4))
     def test_every_form_that_a_gpu_may_choose(self, dtype, form, monkeypatch):
         from zoo.layers import large_kernel_programs as programs

@@ -11,13 +11,13 @@ from tests import golden
 from zoo.errors import ConfigError
 from zoo.models.metaformer import MetaFormer, StarReLU
 
-SMALL = ("_s12", "_s18")
+SMALL = ("_s12", "_s18", "poolformer_s12.timm")
 
 
 def golden_params() -> list:
-    """Small variants always, the rest with the slow tests."""
+    """Small variants in the layout of the authors always, the rest with the slow tests."""
     return [
-        pytest.param(name, marks=() if any(size in name for size in SMALL) else pytest.mark.slow)
+        pytest.param(name, marks=() if name.endswith(SMALL) else pytest.mark.slow)
         for name in golden.names("metaformer")
     ]
 

@@ -136,7 +136,7 @@ def test_a_segmentation_model_knows_whose_backbone_it_has(tmp_path: Path):
 def small_run(folder: Path, **model: Any) -> Path:
     config = TrainingConfig(
         model=ModelConfig(name="emo_1m", **model),
-        data=DataConfig(name="digits", batch_size=256, workers=0, input_size=(3, 32, 32)),
+        data=DataConfig(name="digits", batch_size=16, workers=0, input_size=(3, 32, 32)),
         scheduler=SchedulerConfig(epochs=1, warmup_epochs=0),
         train=TrainConfig(device="cpu", max_updates=2),
         output=OutputConfig(dir=str(folder), tracker=None),

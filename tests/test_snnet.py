@@ -129,7 +129,10 @@ PUBLISHED = {  # stitch: MACs with norms, parameters of the path
 }
 
 
-@pytest.mark.parametrize(("name", "count"), [("snnet_deit_ti_s_b", 71), ("snnet_swin_ti_s_b", 41)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("snnet_deit_ti_s_b", 71), pytest.param("snnet_swin_ti_s_b", 41, marks=pytest.mark.slow)],  # three times as long
+)
 def test_costs_of_all_stitches_are_the_published(name, count, tmp_path):
     model = zoo.create_model(name, device="meta")
     costs = stitch_costs(model)

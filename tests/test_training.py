@@ -165,6 +165,7 @@ def test_ours_learns_step_for_step_what_timms_does(recipe: Path, tmp_path: Path)
             recipe,
             tmp_path / name,
             model={"name": name, "checkpoint_path": str(tmp_path / "start.safetensors"), "args": args},
+            data={"batch_size": 32},
             optimizer={"opt": "sgd", "lr": 0.02},
             scheduler={"epochs": 1},
             train={"max_updates": 7},

@@ -81,13 +81,15 @@ def folder(trained: nn.Module, tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------------------------------------ downloads
 
 PRELUDE = """
-import json, os, resource, sys, urllib.error, urllib.request
+import json, os, resource, sys, time, urllib.error, urllib.request
 from pathlib import Path
 from zoo.errors import ZooError
 from zoo.registry import Weights
 from zoo.weights import fetch, fetch_from_hub
 
 URL, HOME = os.environ["HUB_URL"], Path(os.environ["HF_HOME"])
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(seconds / 50)  # before it is tried again
 
 def mark(name):
     try:
