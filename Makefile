@@ -40,11 +40,10 @@ clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find zoo tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# each module is compiled when it is first imported, which most never are
 $(VENV)/.installed-train: EXTRAS := train
 $(VENV)/.installed-dev: EXTRAS := train,dev
 $(VENV)/.installed-train $(VENV)/.installed-dev: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, and $(PYTHON) is %d.%d. Name another: make PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --editable ".[$(EXTRAS)]" $(PINS)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$(EXTRAS)]" $(PINS)
 	@touch $(VENV)/.installed-train $@
