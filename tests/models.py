@@ -19,9 +19,12 @@ FEW = ("caformer_test", "rmt_test", "snnet_test", "sret_test")  # for tests that
 
 
 def each_vision_model(few: bool = False) -> list[Any]:
-    """Parameters for `pytest.mark.parametrize("name", ...)`: slow but for the smallest of each series, or `FEW`."""
+    """Parameters for `pytest.mark.parametrize("name", ...)`: slow but for the smallest of each series, or `FEW`.
+
+    All models of a series may be large: then its family has a smaller one.
+    """
     smallest: dict[str, str] = {}
-    for info in zoo.search(task="vision", sort="params"):
+    for info in zoo.search(task="vision", sort="params", max_params=15_000_000):
         smallest.setdefault(series(info.name), info.name)
     quick = set(FEW if few else smallest.values())
     return [

@@ -18,7 +18,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import zoo
 from tests import golden
 from tests.language import small
+from tests.launcher import ROOT, Program
 from tests.test_language_training import RECIPE, TEXTS, data_of
 from tests.test_text_data import write_jsonl
 from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, configure, rows
@@ -1106,7 +1106,7 @@ def test_help_says_what_null_means_for_a_sparse_run(capsys: pytest.CaptureFixtur
 # ------------------------------------------------------------------------------------------------------ two processes
 
 
-def _process(rank: int, folder: str, config: dict[str, Any]) -> None:
+def process(rank: int, folder: str, config: dict[str, Any]) -> None:
     """One of two, which see different images, begin with different masks and would draw different ones."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
@@ -1154,7 +1154,11 @@ def _process(rank: int, folder: str, config: dict[str, Any]) -> None:
 )
 def test_masks_are_the_same_in_all_processes(tmp_path: Path, config: dict[str, Any]):
     config = {**config, "update_interval": 2}
-    mp.start_processes(_process, (str(tmp_path), config), nprocs=2, start_method="spawn")
+    code = "import json, sys; from tests.test_sparse_training import process; process(*map(json.loads, sys.argv[1:]))"
+    given = [json.dumps(str(tmp_path)), json.dumps(config)]
+    for rank in [Program("-c", code, rank, *given, cwd=ROOT) for rank in (0, 1)]:
+        done = rank.finish()
+        assert done.returncode == 0, done.stderr
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(found[0][key] == found[1][key] for key in ("retired", "final"))
     assert bool(found[0]["retired"]) == (config["method"] == "chase")
