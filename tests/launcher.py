@@ -30,8 +30,13 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 # what train.py imports, some of it on its way
 TRAINING = (
-    *("zoo.training", "docstring_parser", "jsonargparse", "matplotlib.backends.backend_agg"),
-    *("matplotlib.figure", "sklearn.datasets", "sklearn.model_selection"),
+    "zoo.training",
+    "docstring_parser",
+    "jsonargparse",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "sklearn.datasets",
+    "sklearn.model_selection",
 )
 
 
@@ -81,8 +86,14 @@ class Program:
         where = {"cwd": str(cwd or Path.cwd()), "env": dict(os.environ if env is None else env)}
         self.pid = _torch().ask({"argv": self.argv, **streams, **where})
 
-    def finish(self) -> subprocess.CompletedProcess[str]:
-        status = _torch().ask({"wait": self.pid})
+    def finish(self, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
+        """Wait for its end. Raises `subprocess.TimeoutExpired` after so many seconds, as `subprocess.run` does."""
+        deadline = time.monotonic() + timeout
+        while (status := _torch().ask({"poll": self.pid})) is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired(self.argv, timeout, self.stdout.read_text(), self.stderr.read_text())
+            time.sleep(0.01)
         with self.folder:
             return subprocess.CompletedProcess(self.argv, status, self.stdout.read_text(), self.stderr.read_text())
 
@@ -147,14 +158,14 @@ class Launcher:
         With a `pause`, in seconds, before each batch it is not at its end before a busy machine gets round to stop it.
         """
         self.jobs += 1
-        output, port = folder / f"output{self.jobs}.txt", _free_port()
+        output, port = folder / f"output{self.jobs}.txt", free_port()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         streams = {"stdin": os.devnull, "stdout": str(output), "stderr": str(output)}
         question: dict[str, Any] = {"argv": [str(arg) for arg in (ROOT / "train.py", *argv)], "cwd": str(ROOT)}
         question |= {"max_file_size": max_file_size, "pause": pause, **streams}
         pids = []
         for rank in range(processes):
-            ranks = {} if processes == 1 else _torchrun_environment(rank, processes, port)
+            ranks = {} if processes == 1 else torchrun_environment(rank, processes, port)
             pids.append(self.server.ask({**question, "env": environment | ranks}))
         return Job(self.server, pids, output)
 
@@ -169,12 +180,14 @@ class Launcher:
         self.server.close()
 
 
-def _torchrun_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+def torchrun_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """What torchrun tells the process of this rank, all of them on this machine."""
     shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -187,7 +200,7 @@ def serve(modules: list[str]) -> dict[str, Any] | None:
     """Fork as asked until asked to end. In the forked process: what it was asked for."""
     for module in modules:
         importlib.import_module(module)
-    gc.freeze()
+    gc.freeze()  # what is collected in a forked process need not go over all of this, and copy its pages
     ended: dict[int, int] = {}
     for line in sys.stdin:
         question = json.loads(line)

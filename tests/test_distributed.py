@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.launcher import Launcher
+from tests.launcher import Launcher, free_port
 from tests.test_data import make_folder
 from tests.test_training import SMALL, assert_same_checkpoint, configure, rows
 from zoo.config import plain_flags
@@ -225,12 +224,6 @@ def children(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").iterdir():  # torchrun forks in a thread of its own
         found += [int(child) for child in (task / "children").read_text().split()]
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.slow  # as two processes do, by another way of starting them

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 
 import zoo
-from tests.launcher import Program
+from tests.launcher import Program, free_port, torchrun_environment
 from tests.test_data import make_parquet
 from zoo.evaluation import load_model, predict
 from zoo.evaluation.config import EvaluationConfig, parse_evaluation
@@ -244,14 +243,11 @@ def test_two_processes_count_every_image_once(eval_py: Any, models: list[Path], 
     """Seven images over two processes: four and three."""
     flags = ["--model", models[0], *data, "--data.batch_size", "2", "--output"]
     assert eval_py(*flags, tmp_path / "one")[0] == 0
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     ranks = []
-    for rank in "01":  # what torchrun does
-        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        ranks.append(Program(ROOT / "eval.py", *flags, tmp_path / "two", env=os.environ | places | address))
+    for rank in range(2):
+        environment = {**os.environ, **torchrun_environment(rank, 2, port), "OMP_NUM_THREADS": "1"}
+        ranks.append(Program(ROOT / "eval.py", *flags, tmp_path / "two", env=environment))
     found = [rank.finish() for rank in ranks]
     assert [rank.returncode for rank in found] == [0, 0], found
     assert found[0].stdout.count("Written to") == 1

@@ -15,7 +15,7 @@ SMALL = ("_s12", "_s18", "poolformer_s12.timm")
 
 
 def golden_params() -> list:
-    """Small variants in the layout of the authors always, the rest with the slow tests."""
+    """Small variants at their own size always, and one in timm's layout; the rest with the slow tests."""
     return [
         pytest.param(name, marks=() if name.endswith(SMALL) else pytest.mark.slow)
         for name in golden.names("metaformer")

@@ -185,7 +185,7 @@ def test_any_size(size):
 # ----------------------------------------------------------------------------------------------------------- fast forms
 
 
-# slow: the other has another head alone
+# slow: differs from rmt_test in its head alone, whose golden file test_golden_parity holds
 @pytest.mark.parametrize("name", ["rmt_test", pytest.param("rmt_b_token_label", marks=pytest.mark.slow)])
 def test_the_fast_form_computes_the_same(name):
     torch.manual_seed(0)
