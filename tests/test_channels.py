@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 import zoo
-from tests.language import small
+from tests.language import random_model, small
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.sparsity import apply_masks, follows_n_m, masks_of, n_m_mask, sparse_parameters
 from zoo.sparsity.channels import (
@@ -93,6 +94,70 @@ def test_a_shrunk_model_computes_what_it_did_with_the_channels_at_zero(family):
     assert after.params < 0.9 * before.params
     assert after.macs < 0.9 * before.macs
     assert after.complete
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("mobilellm_125m", {}),
+        ("mobilellm_ls_125m", {"layer_map": (0, 0, 1, 1, 2, 2)}),
+        ("mobilellm_r1_140m", {}),
+        ("youtu_llm_2b", {"num_kv_heads": None}),
+    ],
+)
+@torch.no_grad()
+def test_language_models_lose_hidden_channels_of_their_swiglus(name: str, args: dict[str, Any], tmp_path: Path):
+    """And with them what is saved, opens again, and every form that follows: layer by layer as wide as is left."""
+    model = random_model(name, **args)
+    groups = channel_groups(nn.Sequential(model)[0])
+    assert [group.size for group in groups.values()] == [64] * 3
+    channels = {name: range(5, 5 + count) for name, count in zip(groups, (40, 7, 20), strict=True)}
+    tokens = torch.randint(257, (2, 20))
+    expected = without(model, groups, channels)(tokens)
+    before = zoo.profile(model, tokens=20)
+    masks = {f"{first}.weight": torch.rand(64, 32) < 0.5 for first in groups}
+    smaller = shrink(model, groups, channels, masks)
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert model.config.hidden_dim == (24, 57, 44)
+    assert [len(mask) for mask in smaller.values()] == [24, 57, 44]
+    after = zoo.profile(model, tokens=20)
+    assert before.params - after.params == 67 * 3 * 32
+    times = len(args.get("layer_map", (0, 1, 2))) // 3
+    assert before.macs - after.macs == 67 * 3 * 32 * times  # of a token
+    assert after.complete
+
+    again: Any = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
+    assert torch.equal(again(tokens), model(tokens))
+    untrained = small(name, **args, kept_widths=kept_widths(model))
+    assert again.config == untrained.config == small(name, **args, hidden_dim=[24, 57, 44]).config == model.config
+    assert channel_counts(channel_groups(again), {})["model.layers.1." + groups_name(model)][0].shape == (57,)
+
+    fast: Any = zoo.optimize_for_inference(again)
+    cache = fast.make_cache(2, 20)
+    steps = [fast(tokens[:, i : i + 1], cache=cache) for i in range(20)]
+    torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def groups_name(model: Any) -> str:
+    return f"{model.config.mlp_name}.gate_proj"
+
+
+def test_layers_that_lost_as_many_channels_have_one_width_again(tmp_path: Path):
+    """And the model that is saved opens in transformers as it is."""
+    model = random_model("mobilellm_125m")
+    groups = channel_groups(model)
+    shrink(model, groups, {name: range(start, start + 10) for start, name in enumerate(groups)})
+    assert model.config == small("mobilellm_125m", hidden_dim=54).config
+    config = json.loads((zoo.save_pretrained(model, tmp_path / "model") / "config.json").read_text())
+    assert (config["model_type"], config["intermediate_size"]) == ("llama", 54)
+
+
+@pytest.mark.parametrize("widths", [(24, 57), (24, 57, 0), (24, 57, 1.5), 0, (), "wide"])
+def test_widths_that_cannot_be(widths: Any):
+    with pytest.raises(
+        ConfigError, match="hidden_dim must be a whole number from 1 up, or one for each of the 3 stored"
+    ):
+        small("mobilellm_125m", hidden_dim=widths)
 
 
 def test_what_layers_say_of_their_widths_follows():
@@ -329,8 +394,8 @@ def test_a_layer_without_room_becomes_dense():
 
 
 def test_language_models_take_no_images():
-    with pytest.raises(ConfigError, match="Decoder takes tokens: which channels can go is found for models that take"):
-        channel_groups(small("mobilellm_125m"))
+    with pytest.raises(ConfigError, match="Decoder takes tokens: leave out input_size"):
+        channel_groups(small("mobilellm_125m"), SIZE)
 
 
 def test_mistakes_are_named():

@@ -103,6 +103,24 @@ def test_transformers_opens_it_and_computes_the_same(name: str, tmp_path: Path):
     assert create_tokenizer(tmp_path / "out").encode("é") == [195, 169]
 
 
+@pytest.mark.parametrize("name", ["mobilellm_125m", "mobilellm_ls_125m", "mobilellm_pro", "youtu_llm_2b"])
+def test_layers_of_different_width_are_filled_up_with_zeros(name: str, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = make(name, hidden_dim=(24, 64))
+    assert not is_stock(model.config)
+    assert "model_type" not in json.loads((zoo.save_pretrained(model, tmp_path / "own") / "config.json").read_text())
+    done = zoo.export(model, tmp_path / "out", to="transformers")
+    assert done.max_error is not None
+    assert done.max_error < 1e-5
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert theirs.config.intermediate_size == 64
+    tokens = tokens_of()
+    with torch.no_grad():
+        ours, answer = model(tokens), theirs(tokens).logits
+    assert ((answer - ours).abs().max() / ours.abs().max()).item() < 1e-5
+    assert model.config.hidden_dim == (24, 64)
+
+
 def test_what_shares_layers_takes_its_unrolled_weights_back_if_they_are_still_the_same(tmp_path: Path):
     import safetensors.torch
 
@@ -285,6 +303,20 @@ def test_the_file_holds_the_weights(dtype: str, error: float, tmp_path: Path):
     # rows of the other pairing: the first pair of head 0 is what were rows 0 and width / 2
     query = gguf.quants.dequantize(tensors["blk.1.attn_q.weight"].data, tensors["blk.1.attn_q.weight"].tensor_type)
     assert np.abs(query[1] - layer.self_attn.q_proj.weight.detach().numpy()[4]).max() <= max(error, 1e-6)
+
+
+def test_layers_of_different_width_are_as_wide_as_the_widest_in_a_file(tmp_path: Path):
+    gguf = pytest.importorskip("gguf")
+    model = make("mobilellm_125m", hidden_dim=(24, 64))
+    reader = gguf.GGUFReader(write_gguf(model, tmp_path / "model.gguf"))
+    assert reader.get_field("llama.feed_forward_length").contents() == 64
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name, linear in (("up", "up_proj"), ("gate", "gate_proj")):
+        weight = getattr(model.model.layers[0].mlp, linear).weight.detach().numpy()
+        written = tensors[f"blk.0.ffn_{name}.weight"].astype(np.float32)
+        assert np.abs(written[:24] - weight).max() < 1e-3
+        assert not written[24:].any()
+    assert not tensors["blk.0.ffn_down.weight"][:, 24:].any()
 
 
 def test_a_matrix_whose_rows_have_no_blocks_stays_in_16_bits(tmp_path: Path):

@@ -76,6 +76,22 @@ def test_matrices_that_groups_do_not_fit_keep_their_precision(tmp_path):
     assert torch.equal(zoo.create_model(f"local-dir:{folder}")(tokens), quantized(tokens))
 
 
+@pytest.mark.parametrize("widths", [(32, 96, 64), (40, 96, 64)], ids=["whole blocks", "others"])
+@torch.inference_mode()
+def test_layers_of_different_width(widths, tmp_path):
+    model = small(hidden_dim=widths)
+    quantized = zoo.quantize(model, group_size=32)
+    tokens = torch.randint(0, 257, (1, 12))
+    cache = quantized.make_cache(1, 12, dtype=torch.float32)
+    steps = [quantized(tokens[:, place : place + 1], cache=cache) for place in range(12)]
+    assert error(torch.cat(steps, 1), quantized(tokens)) < 0.02
+    assert error(quantized(tokens), model(tokens)) < 0.03
+    folder = zoo.save_pretrained(quantized, tmp_path / "model")
+    again = zoo.create_model(f"local-dir:{folder}")
+    assert again.config.hidden_dim == widths
+    assert torch.equal(again(tokens), quantized(tokens))
+
+
 @pytest.mark.parametrize("to", list(BITS))
 @torch.inference_mode()
 def test_saved_opened_and_used(to, tmp_path):

@@ -46,7 +46,6 @@ from zoo.training import (
 )
 from zoo.training.checkpoint import read_state
 from zoo.training.config import SparsityConfig
-from zoo.training.language_config import TextDataConfig
 from zoo.training.loop import make_accelerator
 from zoo.training.parallel import Peers
 from zoo.training.sparse import SparseTraining, largest, snip_scores
@@ -593,14 +592,6 @@ def test_configurations_that_make_no_sense(config: dict[str, Any], message: str)
         SparsityConfig(**config)
 
 
-@pytest.mark.parametrize("sparsity", [{"method": "chase"}, {"method": "rigl", "dead_channels": 0.2}])
-def test_channels_of_language_models_do_not_die_out(sparsity: dict[str, Any]):
-    data, sparsity = TextDataConfig(name="pydoc"), {"density": 0.4, **sparsity}
-    with pytest.raises(ConfigError, match=r"dead_channels, which method chase sets, is for models that take images"):
-        LanguageTrainingConfig(data=data, sparsity=SparsityConfig(**sparsity))
-    LanguageTrainingConfig(data=data, sparsity=SparsityConfig(**sparsity | {"dead_channels": 0}))
-
-
 def test_masks_that_would_never_move():
     with pytest.raises(
         ConfigError, match="update_interval is 2000 updates, and masks may move from update 0 to 100 of"
@@ -762,6 +753,37 @@ def test_what_a_sparse_run_of_a_language_model_leaves(tmp_path: Path, monkeypatc
         name: int(mask.count_nonzero()) for name, mask in masks.items()
     }
     assert (run.folder / "masks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_channels_of_a_language_model_die_out_and_are_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Also of a run that went on; its smaller model is measured, opens, continues texts and is published."""
+    monkeypatch.undo()
+    write_jsonl(tmp_path / "train.jsonl", TEXTS)
+    write_jsonl(tmp_path / "val.jsonl", TEXTS[::7])
+    (tmp_path / "small.yaml").write_text(RECIPE)
+    sparsity = {"method": "chase", "density": 0.5, "update_interval": 2, "stop": 0.8, "dead_channels": 0.4}
+    changes: dict[str, Any] = {"data": data_of(tmp_path), "output": {"dir": str(tmp_path / "run")}}
+    changes |= {"sparsity": sparsity, "resume": "auto"}
+    train(load_config(LanguageTrainingConfig, tmp_path / "small.yaml", **changes, train={"max_updates": 5}))
+    run = train(load_config(LanguageTrainingConfig, tmp_path / "small.yaml", **changes))
+    last: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True).eval()
+    shrunk: Any = zoo.create_model(f"local-dir:{run.folder / 'shrunk'}", pretrained=True).eval()
+    assert (last.config.hidden_dim, shrunk.config.hidden_dim) == (64, 64 - 25)
+    tokens = torch.randint(257, (2, 20))
+    torch.testing.assert_close(shrunk(tokens), last(tokens), rtol=1e-5, atol=1e-5)
+    sizes = [sum(parameter.numel() for parameter in model.parameters()) for model in (shrunk, last)]
+    assert f"50 channels died out: {run.folder / 'shrunk'} is" in (said := capsys.readouterr().err)
+    assert f"without them, {sizes[0]:,} parameters of {sizes[1]:,}. val loss" in said
+    figures = json.loads((run.folder / "shrunk" / "figures.json").read_text())
+    assert figures["val_bits_per_byte"] == pytest.approx(float(rows(run.folder)[-1]["val_bits_per_byte"]), rel=1e-5)
+    assert main(["generate", "--model", str(run.folder / "shrunk"), "The sea", "--max-new-tokens", "4"]) == 0
+    publish = ["publish", str(run.folder / "shrunk"), "me/x", "--license", "apache-2.0"]
+    assert main([*publish, "--dry-run", str(tmp_path / "draft")]) == 0
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "| layers, width | 2; 32, 39 within |" in card
+    assert "when the channels that had died out were cut off" in card
 
 
 def test_the_best_of_a_language_model_whose_density_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -29,6 +29,7 @@ from zoo.model_card import (
     facts_of,
     licence_metadata,
     licence_section,
+    measured_by,
     sparsity_of,
     sparsity_rows,
     sparsity_text,
@@ -276,7 +277,7 @@ def _model_section(
     rows = [
         ("architecture", f"`{cfg['architecture']}`"),
         ("parameters", f"{parameters:,}" + (", embedding and head being one" if config.tie_embeddings else "")),
-        ("layers, width", f"{layers}; {config.dim}, {config.hidden_dim} within"),
+        ("layers, width", f"{layers}; {config.dim}, {config.hidden_range} within"),
         ("attention", attention),
         ("context", f"{config.context_length:,} tokens"),
         ("vocabulary", f"{config.vocab_size:,}" + (f", tokenizer of {tokenizer.vocab_size:,}" if tokenizer else "")),
@@ -346,12 +347,7 @@ def _evaluation_section(
         text.append(markdown_table(("metric", ">value"), rows))
     if results is None:
         assert run is not None
-        assert run.row is not None
-        epoch = f"epoch {run.row['epoch']} of {run.history[-1]['epoch']}"
-        text.append(
-            f"Measured on the evaluation part of {data_name} at the end of {epoch} of the training run; `history.csv` "
-            "holds every epoch."
-        )
+        text.append(measured_by(run, f"the evaluation part of {data_name}"))
     elif figures:
         text.append(_how(data_name, results))
     if tasks:

@@ -605,19 +605,24 @@ def _evaluation_section(
             command += ["--amp", str(results["amp"])]
     else:
         assert run is not None
-        assert run.row is not None
-        epoch = f"epoch {run.row['epoch']} of {run.history[-1]['epoch']}"
-        source = f"Measured on {where} at the end of {epoch} of the training run; `history.csv` holds every epoch."
-        if run.checkpoint == SHRUNK:
-            source = (
-                f"Measured on {where} after {epoch} of the training run, when the channels that had died out were cut "
-                f"off; `{FIGURES}` holds the figures, and `history.csv` those of every epoch before that."
-            )
+        source = measured_by(run, where)
     text = [markdown_table(("metric", ">value"), rows)]
     if rounded:
         text.append("The figures are of the weights before they were halved, and not of these.")
     again = f"To measure again, with the data in its place:\n\n```bash\n{shlex.join(command)}\n```"
     return "\n\n".join([*text, f"{source} {again}".replace("\n\n ", "\n\n")])
+
+
+def measured_by(run: RunRecord, where: str) -> str:
+    """When a run measured its checkpoint, and where its figures are kept."""
+    assert run.row is not None
+    epoch = f"epoch {run.row['epoch']} of {run.history[-1]['epoch']}"
+    if run.checkpoint == SHRUNK:
+        return (
+            f"Measured on {where} after {epoch} of the training run, when the channels that had died out were cut off; "
+            f"`{FIGURES}` holds the figures, and `history.csv` those of every epoch before that."
+        )
+    return f"Measured on {where} at the end of {epoch} of the training run; `history.csv` holds every epoch."
 
 
 def tools_of(results: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
-from zoo.exporting.layout import decoder_of, sees_windows
+from zoo.exporting.layout import decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 
@@ -66,7 +66,7 @@ def write_gguf(
     Returns the path. Raises ConfigError for a model that no architecture of llama.cpp computes, a tokenizer that it
     does not have or an unknown dtype; MissingDependencyError without the package `gguf`.
     """
-    decoder = decoder_of(model, "GGUF")
+    decoder = evened(decoder_of(model, "GGUF"))
     if dtype not in GGUF_DTYPES:
         raise ConfigError(
             f"There is no GGUF dtype {dtype!r}.{did_you_mean(str(dtype), GGUF_DTYPES)} There are: "
@@ -110,7 +110,7 @@ def write_gguf(
 def rounded(model: nn.Module, dtype: str) -> Decoder:
     """A copy of the model in float32 with the weights that a GGUF file of `dtype` holds, to see what rounding costs."""
     gguf = import_gguf()
-    copied = copy.deepcopy(decoder_of(model, "GGUF")).to("cpu", torch.float32)
+    copied = copy.deepcopy(evened(decoder_of(model, "GGUF"))).to("cpu", torch.float32)
 
     def as_written(weight: Tensor) -> Tensor:
         kind = _kind(gguf, weight.shape, dtype)
@@ -169,7 +169,7 @@ def _add_config(writer: Any, config: DecoderConfig, architecture: str) -> None:
     writer.add_context_length(config.context_length)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(layers)
-    writer.add_feed_forward_length(config.hidden_dim)
+    writer.add_feed_forward_length(max(config.hidden_dims))
     writer.add_head_count(config.num_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_rope_freq_base(config.rope_theta)
@@ -189,7 +189,7 @@ def _add_config(writer: Any, config: DecoderConfig, architecture: str) -> None:
     writer.add_q_lora_rank(config.q_rank)
     writer.add_kv_lora_rank(config.kv_rank)
     writer.add_leading_dense_block_count(layers)  # no mixture of experts in any of them
-    writer.add_expert_feed_forward_length(config.hidden_dim)
+    writer.add_expert_feed_forward_length(max(config.hidden_dims))
     writer.add_expert_shared_count(0)
 
 

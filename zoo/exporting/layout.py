@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from typing import Any
+
+import torch.nn.functional as F
 from torch import nn
 
 from zoo.errors import ConfigError
 from zoo.layers.decoder import Decoder, DecoderConfig
 
-__all__ = ["decoder_of", "sees_windows"]
+__all__ = ["decoder_of", "evened", "sees_windows"]
 
 
 def decoder_of(model: nn.Module, purpose: str) -> Decoder:
@@ -20,6 +25,25 @@ def decoder_of(model: nn.Module, purpose: str) -> Decoder:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(f"{purpose} needs weights, and the model is on the meta device.")
+    return model
+
+
+def evened(model: Decoder) -> Decoder:
+    """`model`, or where its layers' SwiGLUs differ in width a copy that computes the same with all as wide as the
+    widest: what is added is zero.
+    """
+    widest = max(model.config.hidden_dims)
+    if isinstance(model.config.hidden_dim, int):
+        return model
+    model = copy.deepcopy(model).requires_grad_(False)
+    for layer in model.model.layers:
+        mlp: Any = layer.get_submodule(model.config.mlp_name)
+        for linear in (mlp.gate_proj, mlp.up_proj):
+            linear.weight.data = F.pad(linear.weight, (0, 0, 0, widest - linear.out_features))
+            linear.out_features = widest
+        mlp.down_proj.weight.data = F.pad(mlp.down_proj.weight, (0, widest - mlp.down_proj.in_features))
+        mlp.down_proj.in_features = widest
+    model.config = dataclasses.replace(model.config, hidden_dim=widest)
     return model
 
 

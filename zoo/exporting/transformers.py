@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.exporting.layout import decoder_of, sees_windows
+from zoo.exporting.layout import decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 from zoo.registry import get_entry, list_models
@@ -84,6 +84,7 @@ def is_stock(config: DecoderConfig) -> bool:
     except ConfigError:
         return False
     is_plain = config.layer_map in (None, tuple(range(config.depth))) and kind != "qwen3"
+    is_plain = is_plain and isinstance(config.hidden_dim, int)
     return is_plain and config.mlp_name == _mlp_name(kind) and config.rope_interleaved == _interleaved(kind, config)
 
 
@@ -107,7 +108,7 @@ def transformers_config(config: DecoderConfig, *, dtype: torch.dtype, tokenizer:
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
+        "intermediate_size": max(config.hidden_dims),
         "num_hidden_layers": layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_heads if kind == "youtu" else config.kv_heads,
@@ -129,7 +130,7 @@ def transformers_config(config: DecoderConfig, *, dtype: torch.dtype, tokenizer:
         written |= {"mlp_bias": False}
     if kind == "llama4_text":
         written |= {
-            "intermediate_size_mlp": config.hidden_dim,
+            "intermediate_size_mlp": max(config.hidden_dims),
             "moe_layers": [],
             "interleave_moe_layer_step": layers + 1,
             "use_qk_norm": True,
@@ -175,9 +176,9 @@ def generation_config(tokenizer: Any) -> dict[str, Any]:
 
 def transformers_state(model: Decoder) -> dict[str, Tensor]:
     """The tensors of a decoder as its class of transformers names and orders them."""
-    config = model.config
+    model = evened(model)
+    config, stack = model.config, model.model
     kind = model_type(config)
-    stack = model.model
     state = {"model.embed_tokens.weight": stack.embed_tokens.weight}
     turn = config.rope_interleaved != _interleaved(kind, config)
     for i, stored in enumerate(config.executed):

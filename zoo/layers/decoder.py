@@ -29,8 +29,8 @@ __all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "re
 
 
 COUNTS = (  # fields of DecoderConfig that are whole numbers from 1 up
-    *("vocab_size", "depth", "dim", "num_heads", "hidden_dim", "num_kv_heads", "head_dim", "context_length"),
-    *("sliding_window", "q_rank", "kv_rank", "nope_head_dim", "rope_head_dim", "v_head_dim"),
+    *("vocab_size", "depth", "dim", "num_heads", "num_kv_heads", "head_dim", "context_length", "sliding_window"),
+    *("q_rank", "kv_rank", "nope_head_dim", "rope_head_dim", "v_head_dim"),
 )
 
 
@@ -45,7 +45,7 @@ class DecoderConfig:
     depth: int  # stored layers
     dim: int  # width of the residual stream
     num_heads: int
-    hidden_dim: int  # of the SwiGLU
+    hidden_dim: int | tuple[int, ...]  # of the SwiGLU: the same in all stored layers, or that of each
     num_kv_heads: int | None = None  # None: as many as heads
     head_dim: int = 64
     layer_map: tuple[int, ...] | None = None  # the stored layer of each executed one; None: each once, in order
@@ -73,6 +73,14 @@ class DecoderConfig:
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
+        widths = self.hidden_dims
+        if len(widths) != self.depth or any(type(width) is not int or width < 1 for width in widths):
+            raise ConfigError(
+                f"hidden_dim must be a whole number from 1 up, or one for each of the {self.depth} stored layers, not "
+                f"{self.hidden_dim!r}."
+            )
+        if len(set(widths)) == 1:
+            object.__setattr__(self, "hidden_dim", widths[0])
         for name in ("norm_eps", "rope_theta", "init_std", "embed_init_std"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < float("inf")):
@@ -96,6 +104,17 @@ class DecoderConfig:
     def executed(self) -> tuple[int, ...]:
         """The stored layer of each executed one."""
         return tuple(range(self.depth)) if self.layer_map is None else self.layer_map
+
+    @property
+    def hidden_dims(self) -> tuple[int, ...]:
+        """The width of the SwiGLU of each stored layer."""
+        return self.hidden_dim if isinstance(self.hidden_dim, tuple) else (self.hidden_dim,) * self.depth
+
+    @property
+    def hidden_range(self) -> str:
+        """As people read it: "64", or "24 to 64" where layers differ."""
+        widths = self.hidden_dims
+        return str(self.hidden_dim) if isinstance(self.hidden_dim, int) else f"{min(widths)} to {max(widths)}"
 
     @property
     def kv_heads(self) -> int:
@@ -331,11 +350,11 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, hidden_dim: int) -> None:
         super().__init__()
         self.mlp_name = config.mlp_name
         self.self_attn = Attention(config) if config.kv_rank is None else LatentAttention(config)
-        self.add_module(config.mlp_name, SwiGLU(config.dim, config.hidden_dim))
+        self.add_module(config.mlp_name, SwiGLU(config.dim, hidden_dim))
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
 
@@ -358,7 +377,7 @@ class DecoderStack(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(DecoderLayer(config, width) for width in config.hidden_dims)
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.rotary = RotaryTable(config.context_length, config.rotary_dim, config.rope_theta)
 
@@ -394,6 +413,13 @@ class Decoder(ZooModelHubMixin, nn.Module):
         from zoo.layers.fast_decoder import FastDecoder
 
         return FastDecoder(self)
+
+    def describe_widths(self) -> None:
+        """Bring `config`, and what a checkpoint says of it, up to date with SwiGLUs that lost channels."""
+        widths = tuple(getattr(layer, self.config.mlp_name).down_proj.in_features for layer in self.model.layers)
+        self.config = dataclasses.replace(self.config, hidden_dim=widths)
+        if "_model_args" in self.__dict__:
+            self.__dict__["_model_args"] = {**self.__dict__["_model_args"], "hidden_dim": self.config.hidden_dim}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

@@ -301,7 +301,8 @@ class FastDecoder(Decoder):
         if quantization is not None and not any(isinstance(part, QuantizedLinear) for part in self.modules()):
             raise ConfigError(
                 f"Groups of {quantization.group_size} fit into the rows of no matrix of this model, which are "
-                f"{model.config.dim} and {model.config.hidden_dim} wide: choose a smaller group_size, if there is one."
+                f"{model.config.dim} and {model.config.hidden_range} wide: choose a smaller group_size, if there is "
+                "one."
             )
         self.grad_checkpointing = False
         self._native: NativeStep | None = None
@@ -383,7 +384,9 @@ class FastDecoder(Decoder):
             or not _plain(weight)
             or weight.dtype not in native_step.KINDS
             or cache.layers[0].tensors[0].dtype not in native_step.KINDS
-            or (self.quantization is not None and config.hidden_dim % 16)  # parts of gate and up are whole blocks
+            or (
+                self.quantization is not None and any(width % 16 for width in config.hidden_dims)
+            )  # parts of gate and up are whole blocks
             or torch.is_autocast_enabled("cpu")
         ):
             return None
@@ -413,7 +416,7 @@ class FastDecoder(Decoder):
                 config.num_heads,
                 config.kv_heads,
                 config.head_dim,
-                config.hidden_dim,
+                max(config.hidden_dims),
                 len(config.executed),
                 int(config.qk_norm),
             ),

@@ -611,7 +611,7 @@ struct Step {
         std::vector<long> out;
         for (long l = 0; l < m.executed; ++l)
             for (long count : {blocks_of((m.heads + 2L * m.kv_heads) * m.head_dim), long(m.kv_heads), long(m.heads),
-                               blocks_of(m.dim), blocks_of(m.hidden), blocks_of(m.dim)})
+                               blocks_of(m.dim), blocks_of(m.layers[l].gate_up.rows / 2), blocks_of(m.dim)})
                 out.push_back(count);
         out.push_back(blocks_of(m.head.rows));
         return out;
@@ -666,10 +666,11 @@ struct Step {
                 product(layer.o, mixed.data(), rounded, x.data(), rows_of(from, to, m.dim), true);
             });
             phases.run(6 * l + 4, thread, [&] { norm_for(layer.gate_up, layer.mlp_norm); }, [&](long from, long to) {
-                const Range own = rows_of(from, to, m.hidden);
+                const long width = layer.gate_up.rows / 2;
+                const Range own = rows_of(from, to, width);
                 product(layer.gate_up, normed.data(), rounded, wide.data(), own);
-                product(layer.gate_up, normed.data(), rounded, wide.data(), {m.hidden + own.begin, m.hidden + own.end});
-                gate(wide.data(), wide.data() + m.hidden, hidden.data(), own.begin, own.end);
+                product(layer.gate_up, normed.data(), rounded, wide.data(), {width + own.begin, width + own.end});
+                gate(wide.data(), wide.data() + width, hidden.data(), own.begin, own.end);
             });
             const auto round_hidden = [&] { prepare(layer.down, hidden.data(), rounded); };
             phases.run(6 * l + 5, thread, round_hidden, [&](long from, long to) {

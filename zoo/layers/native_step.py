@@ -211,7 +211,7 @@ class NativeStep:
         layers: Sequence[CLayer],
         keep: Sequence[Tensor],
     ) -> None:
-        """`sizes`: dim, heads, kv_heads, head_dim, hidden, executed layers, whether queries and keys are normed."""
+        """`sizes`: dim, heads, kv_heads, head_dim, widest hidden, executed layers, whether queries are normed."""
         self._layers = (CLayer * len(layers))(*layers)
         self._keep = (*rotary, norm, *keep)
         cos, sin = (address(table) for table in rotary)

@@ -8,7 +8,8 @@ A channel is a producer's output: rows of a convolution or linear layer, what ac
 kernels, batch norms, scales), and the columns of all layers that read it. Channels that a LayerNorm or GroupNorm mixes,
 the input's, the classifier's and attention's cannot be removed without changing what is computed, and are left alone.
 Groups are found by Torch-Pruning's dependency graph (Fang et al., "DepGraph", CVPR 2023, arXiv 2301.12900), and each is
-proved before it is believed: the model without it must equal the model with its channels set to zero.
+proved before it is believed: the model without it must equal the model with its channels set to zero. That graph cannot
+follow rotary positions, so those of language models are known: the hidden channels of their SwiGLUs.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class ChannelGroup:
 
     name: str  # of the first layer that makes them
     size: int
-    input_size: tuple[int, int, int]  # that the model was looked at with
+    input_size: tuple[int, int, int] | None  # that the model was looked at with; None for a language model
     slices: tuple[Slices, ...]
 
     def __repr__(self) -> str:
@@ -79,9 +80,13 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
     """The groups of channels that `model`, which is left as it is, can lose, by name and in the order of its layers.
 
     `input_size` is (channels, height, width), by default what the model's `pretrained_cfg` says. Runs the model a few
-    times on one image. Raises MissingDependencyError without Torch-Pruning, ConfigError for a language model, and one
-    that cannot be traced.
+    times on one image. Raises MissingDependencyError without Torch-Pruning, ConfigError for a model that cannot be
+    traced. Of a language model these are its SwiGLUs' hidden channels, for which it is not run and nothing else needed.
     """
+    if hasattr(_unwrapped(model), "make_cache"):
+        if input_size is not None:
+            raise ConfigError(f"{type(model).__name__} takes tokens: leave out input_size.")
+        return _swiglu_groups(_unwrapped(model))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -113,6 +118,24 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
         groups = [group for alike in kinds.values() for group in _proved(twin, alike, images)]
     order = {name: position for position, (name, _) in enumerate(twin.named_modules())}
     return {group.name: group for group in sorted(groups, key=lambda group: order[group.name])}
+
+
+def _swiglu_groups(model: nn.Module) -> dict[str, ChannelGroup]:
+    """A channel of a SwiGLU is a row of both matrices before it and a column of the one that reads it."""
+    from zoo.layers.decoder import SwiGLU
+
+    groups = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SwiGLU):
+            size = module.down_proj.in_features
+            parts = (("gate_proj", 0, "incoming"), ("up_proj", 0, "incoming"), ("down_proj", 1, "outgoing"))
+            slices = tuple(
+                Slices(tensor=f"{name}.{linear}.weight", dim=dim, role=role, channels=torch.arange(size))
+                for linear, dim, role in parts
+            )
+            first = f"{name}.gate_proj"
+            groups[first] = ChannelGroup(name=first, size=size, input_size=None, slices=slices)
+    return groups
 
 
 def _proved(twin: nn.Module, alike: Sequence[ChannelGroup], images: Tensor) -> list[ChannelGroup]:
@@ -159,10 +182,6 @@ def _generator() -> torch.Generator:
 def _input_size(model: nn.Module, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
     from zoo.profiling.resolve import check_input_size, default_input_size
 
-    if hasattr(model, "make_cache"):
-        raise ConfigError(
-            f"{type(model).__name__} takes tokens: which channels can go is found for models that take images alone."
-        )
     return default_input_size(model) if given is None else check_input_size(given)
 
 
@@ -481,6 +500,9 @@ def _set_widths(model: nn.Module, names: Iterable[str]) -> None:
             module.out_features, module.in_features = module.weight.shape
         elif isinstance(module, _BatchNorm):
             module.num_features = len(module.running_mean if module.weight is None else module.weight)
+    describe = getattr(model, "describe_widths", None)
+    if callable(describe):
+        describe()
 
 
 def kept_widths(model: nn.Module) -> dict[str, Any]:
@@ -540,12 +562,12 @@ def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
     return infos if isinstance(infos, list) else getattr(infos, "info", [])
 
 
-def _describe(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+def _describe(model: nn.Module, input_size: tuple[int, int, int] | None) -> None:
     """Bring what timm's contract says of widths up to date: a forward on the meta device shows them."""
     from zoo.profiling.flops import meta_twin
 
     infos = _feature_info(model)
-    if not infos or not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
+    if not infos or input_size is None or not hasattr(model, "forward_features") or not hasattr(model, "forward_head"):
         return
     twin: Any = meta_twin(model)
     seen: dict[str, Tensor] = {}

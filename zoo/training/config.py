@@ -314,8 +314,9 @@ class SparsityConfig:
             layers (Dey et al. 2024, arXiv 2405.15743). Null: what the method sets.
         dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`; at
             the end of the run they are cut off. Only channels whose layers, those that make and those that read them,
-            are all chosen and not frozen; not of language models. Their weights go to other channels, of their layer
-            first, so that the density stays, unless it is more than the living channels hold: these end dense then.
+            are all chosen and not frozen; of language models those of SwiGLUs. Their weights go to other channels, of
+            their layer first, so that the density stays, unless it is more than the living channels hold: these end
+            dense then.
             Null: what the method sets.
     """
 

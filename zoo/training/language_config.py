@@ -173,11 +173,5 @@ class LanguageTrainingConfig:
 
     def __post_init__(self) -> None:
         check_schedule(self.scheduler, self.optimizer)
-        rule = self.sparsity.rule()
-        if rule is not None and rule.dead_channels:
-            raise ConfigError(
-                "sparsity.dead_channels, which method chase sets, is for models that take images: take another method "
-                "for a language model, such as rigl, or set sparsity.dead_channels to 0."
-            )
         if self.sample.prompts and self.tokenizer.name is None:
             raise ConfigError("sample.prompts are text: without a tokenizer leave them out.")
