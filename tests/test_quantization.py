@@ -61,19 +61,25 @@ def test_with_and_without_the_library(to, name, monkeypatch):
     assert error(quantized(tokens), model(tokens)) < (0.03 if to == "int8" else 0.5)
 
 
+def check_use(quantized, model, tmp_path):
+    """Near the model, all at once and token by token, and the same when saved and opened, as which it returns."""
+    tokens = torch.randint(0, 257, (1, 12))
+    cache = quantized.make_cache(1, 12, dtype=torch.float32)
+    steps = [quantized(tokens[:, place : place + 1], cache=cache) for place in range(12)]
+    assert error(torch.cat(steps, 1), quantized(tokens)) < 0.02
+    assert error(quantized(tokens), model(tokens)) < 0.03
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(quantized, tmp_path / 'model')}")
+    assert torch.equal(again(tokens), quantized(tokens))
+    return again
+
+
 @torch.inference_mode()
 def test_matrices_that_groups_do_not_fit_keep_their_precision(tmp_path):
     model = small(dim=72, hidden_dim=160)
     quantized = zoo.quantize(model)
     layer = quantized.model.layers[0]
     assert [isinstance(part, QuantizedLinear) for part in (layer.gate_up, layer.down)] == [False, True]
-    tokens = torch.randint(0, 257, (1, 12))
-    cache = quantized.make_cache(1, 12, dtype=torch.float32)
-    steps = [quantized(tokens[:, place : place + 1], cache=cache) for place in range(12)]
-    assert error(torch.cat(steps, 1), quantized(tokens)) < 0.02
-    assert error(quantized(tokens), model(tokens)) < 0.03
-    folder = zoo.save_pretrained(quantized, tmp_path / "model")
-    assert torch.equal(zoo.create_model(f"local-dir:{folder}")(tokens), quantized(tokens))
+    check_use(quantized, model, tmp_path)
 
 
 @pytest.mark.parametrize("widths", [(32, 96, 64), (40, 96, 64)], ids=["whole blocks", "others"])
@@ -81,15 +87,7 @@ def test_matrices_that_groups_do_not_fit_keep_their_precision(tmp_path):
 def test_layers_of_different_width(widths, tmp_path):
     model = small(hidden_dim=widths)
     quantized = zoo.quantize(model, group_size=32)
-    tokens = torch.randint(0, 257, (1, 12))
-    cache = quantized.make_cache(1, 12, dtype=torch.float32)
-    steps = [quantized(tokens[:, place : place + 1], cache=cache) for place in range(12)]
-    assert error(torch.cat(steps, 1), quantized(tokens)) < 0.02
-    assert error(quantized(tokens), model(tokens)) < 0.03
-    folder = zoo.save_pretrained(quantized, tmp_path / "model")
-    again = zoo.create_model(f"local-dir:{folder}")
-    assert again.config.hidden_dim == widths
-    assert torch.equal(again(tokens), quantized(tokens))
+    assert check_use(quantized, model, tmp_path).config.hidden_dim == widths
 
 
 @pytest.mark.parametrize("to", list(BITS))
