@@ -29,12 +29,13 @@ def decoder_of(model: nn.Module, purpose: str) -> Decoder:
 
 
 def evened(model: Decoder) -> Decoder:
-    """`model`, or where its layers' SwiGLUs differ in width a copy that computes the same with all as wide as the
-    widest: what is added is zero.
+    """`model`, or where its SwiGLUs differ in width, which formats have no word for, a copy that computes the same.
+
+    All are as wide as the widest there: what is added is zero.
     """
-    widest = max(model.config.hidden_dims)
     if isinstance(model.config.hidden_dim, int):
         return model
+    widest = max(model.config.hidden_dims)
     model = copy.deepcopy(model).requires_grad_(False)
     for layer in model.model.layers:
         mlp: Any = layer.get_submodule(model.config.mlp_name)

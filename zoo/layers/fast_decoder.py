@@ -301,8 +301,8 @@ class FastDecoder(Decoder):
         if quantization is not None and not any(isinstance(part, QuantizedLinear) for part in self.modules()):
             raise ConfigError(
                 f"Groups of {quantization.group_size} fit into the rows of no matrix of this model, which are "
-                f"{model.config.dim} and {model.config.hidden_range} wide: choose a smaller group_size, if there is "
-                "one."
+                f"{model.config.dim} and {model.config.hidden_range} wide: choose a smaller group_size, if "
+                "there is one."
             )
         self.grad_checkpointing = False
         self._native: NativeStep | None = None
@@ -384,9 +384,8 @@ class FastDecoder(Decoder):
             or not _plain(weight)
             or weight.dtype not in native_step.KINDS
             or cache.layers[0].tensors[0].dtype not in native_step.KINDS
-            or (
-                self.quantization is not None and any(width % 16 for width in config.hidden_dims)
-            )  # parts of gate and up are whole blocks
+            # parts of gate and up are whole blocks
+            or (self.quantization is not None and any(width % 16 for width in config.hidden_dims))
             or torch.is_autocast_enabled("cpu")
         ):
             return None

@@ -211,7 +211,9 @@ class NativeStep:
         layers: Sequence[CLayer],
         keep: Sequence[Tensor],
     ) -> None:
-        """`sizes`: dim, heads, kv_heads, head_dim, widest hidden, executed layers, whether queries are normed."""
+        """`sizes`: dim, heads, kv_heads, head_dim, hidden (the widest), executed layers, and 1 where queries and keys
+        are normed, else 0.
+        """
         self._layers = (CLayer * len(layers))(*layers)
         self._keep = (*rotary, norm, *keep)
         cos, sin = (address(table) for table in rotary)
