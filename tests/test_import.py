@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import zoo
 from tests.launcher import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +39,33 @@ def test_facts_load_neither_torch_nor_timm(what):
     assert run.returncode == 0, run.stderr
 
 
-def test_every_public_name_is_there():
-    run = python("-c", "import zoo\nfor name in zoo.__all__: getattr(zoo, name)", cwd=ROOT)
+def test_texts_need_neither_images_nor_the_compiler(tmp_path):
+    code = """
+import sys
+import zoo, zoo.data
+from zoo.cli import main
+
+zoo.data.train_tokenizer(["some words"] * 9, 300)
+small = {"dim": 64, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_dim": 128, "vocab_size": 300}
+model = zoo.create_model("mobilellm_125m", **small)
+zoo.save_pretrained(zoo.quantize(model, "int8"), "quantized")
+zoo.save_pretrained(model, "saved")
+for folder in ("saved", "quantized"):
+    assert main(["generate", "--model", folder, "--tokenizer", "bytes", "--max-new-tokens", "2", "One"]) == 0
+sys.exit(", ".join({"torchvision", "timm", "matplotlib", "sympy", "torch._dynamo"} & set(sys.modules)) or 0)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("package", ["zoo", "zoo.data", "zoo.sparsity"])
+def test_every_public_name_is_there(package):
+    run = python("-c", f"import {package} as package\nfor name in package.__all__: getattr(package, name)", cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 
 def test_a_name_that_is_not_public_is_an_attribute_error():
-    import zoo
-
     with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
         zoo.creat_model  # noqa: B018
     assert set(dir(zoo)) >= {"create_model", "list_models", "__version__"}

@@ -35,6 +35,20 @@ def test_weights_are_rounded_to_the_nearest_of_their_group(bits, steps, group_si
     assert bytes_each == bits / 8 + 2 / group_size
 
 
+@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("rows", [5, 16, 33])
+def test_without_memory_the_form_is_the_same(rows, bits, group_size):
+    weight = torch.randn(rows, 128)
+    buffers, empty = (dict(QuantizedLinear(w, bits, group_size).named_buffers()) for w in (weight, weight.to("meta")))
+    assert buffers.keys() == empty.keys()
+    for name, buffer in buffers.items():
+        assert empty[name].is_meta
+        assert empty[name].dtype == buffer.dtype
+        assert empty[name].size() == buffer.size()
+        assert empty[name].stride() == buffer.stride()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rows_are_those_of_the_matrix(bits):
     torch.manual_seed(0)

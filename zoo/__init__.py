@@ -5,8 +5,9 @@ Public names are imported on first use, so that `import zoo` and everything that
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from zoo.lazy import on_first_use
 
 __version__ = "0.1.0"
 
@@ -74,13 +75,7 @@ if TYPE_CHECKING:
     from zoo.weights import convert_checkpoint, load_checkpoint
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
-    home = importlib.import_module(_PUBLIC[name])
-    value = home if _PUBLIC[name] == f"zoo.{name}" else getattr(home, name)
-    globals()[name] = value
-    return value
+__getattr__ = on_first_use(__name__, _PUBLIC)
 
 
 def __dir__() -> list[str]:

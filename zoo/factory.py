@@ -14,7 +14,7 @@ from torch import nn
 
 from zoo.devices import find_device
 from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
-from zoo.layers.init import has_meta, materialize
+from zoo.layers.init import has_meta, materialize, on_meta
 from zoo.registry import Entry, Weights, get_entry, split_name
 
 __all__ = ["build_module", "create_model", "feature_config"]
@@ -284,7 +284,7 @@ def build_module(
 
 def _build_on_meta(entry: Entry, args: Mapping[str, Any], dtype: torch.dtype | None) -> nn.Module:
     try:
-        with torch.device("meta"):
+        with on_meta():
             model = _call(entry, args)
         return model if dtype is None else model.to(dtype=dtype)
     except (RuntimeError, NotImplementedError):  # a constructor that reads values, as `torch.linspace(...).tolist()`

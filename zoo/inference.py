@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-from timm.layers import GELU
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -122,7 +122,9 @@ def _activation(module: nn.Module) -> Any:
     """What `module` is called where it can be joined to a layer."""
     if type(module) is nn.ReLU:
         return "relu"
-    return "gelu" if type(module) in (nn.GELU, GELU) and getattr(module, "approximate", "none") == "none" else None
+    timm = sys.modules.get("timm.layers")  # not imported for this, which takes seconds: no model has its GELU before
+    gelus = (nn.GELU, timm.GELU) if timm else (nn.GELU,)
+    return "gelu" if type(module) in gelus and getattr(module, "approximate", "none") == "none" else None
 
 
 def _join(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import timm
 from torch import nn
 
-from zoo.compat.timm import timms_own
 from zoo.errors import ConfigError, did_you_mean
 from zoo.factory import create_model
 from zoo.files import checkpoint_places
@@ -105,6 +103,10 @@ def looks_like_path(source: str) -> bool:
 
 def create_timm_model(name: str, **args: Any) -> nn.Module:
     """timm's own model, for a name such as `timm/poolformer_s12`. Raises ConfigError for what timm does not take."""
+    import timm
+
+    from zoo.compat.timm import timms_own
+
     name = name.removeprefix("timm/")
     try:
         with timms_own(name):

@@ -1,28 +1,33 @@
 """Data: images and masks, thin over `datasets`, torchvision and `timm.data`; texts, and their tokenizers."""
 
+from typing import TYPE_CHECKING
+
 from zoo.data.config import AugmentConfig, DataConfig
-from zoo.data.loading import (
-    UNREADABLE,
-    DamageReport,
-    EpochSampler,
-    EvaluationLoader,
-    ImageDataset,
-    TrainingLoader,
-    evaluation_loader,
-    make_loader,
-    training_loader,
-)
-from zoo.data.segmentation import (
-    SegmentationBatch,
-    SegmentationSplit,
-    load_segmentation_split,
-    segmentation_evaluation_loader,
-    segmentation_training_loader,
-)
 from zoo.data.segmentation_config import SegmentationAugmentConfig, SegmentationDataConfig
-from zoo.data.sources import ImageSplit, align_classes, load_split
 from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
-from zoo.data.transforms import Batch, eval_transform, preprocessing, random_transform
+from zoo.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from zoo.data.loading import (
+        UNREADABLE,
+        DamageReport,
+        EpochSampler,
+        EvaluationLoader,
+        ImageDataset,
+        TrainingLoader,
+        evaluation_loader,
+        make_loader,
+        training_loader,
+    )
+    from zoo.data.segmentation import (
+        SegmentationBatch,
+        SegmentationSplit,
+        load_segmentation_split,
+        segmentation_evaluation_loader,
+        segmentation_training_loader,
+    )
+    from zoo.data.sources import ImageSplit, align_classes, load_split
+    from zoo.data.transforms import Batch, eval_transform, preprocessing, random_transform
 
 __all__ = [
     "UNREADABLE",
@@ -54,3 +59,28 @@ __all__ = [
     "train_tokenizer",
     "training_loader",
 ]
+
+# torchvision and timm take seconds to import, and texts need neither
+_IMAGES = {
+    "zoo.data.loading": (
+        "UNREADABLE",
+        "DamageReport",
+        "EpochSampler",
+        "EvaluationLoader",
+        "ImageDataset",
+        "TrainingLoader",
+        "evaluation_loader",
+        "make_loader",
+        "training_loader",
+    ),
+    "zoo.data.segmentation": (
+        "SegmentationBatch",
+        "SegmentationSplit",
+        "load_segmentation_split",
+        "segmentation_evaluation_loader",
+        "segmentation_training_loader",
+    ),
+    "zoo.data.sources": ("ImageSplit", "align_classes", "load_split"),
+    "zoo.data.transforms": ("Batch", "eval_transform", "preprocessing", "random_transform"),
+}
+__getattr__ = on_first_use(__name__, {name: home for home, names in _IMAGES.items() for name in names})

@@ -140,7 +140,11 @@ class _Parts:
 
     def linear(self, *weights: Tensor, norm: nn.Module | None = None) -> AnyLinear:
         """The matrices one below the other, with the weight of the `norm` before them."""
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0].clone()
+        first = weights[0]
+        if first.is_meta:  # where torch.cat and clone would import the compiler
+            weight = first.new_empty(sum(map(len, weights)), first.shape[1])
+        else:
+            weight = torch.cat(weights) if len(weights) > 1 else first.clone()
         if norm is not None and self.folds:
             weight = weight * norm.get_parameter("weight")
         if self.quantization is None or not self.fits(weight):

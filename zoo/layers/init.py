@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def own_tensors(module: nn.Module) -> list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]]:
@@ -26,7 +30,8 @@ def init_weights(model: nn.Module) -> None:
 
 
 def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device=device)
+    # not empty_like, which imports sympy for tensors on the meta device
+    empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -55,6 +60,24 @@ def materialize(model: nn.Module, device: torch.device | str | None = None) -> n
         for holder, key, tensor in loaded:
             holder[key] = tensor
     return model
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Random values are not drawn for the meta device, where PyTorch would import its compiler for them: seconds."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """What is built within has no memory and no values."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
 
 
 def has_meta(model: nn.Module) -> bool:

@@ -29,7 +29,11 @@ ELEMENTS_AT_ONCE = 2**24  # that are quantised, or brought back, at a time
 
 def quantize_matrix(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     """(rows, cols) -> packed bytes and scales, laid out as above."""
-    cols = weight.shape[1]
+    rows, cols = weight.shape
+    if weight.is_meta:  # empty, for a checkpoint: PyTorch would go through all steps for their shapes alone
+        blocks = -(-rows // ROWS)
+        packed = weight.new_empty(blocks, cols // 32, FOURS * bits // 8, ROWS, 4, dtype=torch.uint8)
+        return packed, weight.new_empty(blocks, cols // group_size, ROWS, dtype=torch.float16)
     parts: list[tuple[Tensor, Tensor]] = []
     for part in weight.detach().split(max(ROWS, ELEMENTS_AT_ONCE // cols // ROWS * ROWS)):
         whole = F.pad(part.float(), (0, 0, 0, -len(part) % ROWS))

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.compat.timm import timms_own
 from zoo.errors import ConfigError, UnknownModelError, did_you_mean
 from zoo.factory import create_model
 from zoo.loading import resolve_path
@@ -38,6 +37,8 @@ def build(name: str, device: torch.device | str = "cpu") -> nn.Module:
 
 def _build_with_timm(name: str, device: torch.device | str) -> nn.Module:
     import timm
+
+    from zoo.compat.timm import timms_own
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):

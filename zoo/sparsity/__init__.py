@@ -5,9 +5,9 @@ Nothing here trains: `zoo.training.sparse` does, with these parts.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from zoo.lazy import on_first_use
 from zoo.sparsity.channels import (
     ChannelGroup,
     channel_counts,
@@ -37,9 +37,6 @@ from zoo.sparsity.masks import (
 
 if TYPE_CHECKING:
     from zoo.sparsity.sparse_model import SparseLayer, SparseModel, report
-
-# imported on first use: they need zoo.profiling, which itself counts with the densities of this package
-_REPORT = ("SparseLayer", "SparseModel", "report")
 
 __all__ = [
     "ChannelGroup",
@@ -74,8 +71,7 @@ __all__ = [
     "weakest_channels",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _REPORT:
-        return getattr(importlib.import_module("zoo.sparsity.sparse_model"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# which needs zoo.profiling, which itself counts with the densities of this package
+__getattr__ = on_first_use(
+    __name__, dict.fromkeys(("SparseLayer", "SparseModel", "report"), "zoo.sparsity.sparse_model")
+)
