@@ -25,6 +25,7 @@ from tests.test_training import assert_same_checkpoint, rows
 from zoo.config import load_config, plain_flags, read_yaml, run_command, to_yaml
 from zoo.data.tokenizers import create_tokenizer, train_tokenizer
 from zoo.errors import CheckpointError, ConfigError, DataError
+from zoo.layers import products
 from zoo.layers.token_loss import mean_token_loss
 from zoo.training import Interrupted, LanguageModeling, LanguageTrainingConfig, parse_training_config, train
 from zoo.training.checkpoint import read_state
@@ -290,8 +291,10 @@ def test_the_distillation_loss_by_hand(top_k: int | None, tau: float, monkeypatc
     torch.testing.assert_close(alone, mean_token_loss(hidden, weight, targets, 0.1))
 
 
-def test_learning_from_a_teacher(home: Path, tmp_path: Path):
+def test_learning_from_a_teacher(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """From a finished run, alone (alpha 1): what the student says comes near to what the teacher says."""
+    monkeypatch.setattr(products, "SMALLEST", 1)  # however small the model: training's products are in use
+    monkeypatch.setattr(products, "_MKL_IS_FASTER", False)
     train(configure(home, tmp_path / "teacher", scheduler={"epochs": 2}))
     changes: dict[str, Any] = {
         "distill": {"teacher": str(tmp_path / "teacher"), "alpha": 1.0, "top_k": 40},

@@ -1,4 +1,4 @@
-"""Training's products by oneDNN are PyTorch's up to rounding, and step aside where they are not wanted."""
+"""Training's products by oneDNN or MKL are PyTorch's up to rounding, and step aside where they are not wanted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zoo
+from zoo.layers import products
 from zoo.layers.products import FastProducts
 
 SHAPES = [(64, 256, 24), (256, 64, 24), (64, 256, 56), (320, 1280, 14), (1280, 320, 14), (512, 2048, 7), (96, 40, 33)]
+
+
+@pytest.fixture(params=["oneDNN", "MKL"])
+def library(request, monkeypatch) -> str:
+    """As on a processor of another maker than Intel, and as on Intel's."""
+    monkeypatch.setattr(products, "_MKL_IS_FASTER", request.param == "MKL")
+    return request.param
+
+
+@pytest.fixture
+def onednn(monkeypatch) -> None:
+    monkeypatch.setattr(products, "_MKL_IS_FASTER", False)
 
 
 def tensor(*shape: int, seed: int = 0) -> Tensor:
@@ -23,6 +36,12 @@ def by_onednn(y: Tensor) -> bool:
     """Whether `FastProducts` made `y`, or the map that `y` is a view of."""
     assert y.grad_fn is not None
     return "_Linear" in y.grad_fn.name() or any("_Linear" in fn.name() for fn, _ in y.grad_fn.next_functions if fn)
+
+
+def by_mkl(y: Tensor) -> bool:
+    """Whether a convolution became a linear layer, whose output is turned round."""
+    assert y.grad_fn is not None
+    return "Permute" in y.grad_fn.name()
 
 
 def gradients(function, *tensors: Tensor, upstream: Tensor) -> list[Tensor]:
@@ -40,30 +59,32 @@ def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize(("ins", "outs", "side"), SHAPES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_pointwise_convolutions(ins, outs, side, bias):
+def test_pointwise_convolutions(ins, outs, side, bias, library):
     x = tensor(2, ins, side, side).to(memory_format=torch.channels_last)
     tensors = [x, tensor(outs, ins, 1, 1, seed=1), *([tensor(outs, seed=2)] if bias else [])]
     upstream = tensor(2, outs, side, side, seed=3).to(memory_format=torch.channels_last)
     with FastProducts():
         found = gradients(F.conv2d, *tensors, upstream=upstream)
-        assert by_onednn(F.conv2d(*(t.requires_grad_() for t in tensors)))
+        y = F.conv2d(*(t.requires_grad_() for t in tensors))
+    assert by_mkl(y) if library == "MKL" else by_onednn(y)
     assert found[0].is_contiguous(memory_format=torch.channels_last)
     assert_close(found, gradients(F.conv2d, *(t.double() for t in tensors), upstream=upstream.double()))
 
 
 @pytest.mark.parametrize(("ins", "outs", "side"), SHAPES)
-def test_linear_layers(ins, outs, side):
+def test_linear_layers(ins, outs, side, library):
     layer = nn.Linear(ins, outs)
     for x in (tensor(2, side * side, ins), tensor(side * side, ins), tensor(ins, 2 * side * side).t()):
         parameters = layer.weight.detach(), layer.bias.detach()
         upstream = torch.ones(()).expand(*x.shape[:-1], outs)  # no memory of its own, as from a sum
         with FastProducts():
             found = gradients(F.linear, x, *parameters, upstream=upstream)
-            assert by_onednn(layer(x))
+            assert by_onednn(layer(x)) == (library == "oneDNN")
         exact = gradients(F.linear, x.double(), *(p.double() for p in parameters), upstream=upstream.double())
         assert_close(found, exact)
 
 
+@pytest.mark.usefixtures("onednn")
 def test_weights_that_need_no_gradient_get_none_and_gradients_can_be_differentiated():
     layer, x = nn.Linear(256, 256), tensor(64, 256).requires_grad_()
     layer.bias.requires_grad_(False)
@@ -78,6 +99,7 @@ def test_weights_that_need_no_gradient_get_none_and_gradients_can_be_differentia
     torch.testing.assert_close(found, layer.weight.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.usefixtures("onednn")
 def test_what_it_leaves_alone():
     image, wide = tensor(2, 256, 16, 16).to(memory_format=torch.channels_last), nn.Conv2d(256, 256, 1)
     rows, layer = tensor(64, 256), nn.Linear(256, 256)
@@ -102,8 +124,17 @@ def test_what_it_leaves_alone():
     assert not by_onednn(layer(rows))
 
 
+def test_of_any_number_of_images_where_mkl_is_faster(monkeypatch):
+    monkeypatch.setattr(products, "_MKL_IS_FASTER", True)
+    image, wide = tensor(16, 256, 16, 16).to(memory_format=torch.channels_last), nn.Conv2d(256, 256, 1)
+    with FastProducts():
+        assert by_mkl(wide(image))
+        assert not by_mkl(wide(image.contiguous()))
+        assert not by_mkl(nn.Conv2d(256, 256, 1, groups=2)(image))
+
+
 @pytest.mark.parametrize("name", ["poolformer_s12", "caformer_s18", "emo_test", "sret_test"])
-def test_a_model_gets_the_same_gradients(name):
+def test_a_model_gets_the_same_gradients(name, library):
     model = zoo.create_model(name, pretrained=False, num_classes=10).train().to(memory_format=torch.channels_last)
     images = tensor(2, 3, 64, 64).to(memory_format=torch.channels_last)
     found = []

@@ -1,13 +1,15 @@
-"""Faster linear layers and pointwise convolutions in training on a CPU: their matrix products by oneDNN.
+"""Faster linear layers and pointwise convolutions in training on a CPU: their matrix products by oneDNN or MKL.
 
-PyTorch multiplies float32 matrices with MKL, and one thread with few images 1x1 convolutions, too. oneDNN's products,
-which PyTorch keeps for layers packed for inference, are faster on most shapes of these layers;
-`benchmarks/train_step.py` says what that brings.
+PyTorch multiplies float32 matrices with MKL, Intel's library, and convolves with oneDNN, but for few images on one
+thread. On Intel's processors MKL is the faster for 1x1 convolutions, too. On others oneDNN's products are faster for
+both, which PyTorch keeps for layers packed for inference. `benchmarks/train_step.py` says what that brings.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +23,22 @@ _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, 
 SMALLEST = 2**20  # multiplications: below, calling takes longer than what is gained
 
 
+def _is_intels() -> bool:
+    try:
+        told = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        told = platform.processor()
+    return "GenuineIntel" in told
+
+
+# by its maker, and not by time: a run that goes on must compute as it did
+_MKL_IS_FASTER = torch.backends.mkl.is_available() and _is_intels()
+
+
 class FastProducts(TorchFunctionMode):
     """Within it, `F.linear`, and of few images 1x1 `F.conv2d`, are differentiable products by oneDNN.
+
+    On Intel's processors `F.linear` stays what it is, and 1x1 `F.conv2d` of any number of images becomes it.
 
     Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled or traced
     code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run again outside.
@@ -36,7 +52,7 @@ class FastProducts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if not kwargs:
-            if func is F.linear and _suits(*args[:2]):
+            if func is F.linear and not _MKL_IS_FASTER and _suits(*args[:2]):
                 return linear(*args)
             if func is F.conv2d and _is_pointwise(*args) and _suits(*args[:2]):
                 return pointwise_conv2d(*args[:3])
@@ -74,19 +90,19 @@ def _is_pointwise(
         and stride in (1, (1, 1))
         and padding in (0, (0, 0))
         and x.ndim == 4
-        and len(x) < 16  # else PyTorch takes oneDNN's convolution, which is as fast
+        and (_MKL_IS_FASTER or len(x) < 16)  # else PyTorch takes oneDNN's convolution, which is as fast as its product
         and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`. (..., in_features) -> (..., out_features)"""
-    return _Linear.apply(x, weight, bias)
+    return F.linear(x, weight, bias) if _MKL_IS_FASTER else _Linear.apply(x, weight, bias)
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.conv2d` by 1x1 kernels. (B, C, H, W) -> (B, C', H, W), both in channels_last."""
-    return _Linear.apply(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+    return linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class _Linear(torch.autograd.Function):

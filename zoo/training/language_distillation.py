@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -76,7 +75,7 @@ def _again(part: Any, *args: Tensor) -> Tensor:
 
 def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     dtype = dtype or weight.dtype
-    logits = F.linear(hidden.to(dtype), weight.to(dtype))
+    logits = hidden.to(dtype) @ weight.to(dtype).t()  # not F.linear: `FastProducts` makes it once, not again
     return logits.to(torch.promote_types(dtype, torch.float32))
 
 
