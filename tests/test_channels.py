@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -130,6 +131,9 @@ def test_language_models_lose_hidden_channels_of_their_swiglus(name: str, args: 
     assert torch.equal(again(tokens), model(tokens))
     untrained = small(name, **args, kept_widths=kept_widths(model))
     assert again.config == untrained.config == small(name, **args, hidden_dim=[24, 57, 44]).config == model.config
+    untrained.load_state_dict(model.state_dict())
+    reopened: Any = zoo.create_model(f"local-dir:{zoo.save_pretrained(untrained, tmp_path / 'untrained')}").eval()
+    assert torch.equal(reopened(tokens), model(tokens))
     assert channel_counts(channel_groups(again), {})["model.layers.1." + groups_name(model)][0].shape == (57,)
 
     fast: Any = zoo.optimize_for_inference(again)
@@ -150,6 +154,29 @@ def test_layers_that_lost_as_many_channels_have_one_width_again(tmp_path: Path):
     assert model.config == small("mobilellm_125m", hidden_dim=54).config
     config = json.loads((zoo.save_pretrained(model, tmp_path / "model") / "config.json").read_text())
     assert (config["model_type"], config["intermediate_size"]) == ("llama", 54)
+
+
+def test_lists_are_widths_too():
+    config = small("mobilellm_125m").config
+    assert dataclasses.replace(config, hidden_dim=[24, 57, 44]).hidden_dim == (24, 57, 44)
+
+
+def test_matrices_that_would_not_fit_together_are_an_error():
+    with pytest.raises(ConfigError, match="SwiGLU of layer 0 would make 64 and 64 hidden channels and read 5"):
+        resize(small("mobilellm_125m"), {"tensors": {"model.layers.0.mlp.down_proj.weight": [None, 5]}})
+
+
+def test_channels_that_cannot_be_are_errors_and_nothing_is_cut():
+    model = random_model("mobilellm_125m")
+    groups = channel_groups(model)
+    first = next(iter(groups))
+    with pytest.raises(ConfigError, match=r"Channels of .*gate_proj are whole numbers, not \[1\.5\]"):
+        shrink(model, groups, {first: [1.5]})
+    shrink(model, groups, {first: [1, 2]})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"channels that are gone, or of another model: 64 of a tensor's 62\. Find"):
+        shrink(model, groups, {first: [3]})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("widths", [(24, 57), (24, 57, 0), (24, 57, 1.5), 0, (), "wide"])

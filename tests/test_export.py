@@ -19,7 +19,7 @@ from tests.language import small
 from zoo import cli
 from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
 from zoo.errors import CheckpointError, ConfigError
-from zoo.exporting.gguf import gguf_architecture, write_gguf
+from zoo.exporting.gguf import gguf_architecture, rounded, write_gguf
 from zoo.exporting.transformers import decoder_args, is_stock, transformers_config
 from zoo.layers.decoder import DecoderConfig
 from zoo.registry import get_entry, list_models
@@ -319,12 +319,32 @@ def test_layers_of_different_width_are_as_wide_as_the_widest_in_a_file(tmp_path:
     assert not tensors["blk.0.ffn_down.weight"][:, 24:].any()
 
 
+@pytest.mark.parametrize("widths", [40, (24, 39)])
+def test_hidden_channels_fill_whole_blocks(widths: Any, tmp_path: Path):
+    gguf = pytest.importorskip("gguf")
+    model = make("mobilellm_125m", hidden_dim=widths)
+    reader = gguf.GGUFReader(write_gguf(model, tmp_path / "model.gguf", dtype="q8_0"))
+    assert reader.get_field("llama.feed_forward_length").contents() == 64
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for i, width in enumerate(model.config.hidden_dims):
+        down = tensors[f"blk.{i}.ffn_down.weight"]
+        assert down.tensor_type.name == "Q8_0"
+        weight = model.model.layers[i].mlp.down_proj.weight.detach().numpy()
+        written = gguf.quants.dequantize(down.data, down.tensor_type)
+        assert np.abs(written[:, :width] - weight).max() <= 0.01 * np.abs(weight).max()
+        assert not written[:, width:].any()
+    tokens = torch.randint(257, (1, 12))
+    with torch.no_grad():
+        found, expected = rounded(model, "q8_0")(tokens), model(tokens)
+    assert (found - expected).norm() < 0.03 * expected.norm()
+
+
 def test_a_matrix_whose_rows_have_no_blocks_stays_in_16_bits(tmp_path: Path):
     gguf = pytest.importorskip("gguf")
-    path = write_gguf(make("mobilellm_125m", hidden_dim=40), tmp_path / "model.gguf", dtype="q8_0")
+    path = write_gguf(make("mobilellm_125m", dim=40), tmp_path / "model.gguf", dtype="q8_0")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-    assert kinds["blk.0.ffn_down.weight"] == "F16"
-    assert kinds["blk.0.ffn_up.weight"] == "Q8_0"
+    assert kinds["blk.0.ffn_up.weight"] == "F16"
+    assert kinds["blk.0.ffn_down.weight"] == "Q8_0"
 
 
 def test_tokenizers_that_llama_cpp_does_not_have_are_errors(bpe: Tokenizer, pieces: Tokenizer, tmp_path: Path):

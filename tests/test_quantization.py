@@ -12,6 +12,7 @@ from tests.language import small
 from tests.test_fast_decoder import error, randomised, reduced
 from zoo.cli import main
 from zoo.errors import ConfigError
+from zoo.layers import native_step
 from zoo.layers.quantized import QuantizedEmbedding, QuantizedLinear
 
 BITS = {"int8": 8, "int4": 4}
@@ -96,12 +97,26 @@ def test_matrices_that_groups_do_not_fit_keep_their_precision(tmp_path):
     check_use(quantized, model, tmp_path)
 
 
-@pytest.mark.parametrize("widths", [(32, 96, 64), (40, 96, 64)], ids=["whole blocks", "others"])
+@pytest.mark.parametrize("to", list(BITS))
+@pytest.mark.parametrize("widths", [(32, 96, 64), (40, 93, 1), 45], ids=["whole groups", "others", "all alike"])
 @torch.inference_mode()
-def test_layers_of_different_width(widths, tmp_path):
+def test_hidden_channels_that_fill_no_group_are_filled_up(widths, to, tmp_path):
     model = small(hidden_dim=widths)
-    quantized = zoo.quantize(model, group_size=32)
-    assert check_use(quantized, model, tmp_path).config.hidden_dim == widths
+    quantized = zoo.quantize(model, to)
+    full = zoo.quantize(small(hidden_dim=96), to)
+    sizes = [sum(tensor.nbytes for tensor in form.state_dict().values()) for form in (quantized, full)]
+    assert sizes[0] < sizes[1]
+    for layer, width in zip(quantized.model.layers, model.config.hidden_dims, strict=True):
+        assert isinstance(layer.down, QuantizedLinear)
+        assert not layer.down.dequantize()[:, width:].any()
+    if to == "int8":
+        again = check_use(quantized, model, tmp_path)
+        assert again.config == model.config
+        assert quantized._native is not None or native_step.library() is None  # whatever the widths, by the library
+    assert zoo.profile(quantized).params == zoo.profile(model).params
+    assert zoo.profile(quantized).effective is None
+    with pytest.raises(ConfigError, match="A quantised model has no weights to count zeros in: give the one"):
+        zoo.sparsity.report(quantized)
 
 
 @pytest.mark.parametrize("to", list(BITS))
@@ -160,8 +175,7 @@ def test_what_cannot_be(tmp_path):
         zoo.quantize(model, "int88")
     with pytest.raises(ConfigError, match="multiple of 32"):
         zoo.quantize(model, group_size=48)
-    with pytest.raises(ConfigError, match="32 and 64 wide"):
-        zoo.quantize(model, group_size=128)
+    assert zoo.quantize(model, group_size=128).model.layers[0].down.in_features == 128  # though no matrix is as wide
     with pytest.raises(ConfigError, match="language model"):
         zoo.quantize(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="leave out dtype"):

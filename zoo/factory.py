@@ -146,6 +146,8 @@ def create_model(
         theirs = {} if weights is None else weights.args  # without which the weights compute something else
         plain = {k: v for k, v in {**theirs, **given, **entry.unlike_timm(args)}.items() if _is_plain(v)}
         model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=plain)
+        if "kept_widths" in args and hasattr(model, "describe_widths"):
+            model.describe_widths()  # type: ignore[operator]
 
     if source is None:
         model = build_module(entry, args, device=device, dtype=dtype)

@@ -6,6 +6,7 @@ history of the run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shlex
@@ -98,9 +99,10 @@ def render_language_card(
         trained_on=dataset or _hub_data(run),
         measured=_measured(*stated, data_name, dataset, repo_id, results, files),
     )
+    exports = getattr(model, "quantization", None) is None  # else only the model that it was made from does
     sections = {
         "Model": _model_section(model, config, cfg, info, tokenizer, half, sparse, "masks.png" in files),
-        "Use": _use_section(place, config, tokenizer is not None, opens_in_transformers),
+        "Use": _use_section(place, config if exports else None, tokenizer is not None, opens_in_transformers),
         "Evaluation": _evaluation_section(data_name, figures, tasks, run, results, rounded),
         "Training": training_section(run, base, files),
         "Limits": _limits_section(run, data_name, base),
@@ -299,7 +301,8 @@ def _model_section(
     return "\n\n".join(text)
 
 
-def _use_section(place: str, config: DecoderConfig, has_tokenizer: bool, opens_in_transformers: bool) -> str:
+def _use_section(place: str, config: DecoderConfig | None, has_tokenizer: bool, opens_in_transformers: bool) -> str:
+    """`config` is that of a model which other programs take."""
     create = f'import zoo\n\nmodel = zoo.create_model("hf-hub:{place}").eval()\n'
     if has_tokenizer:
         create += f'print(zoo.generate(model, "{PROMPT}", tokenizer="hf-hub:{place}", max_new_tokens=64))'
@@ -319,12 +322,13 @@ def _use_section(place: str, config: DecoderConfig, has_tokenizer: bool, opens_i
             "and with transformers\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{place}")\n```'
         )
-    exports = [] if opens_in_transformers else [f"zoo export hf-hub:{place} FOLDER --to transformers"]
-    try:
-        gguf_architecture(config)
-        exports.append(f"zoo export hf-hub:{place} FOLDER --to gguf --dtype q8_0")
-    except ConfigError:
-        pass
+    exports = []
+    if config is not None and not opens_in_transformers:
+        exports.append(f"zoo export hf-hub:{place} FOLDER --to transformers")
+    if config is not None:
+        with contextlib.suppress(ConfigError):
+            gguf_architecture(config)
+            exports.append(f"zoo export hf-hub:{place} FOLDER --to gguf --dtype q8_0")
     if exports:
         commands = "\n".join(exports)
         text.append(f"For other programs it is exported:\n\n```bash\n{commands}\n```")

@@ -455,9 +455,11 @@ def _summary(
 
 
 def sparsity_of(model: nn.Module, masks: Mapping[str, Tensor] | None) -> SparseModel | None:
-    """What `zoo sparsity` counts of a sparse model; None of any other."""
+    """What `zoo sparsity` counts of a sparse model; None of any other, and of a quantised one."""
     from zoo.sparsity import report, sparse_parameters
 
+    if getattr(model, "quantization", None) is not None:
+        return None
     if not masks:  # a report takes a trace, which of a dense model says nothing
         weights = sparse_parameters(model).values()
         if sum(int(w.count_nonzero()) for w in weights) >= SPARSE * sum(w.numel() for w in weights):

@@ -681,7 +681,7 @@ def _load(
         name,
         strict,
         "The model was left as it was: build it with the arguments that the checkpoint was trained with, or pass "
-        "strict=False to load what fits.",
+        "strict=False to load what fits." + _names_itself(name),
         given=tensors,
     )
     _assign(module, fit.tensors, ours)
@@ -962,6 +962,15 @@ class _Fit:
             raise CheckpointError(f"{name} does not fit {architecture}. {advice}\n" + "\n".join(lists))
         self.notes += lists
         self._drop([*unexpected, *misshapen])
+
+
+def _names_itself(name: str) -> str:
+    """A sentence on a folder that says which model its weights are of; "" where `name` is none."""
+    place = Path(name)
+    folder = place if place.is_dir() else place.parent
+    if not (folder / "config.json").is_file():
+        return ""
+    return f" {folder} says itself what it is a model of: name it instead of an architecture, 'local-dir:{folder}'."
 
 
 def _fitting_arguments(entry: Entry | None, tensors: StateDict) -> str:

@@ -60,13 +60,14 @@ def write_gguf(
         tokenizer: of `create_tokenizer`, a byte-level or SentencePiece one; without it the file takes and gives token
             numbers alone.
         dtype: of the matrices: "f32", "f16", "bf16", or blocks of 32 with a 16-bit scale, "q8_0" (8.5 bits a weight)
-            and "q4_0" (4.5), the embedding among them. A matrix whose rows are no multiple of 32 stays f16 in these.
+            and "q4_0" (4.5), the embedding among them. Hidden channels of SwiGLUs are filled up to whole blocks with
+            zeros; another matrix whose rows are no multiple of 32 stays f16 in these.
         name: what the file calls the model; default: its architecture.
 
     Returns the path. Raises ConfigError for a model that no architecture of llama.cpp computes, a tokenizer that it
     does not have or an unknown dtype; MissingDependencyError without the package `gguf`.
     """
-    decoder = evened(decoder_of(model, "GGUF"))
+    decoder = decoder_of(model, "GGUF")
     if dtype not in GGUF_DTYPES:
         raise ConfigError(
             f"There is no GGUF dtype {dtype!r}.{did_you_mean(str(dtype), GGUF_DTYPES)} There are: "
@@ -74,6 +75,7 @@ def write_gguf(
         )
     architecture = gguf_architecture(decoder.config)
     gguf = import_gguf()
+    decoder = evened(decoder, _block(gguf, dtype))
     writer = gguf.GGUFWriter(None, architecture)
     cfg: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     writer.add_name(name or str(cfg.get("architecture") or "decoder"))
@@ -110,7 +112,7 @@ def write_gguf(
 def rounded(model: nn.Module, dtype: str) -> Decoder:
     """A copy of the model in float32 with the weights that a GGUF file of `dtype` holds, to see what rounding costs."""
     gguf = import_gguf()
-    copied = copy.deepcopy(evened(decoder_of(model, "GGUF"))).to("cpu", torch.float32)
+    copied = copy.deepcopy(evened(decoder_of(model, "GGUF"), _block(gguf, dtype))).to("cpu", torch.float32)
 
     def as_written(weight: Tensor) -> Tensor:
         kind = _kind(gguf, weight.shape, dtype)
@@ -155,10 +157,15 @@ def gguf_architecture(config: DecoderConfig) -> str:
     return "deepseek2"
 
 
+def _block(gguf: Any, dtype: str) -> int:
+    """How many weights of a row share a scale."""
+    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype.upper()]][0]
+
+
 def _kind(gguf: Any, shape: torch.Size, dtype: str) -> Any:
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
-    if dtype.startswith("q") and shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[dtype.upper()]][0]:
+    if shape[-1] % _block(gguf, dtype):
         return gguf.GGMLQuantizationType.F16
     return gguf.GGMLQuantizationType[dtype.upper()]
 

@@ -28,14 +28,14 @@ def decoder_of(model: nn.Module, purpose: str) -> Decoder:
     return model
 
 
-def evened(model: Decoder) -> Decoder:
+def evened(model: Decoder, multiple: int = 1) -> Decoder:
     """`model`, or where its SwiGLUs differ in width, which formats have no word for, a copy that computes the same.
 
-    All are as wide as the widest there: what is added is zero.
+    All are as wide as the widest there, or as the next multiple: what is added is zero.
     """
-    if isinstance(model.config.hidden_dim, int):
+    widest = -(-max(model.config.hidden_dims) // multiple) * multiple
+    if model.config.hidden_dim == widest:
         return model
-    widest = max(model.config.hidden_dims)
     model = copy.deepcopy(model).requires_grad_(False)
     for layer in model.model.layers:
         mlp: Any = layer.get_submodule(model.config.mlp_name)

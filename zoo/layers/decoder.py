@@ -73,6 +73,8 @@ class DecoderConfig:
                 continue
             if type(value) is not int or value < 1:
                 raise ConfigError(f"{name} must be a whole number from 1 up, not {value!r}.")
+        if isinstance(self.hidden_dim, list):  # as JSON has it
+            object.__setattr__(self, "hidden_dim", tuple(self.hidden_dim))
         widths = self.hidden_dims
         if len(widths) != self.depth or any(type(width) is not int or width < 1 for width in widths):
             raise ConfigError(
@@ -415,8 +417,18 @@ class Decoder(ZooModelHubMixin, nn.Module):
         return FastDecoder(self)
 
     def describe_widths(self) -> None:
-        """Bring `config`, and what a checkpoint says of it, up to date with SwiGLUs that lost channels."""
-        widths = tuple(getattr(layer, self.config.mlp_name).down_proj.in_features for layer in self.model.layers)
+        """Bring `config`, and what a checkpoint says of it, up to date with SwiGLUs that lost channels.
+
+        Raises ConfigError where their matrices do not fit together.
+        """
+        mlps: list[Any] = [getattr(layer, self.config.mlp_name) for layer in self.model.layers]
+        for i, mlp in enumerate(mlps):
+            made, read = (mlp.gate_proj.out_features, mlp.up_proj.out_features), mlp.down_proj.in_features
+            if set(made) != {read}:
+                raise ConfigError(
+                    f"The SwiGLU of layer {i} would make {made[0]} and {made[1]} hidden channels and read {read}."
+                )
+        widths = tuple(mlp.down_proj.in_features for mlp in mlps)
         self.config = dataclasses.replace(self.config, hidden_dim=widths)
         if "_model_args" in self.__dict__:
             self.__dict__["_model_args"] = {**self.__dict__["_model_args"], "hidden_dim": self.config.hidden_dim}

@@ -74,6 +74,7 @@ class FastLinear(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
+        self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class FastLinear(nn.Module):
         return float_matrix(self.weight)
 
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+        return f"{self.in_features}, {self.out_features}"
 
 
 AnyLinear = FastLinear | QuantizedLinear
@@ -150,6 +151,14 @@ class _Parts:
         if self.quantization is None or not self.fits(weight):
             return FastLinear(weight)
         return QuantizedLinear(weight, BITS[self.quantization.to], self.quantization.group_size)
+
+    def swiglu(self, mlp: Any, norm: nn.Module) -> tuple[AnyLinear, AnyLinear]:
+        """Gate and up in one, and down. Hidden channels that fill no group of a scale are filled up with zeros."""
+        gate, up, down = (linear.weight for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        room = 0 if self.quantization is None else -down.shape[1] % self.quantization.group_size
+        if room:
+            gate, up, down = F.pad(gate, (0, 0, 0, room)), F.pad(up, (0, 0, 0, room)), F.pad(down, (0, room))
+        return self.linear(gate, up, norm=norm), self.linear(down)
 
     def fits(self, weight: Tensor) -> bool:
         """Whether rows are whole groups; a matrix whose rows are not keeps its precision."""
@@ -252,8 +261,7 @@ class FastLayer(nn.Module):
             assert isinstance(attention, Attention)
             self.attention = FastAttention(attention, before, make)
         self.mlp_norm = make.norm(between)
-        self.gate_up = make.linear(mlp.gate_proj.weight, mlp.up_proj.weight, norm=between)
-        self.down = make.linear(mlp.down_proj.weight)
+        self.gate_up, self.down = make.swiglu(mlp, between)
 
     def forward(
         self,
@@ -302,12 +310,6 @@ class FastDecoder(Decoder):
         self.model = FastStack(model, make)  # type: ignore[assignment]
         if not model.config.tie_embeddings:
             self.head = make.linear(model.lm_head.weight)
-        if quantization is not None and not any(isinstance(part, QuantizedLinear) for part in self.modules()):
-            raise ConfigError(
-                f"Groups of {quantization.group_size} fit into the rows of no matrix of this model, which are "
-                f"{model.config.dim} and {model.config.hidden_range} wide: choose a smaller group_size, if "
-                "there is one."
-            )
         self.grad_checkpointing = False
         self._native: NativeStep | None = None
         self.register_load_state_dict_post_hook(_forget)
@@ -388,8 +390,6 @@ class FastDecoder(Decoder):
             or not _plain(weight)
             or weight.dtype not in native_step.KINDS
             or cache.layers[0].tensors[0].dtype not in native_step.KINDS
-            # parts of gate and up are whole blocks
-            or (self.quantization is not None and any(width % 16 for width in config.hidden_dims))
             or torch.is_autocast_enabled("cpu")
         ):
             return None
@@ -419,7 +419,7 @@ class FastDecoder(Decoder):
                 config.num_heads,
                 config.kv_heads,
                 config.head_dim,
-                max(config.hidden_dims),
+                max(layer.down.cols for layer in layers),
                 len(config.executed),
                 int(config.qk_norm),
             ),

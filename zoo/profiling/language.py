@@ -132,7 +132,8 @@ def _quantized(model: Any) -> dict[str, Any]:
     stored: Counter[str] = Counter()
     for tensor in model.state_dict().values():
         stored[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-    return {"params": params, "trainable_params": 0, "frozen_params": params, "weight_bytes": dict(stored)}
+    counts = {"params": params, "trainable_params": 0, "frozen_params": params}
+    return {**counts, "weight_bytes": dict(stored), "effective": None}  # zeros of the few that kept their precision
 
 
 def profile_language(

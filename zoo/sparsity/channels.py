@@ -438,6 +438,11 @@ def slice_tensor(tensor: Tensor, name: str, groups: Mapping[str, ChannelGroup], 
 
 def _without(tensor: Tensor, dims: Mapping[int, Tensor]) -> Tensor:
     for dim, gone in dims.items():
+        if len(gone) != tensor.shape[dim]:
+            raise ConfigError(
+                f"The groups are of channels that are gone, or of another model: {len(gone)} of a tensor's "
+                f"{tensor.shape[dim]}. Find them anew with channel_groups."
+            )
         tensor = tensor.index_select(dim, (~gone).nonzero().flatten().to(tensor.device))
     return tensor
 
@@ -449,7 +454,10 @@ def _touched(groups: Mapping[str, ChannelGroup], channels: Channels) -> dict[str
         if name not in groups:
             raise ConfigError(f"There is no group of channels {name!r}.{did_you_mean(name, groups)}")
         group = groups[name]
-        going = torch.as_tensor(numbers, dtype=torch.long).cpu().unique()
+        going = torch.as_tensor(numbers).cpu().unique()
+        if going.numel() and going.is_floating_point():
+            raise ConfigError(f"Channels of {name} are whole numbers, not {going.tolist()}.")
+        going = going.long()
         if going.numel() and not 0 <= int(going[0]) <= int(going[-1]) < group.size:
             raise ConfigError(f"{name} has {group.size} channels, 0 to {group.size - 1}, and not {going.tolist()}.")
         if len(going) == group.size:
@@ -477,10 +485,10 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _slice(model: nn.Module, touched: Mapping[str, Mapping[int, Tensor]]) -> None:
     tensors = _tensors(model)
     widths = model.__dict__.setdefault("_kept_widths", {})
+    left = {name: _without(tensors[name].data, dims).contiguous() for name, dims in touched.items()}
     for name, dims in touched.items():
         tensor = tensors[name]
-        tensor.data = _without(tensor.data, dims).contiguous()
-        tensor.grad = None
+        tensor.data, tensor.grad = left[name], None
         before = widths.get(name, [None] * tensor.ndim)
         widths[name] = [tensor.shape[dim] if dim in dims else before[dim] for dim in range(tensor.ndim)]
     _set_widths(model, touched)

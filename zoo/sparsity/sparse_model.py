@@ -217,6 +217,8 @@ def report(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"report() takes a module with weights, not {type(model).__name__}.")
+    if getattr(model, "quantization", None) is not None:
+        raise ConfigError("A quantised model has no weights to count zeros in: give the one that it was made from.")
     if masks:
         model = copy.deepcopy(model)
         with torch.no_grad():

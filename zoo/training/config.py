@@ -224,7 +224,7 @@ class TrainConfig:
         model_ema_decay: of that average.
         model_ema_warmup: let its decay grow from zero.
         max_updates: stop after so many updates; null for all epochs. A schedule, also of a density that falls, goes by
-            the epochs: it is cut off.
+            the epochs: it is cut off. The epoch ends there, too: a run that goes on begins the next one.
         eval_interval: epochs from one evaluation to the next; the last epoch is always evaluated.
         save_interval_updates: updates from one checkpoint to the next within an epoch; null for epochs' ends alone.
     """
