@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch
 
 import zoo
 from zoo.config import load_config, to_plain
+from zoo.devices import device_and_threads
 from zoo.errors import DataError
 from zoo.files import whole_file
 from zoo.training import Run, TrainingConfig, train
@@ -136,9 +136,7 @@ def compare(
     report: Report = {
         "what": "CIFAR-10 (JPEG), evaluated on its 10,000 test images",
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name()
-        if gpu
-        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+        "device": device_and_threads(torch.device("cuda" if gpu else "cpu")),
         "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
         "summary": {},
         "runs": {},

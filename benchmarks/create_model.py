@@ -34,6 +34,7 @@ import torch
 
 import zoo
 from zoo.config import run_command
+from zoo.devices import device_name
 from zoo.files import whole_file
 
 MODELS = ("poolformer_s12", "caformer_s18", "poolformer_m48")
@@ -159,7 +160,7 @@ def main() -> int:
         },
         "machine": {
             "system": platform.platform(),
-            "processor": platform.processor() or platform.machine(),
+            "processor": device_name(torch.device("cpu")),
             "cores": os.cpu_count(),
         },
         "targets, timm's CPU time over ours": TARGETS,

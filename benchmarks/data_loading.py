@@ -41,6 +41,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from zoo.config import run_command
 from zoo.data import AugmentConfig, DataConfig, evaluation_loader, load_split, training_loader
+from zoo.devices import device_name
 from zoo.errors import DataError
 from zoo.files import whole_file
 
@@ -220,7 +221,7 @@ def main() -> int:
         "rounds": args.rounds,
         "batch_size": args.batch_size,
         "images": 250,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": device_name(torch.device("cpu")),
         "load": [round(load, 2) for load in os.getloadavg()],
         "versions": {
             "python": platform.python_version(),

@@ -28,7 +28,6 @@ import copy
 import functools
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -43,6 +42,7 @@ from vision_inference import wake_layer_scales
 
 import zoo
 from zoo.config import run_command
+from zoo.devices import device_and_threads
 from zoo.errors import ZooError
 from zoo.files import whole_file
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
@@ -366,11 +366,7 @@ def main() -> None:
     environment = [f"{n}={os.environ[n]}" for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ]
     report["commands"] = report.get("commands", {})
     command = " ".join([*environment, "python", "benchmarks/large_kernel.py", *sys.argv[1:]])
-    report["device"] = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
-    )
+    report["device"] = device_and_threads(device)
     report["versions"] = {"zoo": zoo.__version__, "torch": torch.__version__}
 
     def save() -> None:

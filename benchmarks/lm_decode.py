@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.config import run_command
+from zoo.devices import device_name
 from zoo.errors import ConfigError, MissingDependencyError, ZooError
 from zoo.exporting.gguf import write_gguf
 from zoo.files import whole_file
@@ -325,15 +326,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def plot(report: dict[str, Any], path: Path) -> None:
     """Tokens a second of every contender, with its limit as a line."""
     try:
@@ -382,7 +374,7 @@ def main() -> None:
         report = {
             "model": arguments.model,
             "command": " ".join(["python benchmarks/lm_decode.py", *sys.argv[1:]]),
-            "device": f"{processor()}, {os.cpu_count()} processors ({platform.machine()})",
+            "device": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} processors ({platform.machine()})",
             "threads": arguments.threads,
             "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("OMP_")},
             "versions": {

@@ -20,7 +20,6 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -42,6 +41,7 @@ from timm.utils import dispatch_clip_grad
 import zoo
 from zoo.config import run_command
 from zoo.data import AugmentConfig, Batch, DataConfig
+from zoo.devices import device_and_threads
 from zoo.errors import ZooError
 from zoo.files import whole_file
 from zoo.training import ImageClassification, TrainingConfig, fit
@@ -250,9 +250,7 @@ def main() -> None:
         return
 
     on_gpu = gpu and arguments.device == "auto"
-    device = (
-        torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
-    )
+    device = device_and_threads(torch.device("cuda" if on_gpu else "cpu"))
     environment = [
         f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ
     ]

@@ -17,7 +17,6 @@ import copy
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.config import run_command
+from zoo.devices import device_and_threads
 from zoo.errors import ConfigError, MissingDependencyError, ZooError
 from zoo.files import whole_file
 from zoo.registry import get_entry
@@ -244,7 +244,7 @@ def main() -> None:
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
     environment = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     report |= {
-        "device": f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+        "device": device_and_threads(torch.device("cpu")),
         "versions": {
             "zoo": zoo.__version__,
             **{package: version(package) for package in ("torch", "timm", "onnxruntime", "openvino")},

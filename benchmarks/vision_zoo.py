@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ from rich.progress import track
 
 import zoo
 from zoo.config import run_command
+from zoo.devices import device_and_threads
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.files import whole_file
 from zoo.profiling.measure import Settings, Subject, peak_memory
@@ -200,7 +200,7 @@ def main() -> None:
         names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
         environment = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
         report |= {
-            "device": f"CPU, {torch.get_num_threads()} threads ({platform.machine()})",
+            "device": device_and_threads(torch.device("cpu")),
             "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
             "command": " ".join([*environment, "python benchmarks/vision_zoo.py", *sys.argv[1:]]),
         }

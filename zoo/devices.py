@@ -40,6 +40,12 @@ def device_name(device: torch.device) -> str:
     return next(models, platform.machine())
 
 
+def device_and_threads(device: torch.device) -> str:
+    """What a measurement ran on: the GPU's name, or the CPU's model and how many threads PyTorch takes."""
+    name = device_name(device)
+    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+
+
 def choose_device(model: nn.Module, device: str | torch.device | None) -> torch.device:
     """`device` as torch has it: "auto" is the accelerator there is, None where the model lies. Raises ConfigError."""
     if device is None:
