@@ -16,7 +16,7 @@ from torch import nn
 
 import zoo
 from tests.language import random_model, small
-from zoo.errors import ConfigError, MissingDependencyError
+from zoo.errors import CheckpointError, ConfigError, MissingDependencyError
 from zoo.sparsity import apply_masks, follows_n_m, masks_of, n_m_mask, sparse_parameters
 from zoo.sparsity.channels import (
     channel_counts,
@@ -129,6 +129,8 @@ def test_language_models_lose_hidden_channels_of_their_swiglus(name: str, args: 
 
     again: Any = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
     assert torch.equal(again(tokens), model(tokens))
+    with pytest.raises(CheckpointError, match=r"says itself what it is a model of: name it .*, 'local-dir:/.*/model'"):
+        zoo.load_checkpoint(small(name, **args), tmp_path / "model")
     untrained = small(name, **args, kept_widths=kept_widths(model))
     assert again.config == untrained.config == small(name, **args, hidden_dim=[24, 57, 44]).config == model.config
     untrained.load_state_dict(model.state_dict())

@@ -948,7 +948,8 @@ class _Fit:
         architecture = self.cfg.get("architecture") or type(self.model).__name__
         if fitting == 0:
             raise CheckpointError(
-                f"Nothing in {name} fits {architecture}: is it a checkpoint of another model?\n" + "\n".join(lists)
+                f"Nothing in {name} fits {architecture}: is it a checkpoint of another model?{_names_itself(name)}\n"
+                + "\n".join(lists)
             )
         heads = tuple(f"{head}." for head in self.classifiers)
         if not unexpected and not misshapen and all(key.startswith(heads) for key in missing):
@@ -970,7 +971,10 @@ def _names_itself(name: str) -> str:
     folder = place if place.is_dir() else place.parent
     if not (folder / "config.json").is_file():
         return ""
-    return f" {folder} says itself what it is a model of: name it instead of an architecture, 'local-dir:{folder}'."
+    return (
+        f" {folder} says itself what it is a model of: name it instead of an architecture, 'local-dir:{folder}', "
+        "without arguments of another."
+    )
 
 
 def _fitting_arguments(entry: Entry | None, tensors: StateDict) -> str:
