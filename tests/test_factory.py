@@ -6,6 +6,7 @@ from torch import nn
 
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
+from zoo.layers.init import materialize, on_meta
 from zoo.registry import _entries
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
@@ -217,3 +218,26 @@ def test_language_models_have_no_feature_maps(options):
             zoo.create_model("smollm_135m", device="meta", **{argument: 3})
     with pytest.raises(ConfigError, match="smollm_135m is made for language"):
         zoo.create_model("smollm_135m", device="meta", task="vision")
+
+
+def test_tensors_are_allocated_as_they_lie_unless_places_are_shared():
+    class Model(nn.Module):
+        one: torch.Tensor
+        gaps: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 3, 2, 2).to(memory_format=torch.channels_last))
+            self.register_buffer("one", torch.ones(1).expand(5))
+            self.register_buffer("gaps", torch.zeros(6, 6)[:, ::2])
+
+        def init_module(self, module: nn.Module) -> None:
+            for tensor in (self.weight, self.one, self.gaps):
+                nn.init.uniform_(tensor)
+
+    with on_meta():
+        model = Model()
+    materialize(model)
+    assert model.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.one.is_contiguous()
+    assert model.gaps.untyped_storage().nbytes() == 18 * 4

@@ -50,7 +50,9 @@ small = {"dim": 64, "depth": 2, "num_heads": 2, "num_kv_heads": 1, "hidden_dim":
 model = zoo.create_model("mobilellm_125m", **small)
 zoo.save_pretrained(zoo.quantize(model, "int8"), "quantized")
 zoo.save_pretrained(model, "saved")
-for folder in ("saved", "quantized"):
+turned = zoo.create_model("mobilellm_r1_140m", **small)
+zoo.save_pretrained(zoo.quantize(turned, "int4"), "turned")
+for folder in ("saved", "quantized", "turned"):
     assert main(["generate", "--model", folder, "--tokenizer", "bytes", "--max-new-tokens", "2", "One"]) == 0
 sys.exit(", ".join({"torchvision", "timm", "matplotlib", "sympy", "torch._dynamo"} & set(sys.modules)) or 0)
 """
@@ -62,6 +64,17 @@ sys.exit(", ".join({"torchvision", "timm", "matplotlib", "sympy", "torch._dynamo
 @pytest.mark.parametrize("package", ["zoo", "zoo.data", "zoo.sparsity"])
 def test_every_public_name_is_there(package):
     run = python("-c", f"import {package} as package\nfor name in package.__all__: getattr(package, name)", cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+
+
+def test_names_that_are_imported_on_first_use_are_seen_before():
+    code = """
+import zoo.data, zoo.sparsity
+for package in (zoo, zoo.data, zoo.sparsity):
+    assert set(package.__all__) <= set(dir(package)), package
+assert zoo.data.transforms.eval_transform is zoo.data.eval_transform
+"""
+    run = python("-c", code, cwd=ROOT)
     assert run.returncode == 0, run.stderr
 
 

@@ -75,8 +75,4 @@ if TYPE_CHECKING:
     from zoo.weights import convert_checkpoint, load_checkpoint
 
 
-__getattr__ = on_first_use(__name__, _PUBLIC)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = on_first_use(__name__, _PUBLIC)

@@ -43,7 +43,8 @@ def device_name(device: torch.device) -> str:
 def device_and_threads(device: torch.device) -> str:
     """What a measurement ran on: the GPU's name, or the CPU's model and how many threads PyTorch takes."""
     name = device_name(device)
-    return name if device.type == "cuda" else f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return name if device.type == "cuda" else f"{name}, {threads} thread{'s' * (threads != 1)}"
 
 
 def choose_device(model: nn.Module, device: str | torch.device | None) -> torch.device:

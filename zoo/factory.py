@@ -84,8 +84,8 @@ def create_model(
     entry, weights, source, cfg, saved_args = _resolve(
         name, pretrained, checkpoint_path, cache_dir=cache_dir, token=token, refresh=refresh
     )
-    on_meta = device is not None and device.type == "meta"
-    if on_meta and source is not None:
+    is_meta = device is not None and device.type == "meta"
+    if is_meta and source is not None:
         if pretrained or checkpoint_path is not None:
             raise ConfigError("A model on the meta device has no memory to load weights into: choose another device.")
         source = None
@@ -145,9 +145,9 @@ def create_model(
     def finish(model: nn.Module) -> None:  # what weights.load_checkpoint and timm's tools look at
         theirs = {} if weights is None else weights.args  # without which the weights compute something else
         plain = {k: v for k, v in {**theirs, **given, **entry.unlike_timm(args)}.items() if _is_plain(v)}
+        if "kept_widths" in args and entry.task == "language":
+            plain["hidden_dim"] = model.config.hidden_dim  # type: ignore[union-attr]
         model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg, _model_args=plain)
-        if "kept_widths" in args and hasattr(model, "describe_widths"):
-            model.describe_widths()  # type: ignore[operator]
 
     if source is None:
         model = build_module(entry, args, device=device, dtype=dtype)
@@ -276,10 +276,10 @@ def build_module(
 ) -> nn.Module:
     """The module of `entry` with `args` over its own, initialised as published. Raises ConfigError."""
     model = _build_on_meta(entry, args, dtype)
-    on_meta = device is not None and torch.device(device).type == "meta"
-    if not on_meta and hasattr(model, "init_module"):
+    is_meta = device is not None and torch.device(device).type == "meta"
+    if not is_meta and hasattr(model, "init_module"):
         return materialize(model, device)
-    if on_meta:
+    if is_meta:
         return model
     return _call(entry, args).to(device=device, dtype=dtype)
 

@@ -28,9 +28,11 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
         model: a language model as `create_model` makes it, with its weights.
         to: "int8", 8.5 bits a weight with the default groups, or "int4", 4.5 bits.
         group_size: elements of a row that share a scale, in float16: a multiple of 32. Hidden channels of SwiGLUs are
-            filled up to whole groups with zeros; other matrices whose rows are not whole groups keep their precision.
+            filled up to whole groups with zeros, unless that would more than double them; other matrices whose rows
+            are not whole groups keep their precision.
 
-    Raises ConfigError for a model that is none of language, or is fast or quantised already.
+    Raises ConfigError for a model that is none of language, is fast or quantised already, or has no matrix that the
+    groups fit.
     """
     quantization = Quantization(to, group_size)
     if not isinstance(model, Decoder):

@@ -969,7 +969,11 @@ def _names_itself(name: str) -> str:
     """A sentence on a folder that says which model its weights are of; "" where `name` is none."""
     place = Path(name)
     folder = place if place.is_dir() else place.parent
-    if not (folder / "config.json").is_file():
+    try:
+        told = json.loads((folder / "config.json").read_text(encoding="utf-8")) if place.exists() else None
+    except (OSError, ValueError):
+        return ""
+    if not isinstance(told, dict) or not told.keys() & {"architecture", "model_type"}:
         return ""
     return (
         f" {folder} says itself what it is a model of: name it instead of an architecture, 'local-dir:{folder}', "

@@ -83,4 +83,7 @@ _IMAGES = {
     "zoo.data.sources": ("ImageSplit", "align_classes", "load_split"),
     "zoo.data.transforms": ("Batch", "eval_transform", "preprocessing", "random_transform"),
 }
-__getattr__ = on_first_use(__name__, {name: home for home, names in _IMAGES.items() for name in names})
+__getattr__, __dir__ = on_first_use(
+    __name__,
+    {name: home for home, names in _IMAGES.items() for name in (home.rpartition(".")[2], *names)},
+)

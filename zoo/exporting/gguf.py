@@ -68,11 +68,7 @@ def write_gguf(
     does not have or an unknown dtype; MissingDependencyError without the package `gguf`.
     """
     decoder = decoder_of(model, "GGUF")
-    if dtype not in GGUF_DTYPES:
-        raise ConfigError(
-            f"There is no GGUF dtype {dtype!r}.{did_you_mean(str(dtype), GGUF_DTYPES)} There are: "
-            f"{', '.join(GGUF_DTYPES)}."
-        )
+    _check_dtype(dtype)
     architecture = gguf_architecture(decoder.config)
     gguf = import_gguf()
     decoder = evened(decoder, _block(gguf, dtype))
@@ -111,6 +107,7 @@ def write_gguf(
 
 def rounded(model: nn.Module, dtype: str) -> Decoder:
     """A copy of the model in float32 with the weights that a GGUF file of `dtype` holds, to see what rounding costs."""
+    _check_dtype(dtype)
     gguf = import_gguf()
     copied = copy.deepcopy(evened(decoder_of(model, "GGUF"), _block(gguf, dtype))).to("cpu", torch.float32)
 
@@ -155,6 +152,14 @@ def gguf_architecture(config: DecoderConfig) -> str:
             "bottleneck: it cannot run there."
         )
     return "deepseek2"
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in GGUF_DTYPES:
+        raise ConfigError(
+            f"There is no GGUF dtype {dtype!r}.{did_you_mean(str(dtype), GGUF_DTYPES)} There are: "
+            f"{', '.join(GGUF_DTYPES)}."
+        )
 
 
 def _block(gguf: Any, dtype: str) -> int:

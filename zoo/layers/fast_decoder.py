@@ -122,7 +122,7 @@ def _rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 def _side_by_side(weight: Tensor, width: int, turned: int, interleaved: bool) -> Tensor:
     """Rows of heads of `width`, whose last `turned` hold pairs (2j, 2j + 1), reordered to pairs (j, j + turned / 2)."""
-    if not interleaved:
+    if not interleaved or weight.is_meta:  # where indexing would import sympy
         return weight
     kept = width - turned
     order = [*range(kept), *range(kept, width, 2), *range(kept + 1, width, 2)]
@@ -153,10 +153,14 @@ class _Parts:
         return QuantizedLinear(weight, BITS[self.quantization.to], self.quantization.group_size)
 
     def swiglu(self, mlp: Any, norm: nn.Module) -> tuple[AnyLinear, AnyLinear]:
-        """Gate and up in one, and down. Hidden channels that fill no group of a scale are filled up with zeros."""
+        """Gate and up in one, and down. Hidden channels that fill no group of a scale are filled up with zeros.
+
+        Not where that would more than double them, or where gate and up keep their precision.
+        """
         gate, up, down = (linear.weight for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        room = 0 if self.quantization is None else -down.shape[1] % self.quantization.group_size
-        if room:
+        width = down.shape[1]
+        room = -width % self.quantization.group_size if self.quantization is not None and self.fits(gate) else 0
+        if 0 < room < max(width, 32):
             gate, up, down = F.pad(gate, (0, 0, 0, room)), F.pad(up, (0, 0, 0, room)), F.pad(down, (0, room))
         return self.linear(gate, up, norm=norm), self.linear(down)
 
@@ -310,6 +314,12 @@ class FastDecoder(Decoder):
         self.model = FastStack(model, make)  # type: ignore[assignment]
         if not model.config.tie_embeddings:
             self.head = make.linear(model.lm_head.weight)
+        if quantization is not None and not any(isinstance(part, QuantizedLinear) for part in self.modules()):
+            raise ConfigError(
+                f"Groups of {quantization.group_size} fit into the rows of no matrix of this model, which are "
+                f"{model.config.dim} and {model.config.hidden_range} wide: choose a smaller group_size, if "
+                "there is one."
+            )
         self.grad_checkpointing = False
         self._native: NativeStep | None = None
         self.register_load_state_dict_post_hook(_forget)
@@ -382,6 +392,7 @@ class FastDecoder(Decoder):
     def _library_for(self, tokens: Tensor, cache: KVCache) -> Any:
         """The library, where it can do what is asked."""
         config, weight = self.config, self.model.norm.weight
+        layers: Any = self.model.layers
         if (
             config.kv_rank is not None
             or cache.positions is not None
@@ -390,6 +401,8 @@ class FastDecoder(Decoder):
             or not _plain(weight)
             or weight.dtype not in native_step.KINDS
             or cache.layers[0].tensors[0].dtype not in native_step.KINDS
+            # parts of gate and up are whole blocks
+            or (self.quantization is not None and any(layer.down.in_features % 16 for layer in layers))
             or torch.is_autocast_enabled("cpu")
         ):
             return None

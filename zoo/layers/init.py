@@ -31,7 +31,10 @@ def init_weights(model: nn.Module) -> None:
 
 def _empty_like(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     # not empty_like, which imports sympy for tensors on the meta device
-    empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    else:
+        empty = torch.empty(tensor.size(), dtype=tensor.dtype, device=device)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
@@ -67,8 +70,8 @@ class _NothingDrawn(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in ("uniform_", "normal_", "kaiming_uniform_"):
-            tensor = args[0] if args else kwargs["tensor"]
-            if tensor.is_meta:
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 return tensor
         return func(*args, **(kwargs or {}))
 

@@ -1,8 +1,8 @@
 """Faster linear layers and pointwise convolutions in training on a CPU: their matrix products by oneDNN or MKL.
 
-PyTorch multiplies float32 matrices with MKL, Intel's library, and convolves with oneDNN, but for few images on one
-thread. On Intel's processors MKL is the faster for 1x1 convolutions, too. On others oneDNN's products are faster for
-both, which PyTorch keeps for layers packed for inference. `benchmarks/train_step.py` says what that brings.
+PyTorch multiplies float32 matrices with MKL, Intel's library, and computes most convolutions with oneDNN. On Intel's
+processors MKL is the faster for 1x1 convolutions, too. On others oneDNN's products are faster for both, which PyTorch
+keeps for layers packed for inference. `benchmarks/train_step.py` says what that brings.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _MKL_IS_FASTER = torch.backends.mkl.is_available() and _is_intels()
 
 
 class FastProducts(TorchFunctionMode):
-    """Within it, `F.linear`, and of few images 1x1 `F.conv2d`, are differentiable products by oneDNN.
+    """Within it, `F.linear`, and of few images 1x1 `F.conv2d`, are differentiable products by a faster library.
 
-    On Intel's processors `F.linear` stays what it is, and 1x1 `F.conv2d` of any number of images becomes it.
+    That is oneDNN; on Intel's processors `F.linear` stays what it is, and 1x1 `F.conv2d` of any number of images
+    becomes it.
 
     Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled or traced
     code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run again outside.

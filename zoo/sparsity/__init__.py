@@ -72,6 +72,6 @@ __all__ = [
 ]
 
 # which needs zoo.profiling, which itself counts with the densities of this package
-__getattr__ = on_first_use(
+__getattr__, __dir__ = on_first_use(
     __name__, dict.fromkeys(("SparseLayer", "SparseModel", "report"), "zoo.sparsity.sparse_model")
 )

@@ -455,8 +455,8 @@ def _touched(groups: Mapping[str, ChannelGroup], channels: Channels) -> dict[str
             raise ConfigError(f"There is no group of channels {name!r}.{did_you_mean(name, groups)}")
         group = groups[name]
         going = torch.as_tensor(numbers).cpu().unique()
-        if going.numel() and going.is_floating_point():
-            raise ConfigError(f"Channels of {name} are whole numbers, not {going.tolist()}.")
+        if going.numel() and (going.dtype == torch.bool or going.is_floating_point()):
+            raise ConfigError(f"Channels of {name} are given by number, as integers, and not as {going.tolist()}.")
         going = going.long()
         if going.numel() and not 0 <= int(going[0]) <= int(going[-1]) < group.size:
             raise ConfigError(f"{name} has {group.size} channels, 0 to {group.size - 1}, and not {going.tolist()}.")
