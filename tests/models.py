@@ -24,7 +24,7 @@ def each_vision_model(few: bool = False) -> list[Any]:
     All models of a series may be large: then its family has a smaller one.
     """
     smallest: dict[str, str] = {}
-    for info in zoo.search(task="vision", sort="params", max_params=15_000_000):
+    for info in zoo.search(task="vision", sort="params", max_params=12_000_000):
         smallest.setdefault(series(info.name), info.name)
     quick = set(FEW if few else smallest.values())
     return [

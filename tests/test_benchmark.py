@@ -119,6 +119,7 @@ def test_peak_memory_is_that_of_weights_and_activations():
     assert large.peak_memory > weights + 2 * 32 * 256 * 16 * 16 * 4
 
 
+@pytest.mark.slow  # each figure takes a process of its own
 def test_peak_memory_of_a_model_of_the_users_own(tmp_path):
     (tmp_path / "mine.py").write_text(
         textwrap.dedent(

@@ -261,6 +261,7 @@ def test_profile_prints_tables_and_json(tmp_path):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow  # test_snnet holds its figures
 def test_profile_of_stitches(tmp_path):
     output = succeed("profile", "snnet_test", "--stitches", "--plot", "stitches.svg", cwd=tmp_path)
     assert "anchor 0 to block 0 > anchor 1 from block 1" in output

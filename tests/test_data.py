@@ -412,7 +412,8 @@ def test_no_policy_asks_for_an_image_without_bits(policy: str):
         assert torch.isfinite(transform(picture(seed))).all()
 
 
-def test_thousands_of_images_pass_through_every_shipped_recipe():
+@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.slow)])  # for each kind of augmentation
+def test_thousands_of_images_pass_through_every_shipped_recipe(count: int):
     """Real images where there are some; noise otherwise."""
     recipes = [yaml.safe_load(path.read_text()) for path in sorted((ROOT / "configs" / "vision").rglob("*.yaml"))]
     distinct: dict[str, AugmentConfig] = {}
@@ -425,13 +426,13 @@ def test_thousands_of_images_pass_through_every_shipped_recipe():
     assert any(chosen.aa for chosen in distinct.values())
     cifar = DATA / "cifar10" / "train.parquet"
     if cifar.is_file():
-        table = pq.read_table(cifar, columns=["image"]).slice(0, 1000).column("image").to_pylist()
-        images = [
+        table = pq.read_table(cifar, columns=["image"]).slice(0, count).column("image").to_pylist()
+        images: list[Image.Image] = [
             Image.open(io.BytesIO(cell["image"]["bytes"] if "image" in cell else cell["bytes"])) for cell in table
         ]
         images = [image.convert("RGB") for image in images]
     else:
-        images = [picture(seed, 32) for seed in range(1000)]
+        images = [picture(seed, 32) for seed in range(count)]
     for augment in distinct.values():
         transform = random_transform({**PREPROCESS, "input_size": (3, 32, 32)}, augment)
         random.seed(0)

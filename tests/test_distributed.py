@@ -157,6 +157,7 @@ def test_sparse_training(launcher: Launcher, home: Path):
     assert_same_checkpoint(output / "last", home / "sparse_two" / "last")
 
 
+@pytest.mark.slow  # test_eval_command counts with two processes, too
 def test_evaluation_counts_every_image_once(launcher: Launcher, home: Path, tmp_path: Path):
     """Nine images over two processes, in batches of two: five and four, and each meets a damaged one."""
     make_folder(tmp_path / "data" / "train", "ab", 8)
@@ -195,6 +196,7 @@ def torchrun(*argv: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow  # test_resume kills runs of one process
 def test_a_killed_process_ends_the_run_and_the_run_goes_on(launcher: Launcher, home: Path, runs: dict[str, Path]):
     """kill -9 of one of torchrun's two: the other says so and ends, and so does torchrun."""
     output = home / "killed"

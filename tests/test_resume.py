@@ -282,6 +282,7 @@ def test_the_schedule_keeps_its_place_when_batches_change_their_size(
     assert [row["lr"] for row in broken.history[2:]] == [row["lr"] for row in whole.history[2:]]
 
 
+@pytest.mark.slow  # five runs
 def test_averaging_may_begin_and_end_on_the_way(recipe: Path, tmp_path: Path):
     """Weights that are learned are never mistaken for their average."""
     averaged = {"model_ema": True, "model_ema_decay": 0.9999}

@@ -674,8 +674,8 @@ def test_a_run_goes_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sparsity": {"method": "rigl", "density": 0.5, "update_interval": 2}},
-        {"sparsity": {"method": "snip", "density": 0.5}},
+        pytest.param({"sparsity": {"method": "rigl", "density": 0.5, "update_interval": 2}}, marks=pytest.mark.slow),
+        pytest.param({"sparsity": {"method": "snip", "density": 0.5}}, marks=pytest.mark.slow),
         {"train": {"amp": "bf16"}},
         {"sparsity": {"method": "chase", "density": 0.5, "update_interval": 2}},
     ],

@@ -113,7 +113,7 @@ assert "tiny_net" in zoo.register_with_timm(), "again, after a first call"
 """)
 
 
-@pytest.mark.parametrize("name", ["convformer_s18", "caformer_s18"])
+@pytest.mark.parametrize("name", [pytest.param("convformer_s18", marks=pytest.mark.slow), "caformer_s18"])
 def test_logits_equal_timms_with_timms_epsilon(name):
     run(f"""
 theirs = timm.create_model({name!r}, num_classes=11).eval()
