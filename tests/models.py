@@ -15,7 +15,7 @@ from zoo.registry import get_entry
 SIZE = 64  # small images keep tests over the registry quick: the last map is 2x2
 
 
-FEW = ("caformer_test", "rmt_test", "snnet_test", "sret_test")  # for tests that compile or trace, seconds a model
+FEW = ("caformer_test", "snnet_test", "sret_test")  # for tests that compile or trace, seconds a model
 
 
 def each_vision_model(few: bool = False) -> list[Any]:

@@ -331,6 +331,7 @@ def test_what_only_training_needs_is_kept_beside_the_model(recipe: Path, tmp_pat
     assert len(read_state(parts)["optimizer"]["state"]) == 2 + len(names)
 
 
+@pytest.mark.slow  # float16 on a CPU takes long
 def test_the_loss_scale_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """fp16 itself needs a GPU; its scaler does not, whose scale doubles on the way after every fourth update."""
 
