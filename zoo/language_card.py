@@ -99,10 +99,10 @@ def render_language_card(
         trained_on=dataset or _hub_data(run),
         measured=_measured(*stated, data_name, dataset, repo_id, results, files),
     )
-    exports = getattr(model, "quantization", None) is None  # else only the model that it was made from does
+    is_exported = getattr(model, "quantization", None) is None  # else only the model that it was made from is
     sections = {
         "Model": _model_section(model, config, cfg, info, tokenizer, half, sparse, "masks.png" in files),
-        "Use": _use_section(place, config if exports else None, tokenizer is not None, opens_in_transformers),
+        "Use": _use_section(place, config if is_exported else None, tokenizer is not None, opens_in_transformers),
         "Evaluation": _evaluation_section(data_name, figures, tasks, run, results, rounded),
         "Training": training_section(run, base, files),
         "Limits": _limits_section(run, data_name, base),
@@ -323,9 +323,9 @@ def _use_section(place: str, config: DecoderConfig | None, has_tokenizer: bool, 
             f'model = AutoModelForCausalLM.from_pretrained("{place}")\n```'
         )
     exports = []
-    if config is not None and not opens_in_transformers:
-        exports.append(f"zoo export hf-hub:{place} FOLDER --to transformers")
     if config is not None:
+        if not opens_in_transformers:
+            exports.append(f"zoo export hf-hub:{place} FOLDER --to transformers")
         with contextlib.suppress(ConfigError):
             gguf_architecture(config)
             exports.append(f"zoo export hf-hub:{place} FOLDER --to gguf --dtype q8_0")

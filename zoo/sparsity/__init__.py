@@ -71,7 +71,7 @@ __all__ = [
     "weakest_channels",
 ]
 
-# which needs zoo.profiling, which itself counts with the densities of this package
+# imported late, as it needs zoo.profiling, which itself counts with the densities of this package
 __getattr__, __dir__ = on_first_use(
     __name__, dict.fromkeys(("SparseLayer", "SparseModel", "report"), "zoo.sparsity.sparse_model")
 )
