@@ -95,7 +95,8 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         x, weights = _lowered(x), [_lowered(weight) for weight in weights]
         bias = None if bias is None else _lowered(bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *weights)):
+    with_gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *weights))
+    if with_gradients or torch.compiler.is_compiling():
         total = _depthwise(x, weights[0], bias)
         for weight in weights[1:]:
             total = total + _depthwise(x, weight, None)
@@ -198,6 +199,8 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Ten
     if x.numel() == 0:
         return _conv2d(x, weight, bias)
     channels_last = _in_channels_last(x)
+    if channels_last and len(x) == 1 and x.stride(0) == 0:  # as compiled code holds one image: PyTorch would take NCHW
+        x = x.as_strided(x.shape, [x[0].numel(), 1, x.stride(2), x.stride(3)])
     if not x.is_complex() and _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
         y = _convolve_by_fourier(x, weight, bias)
     elif not fast:  # PyTorch's own convolution takes 2 to 10 times as long in channels_last
@@ -283,7 +286,7 @@ def _weight_grad_by_fourier(x: Tensor, grad: Tensor, rows: int, columns: int) ->
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# With gradients. Three operators whose derivatives are one another, so that every order exists; opaque to
+# With gradients, or compiled. Three operators whose derivatives are one another, so that every order exists; opaque to
 # torch.compile, because what they choose depends on strides that it may change.
 
 
