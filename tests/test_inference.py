@@ -343,6 +343,17 @@ def test_packed_weights_suit_every_shape(capfd):
     assert not [line for line in calls if ",reorder," in line]
 
 
+@pytest.mark.parametrize(("kernel", "groups"), [(3, 16), (1, 1), (3, 1)])
+@torch.no_grad()
+def test_a_single_image_stays_in_channels_last_whatever_its_batch_stride(kernel, groups):
+    """Compiled code gives it 0, from which PyTorch cannot tell the layout."""
+    conv = nn.Conv2d(16, 16, kernel, padding=kernel // 2, groups=groups)
+    image = torch.randn(8, 8, 16).as_strided((1, 16, 8, 8), (0, 1, 128, 16))
+    out = zoo.optimize_for_inference(nn.Sequential(conv))(image)
+    assert out.stride() == (1024, 1, 128, 16)
+    torch.testing.assert_close(out, conv(image), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("act", ["none", "gelu"])
 @pytest.mark.parametrize("size", [(7, 7), (1, 1), (3, 11), (9, 9)])
 @torch.no_grad()

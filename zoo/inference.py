@@ -106,7 +106,9 @@ def _packed_form(module: nn.Module) -> nn.Module | None:
     if _is_large_conv(module):
         return PackedConv2d(module)
     if _is_conv(module):
-        module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        # copied even where edges of 1 leave the layout open: by the strides that this gives PyTorch keeps channels_last
+        # for a single image, too, of which compiled code does not say it
+        module.weight.data = torch.empty_like(module.weight, memory_format=torch.channels_last).copy_(module.weight)
     return PackedLinear(module) if _is_large_linear(module) else None
 
 
