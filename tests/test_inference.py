@@ -10,6 +10,7 @@ from torch import nn
 import zoo
 from tests.models import SIZE, create, each_vision_model
 from zoo.errors import ConfigError
+from zoo.layers.convnext import FastConvNeXtStage
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
 from zoo.layers.packed import PackedConv2d, PackedLinear
 from zoo.registry import get_entry
@@ -111,6 +112,29 @@ def test_features(name):
 def test_compiles_to_machine_code(name):
     model = randomize(create(name))
     close(torch.compile(zoo.optimize_for_inference(model))(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "stages"),
+    [
+        ("convnext_tiny", {}, 4),
+        ("convnext_tiny", {"ls_init_value": None, "stem_type": "overlap", "output_stride": 16}, 4),
+        ("convnext_tiny", {"conv_mlp": True}, 0),
+        ("convnext_tiny", {"act_layer": "silu"}, 0),
+        ("convnextv2_tiny", {}, 0),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_timms_convnexts(name, options, stages):
+    model = timm.create_model(name, depths=(1, 2, 1, 1), dims=(8, 16, 24, 32), num_classes=5, **options).eval()
+    fast = zoo.optimize_for_inference(randomize(model))
+    assert sum(isinstance(module, FastConvNeXtStage) for module in fast.modules()) == stages
+    close(fast(images()), model(images()))
+    for found, expected in zip(
+        fast.forward_intermediates(images())[1], model.forward_intermediates(images())[1], strict=True
+    ):
+        close(found, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- batch norms

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
@@ -14,6 +13,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
+from zoo.layers.convnext import is_gelu, timms_fast_stage
 from zoo.layers.folding import fold_batch_norm, has_hooks
 from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear
@@ -77,7 +77,9 @@ def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module |
 
 
 def _fast_form(module: nn.Module) -> nn.Module | None:
-    return module.fast_form() if hasattr(type(module), "fast_form") else None  # type: ignore[operator]
+    if hasattr(type(module), "fast_form"):
+        return module.fast_form()  # type: ignore[operator]
+    return timms_fast_stage(module)
 
 
 # --------------------------------------------------------------------------------- convolutions and what is behind them
@@ -124,9 +126,7 @@ def _activation(module: nn.Module) -> Any:
     """What `module` is called where it can be joined to a layer."""
     if type(module) is nn.ReLU:
         return "relu"
-    timm = sys.modules.get("timm.layers")  # not imported for this, which takes seconds: no model has its GELU before
-    gelus = (nn.GELU, timm.GELU) if timm else (nn.GELU,)
-    return "gelu" if type(module) in gelus and getattr(module, "approximate", "none") == "none" else None
+    return "gelu" if is_gelu(module) else None
 
 
 def _join(

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths
-from zoo.layers.folding import as_conv2d, fold_scale
+from zoo.layers.convnext import FastConvNeXtBlock, FastConvNeXtStage
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
-from zoo.layers.packed import PackedConv2d, may_overwrite
+from zoo.layers.packed import PackedConv2d
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -260,7 +260,15 @@ class SLaKStage(nn.Module):
         return self.blocks(x)
 
     def fast_form(self) -> nn.Module:
-        return FastStage(self)
+        downsample = None
+        if isinstance(self.downsample, Downsample):
+            downsample = self.downsample
+            downsample.conv = PackedConv2d(downsample.conv)
+        blocks = [block for block in self.blocks if isinstance(block, SLaKBlock)]
+        return FastConvNeXtStage(
+            downsample,
+            [FastConvNeXtBlock(b.large_kernel.merge(), b.norm, b.mlp.fc1, b.mlp.fc2, b.gamma) for b in blocks],
+        )
 
 
 class SLaK(StagedNet):
@@ -366,9 +374,7 @@ class SLaK(StagedNet):
 
 
 # ------------------------------------------------------------------------------------------------------ fast inference
-# What `zoo.optimize_for_inference` puts in place of stem and stages. Maps stay channels_last, where the norms need no
-# copies and the linear layers are 1x1 convolutions, with GELU and sum included. A stage's map is its own: its blocks
-# write over it (`may_overwrite` says where they must not).
+# Of the stem; that of the stages is `zoo.layers.convnext`.
 
 
 class FastStem(nn.Module):
@@ -382,56 +388,6 @@ class FastStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.stride, self.stride, self.needed)
         return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
-
-
-class FastStage(nn.Module):
-    """`SLaKStage`, on as many samples at a time as the cache has room for."""
-
-    hidden_bytes = 4 * 2**20  # of the MLP's hidden maps that are worked on together
-
-    def __init__(self, stage: SLaKStage) -> None:
-        super().__init__()
-        self.owns_input = isinstance(stage.downsample, Downsample)
-        self.downsample = stage.downsample
-        self.needed = ""
-        if isinstance(stage.downsample, Downsample):
-            self.needed = stage.downsample.needed
-            self.downsample = nn.Sequential(stage.downsample.norm, PackedConv2d(stage.downsample.conv))
-        blocks = [FastBlock(block) for block in stage.blocks]  # type: ignore[arg-type]
-        self.blocks, self.hidden = nn.Sequential(*blocks), blocks[0].fc1.out_channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.owns_input:
-            check_map(x, 2, 2, self.needed)
-        x = self.downsample(x)
-        if not may_overwrite(x):
-            return self.blocks(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not self.owns_input:
-            x = x.clone()
-        samples = len(x)
-        if x.device.type == "cpu" and x.numel() > 0:
-            samples = self.hidden_bytes // (self.hidden * x[0, 0].numel() * x.element_size())
-        for part in x.split(max(1, samples)):
-            self.blocks(part)
-        return x
-
-
-class FastBlock(nn.Module):
-    """`SLaKBlock` with its branches merged, the linear layers as convolutions and gamma in the second."""
-
-    def __init__(self, block: SLaKBlock) -> None:
-        super().__init__()
-        self.large_kernel = block.large_kernel.merge()
-        self.norm = block.norm  # with its affine: without, the kernel is slower
-        fc1, fc2 = as_conv2d(block.mlp.fc1), as_conv2d(block.mlp.fc2)
-        if block.gamma is not None:
-            fc2 = fold_scale(fc2, block.gamma)
-        self.fc1, self.fc2 = PackedConv2d(fc1, "gelu"), PackedConv2d(fc2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        branch = self.norm(self.large_kernel(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return self.fc2.add_to(x, self.fc1(branch))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

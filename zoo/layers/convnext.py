@@ -1,0 +1,102 @@
+"""The fast form of ConvNeXt's stages (https://arxiv.org/abs/2201.03545): of SLaK, which has them with larger kernels,
+and of timm's ConvNeXts, EUPE's among them.
+
+Maps stay channels_last, where the norms need no copies and the linear layers are 1x1 convolutions, with GELU and sum
+included. A stage's map is its own: its blocks write over it (`may_overwrite` says where they must not).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.layers.folding import as_conv2d, fold_scale
+from zoo.layers.packed import PackedConv2d, may_overwrite
+
+__all__ = ["FastConvNeXtBlock", "FastConvNeXtStage", "is_gelu", "timms_fast_stage"]
+
+
+class FastConvNeXtStage(nn.Module):
+    """Downsampling, if any, and the blocks, on as many samples at a time as the cache has room for.
+
+    (B, C, H, W) -> (B, C', H', W')
+    """
+
+    hidden_bytes = 4 * 2**20  # of the MLP's hidden maps that are worked on together
+
+    def __init__(self, downsample: nn.Module | None, blocks: Sequence[FastConvNeXtBlock]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks, self.hidden = nn.Sequential(*blocks), blocks[0].fc1.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if not may_overwrite(x):
+            return self.blocks(x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.downsample is None:  # then the map is somebody else's
+            x = x.clone()
+        samples = len(x)
+        if x.device.type == "cpu" and x.numel() > 0:
+            samples = self.hidden_bytes // (self.hidden * x[0, 0].numel() * x.element_size())
+        for part in x.split(max(1, samples)):
+            self.blocks(part)
+        return x
+
+
+class FastConvNeXtBlock(nn.Module):
+    """`x + gamma * fc2(gelu(fc1(norm(conv(x)))))`, norm and linear layers over the channels of each pixel.
+
+    The linear layers are convolutions, and gamma (C) is in the second. (B, C, H, W) -> (B, C, H, W)
+    """
+
+    def __init__(
+        self, conv: nn.Module, norm: nn.LayerNorm, fc1: nn.Linear, fc2: nn.Linear, gamma: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm  # with its affine: without, the kernel is slower
+        second = as_conv2d(fc2) if gamma is None else fold_scale(as_conv2d(fc2), gamma)
+        self.fc1, self.fc2 = PackedConv2d(as_conv2d(fc1), "gelu"), PackedConv2d(second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.norm(self.conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.fc2.add_to(x, self.fc1(branch))
+
+
+def timms_fast_stage(stage: nn.Module) -> FastConvNeXtStage | None:
+    """The fast form of a stage of timm's ConvNeXt; None for other modules and for its less common variants."""
+    timm = sys.modules.get("timm.models.convnext")  # not imported for this: no stage is timm's before
+    if timm is None or type(stage) is not timm.ConvNeXtStage:
+        return None
+    blocks: list[Any] = list(stage.blocks)  # type: ignore[arg-type]
+    for block in blocks:
+        mlp = block.mlp
+        common = (
+            type(block) is timm.ConvNeXtBlock
+            and not block.use_conv_mlp
+            and isinstance(block.norm, nn.LayerNorm)
+            and isinstance(block.shortcut, nn.Identity)
+            and type(mlp) is timm.Mlp  # with global response norm it is another
+            and isinstance(mlp.norm, nn.Identity)
+            and is_gelu(mlp.act)
+        )
+        if not common:
+            return None
+    downsample: Any = stage.downsample
+    return FastConvNeXtStage(
+        None if isinstance(downsample, nn.Identity) else downsample,
+        [FastConvNeXtBlock(b.conv_dw, b.norm, b.mlp.fc1, b.mlp.fc2, b.gamma) for b in blocks],
+    )
+
+
+def is_gelu(module: nn.Module) -> bool:
+    """Whether `module` computes the exact GELU."""
+    timm = sys.modules.get("timm.layers")  # not imported for this, which takes seconds: no model has its GELU before
+    gelus = (nn.GELU, timm.GELU) if timm else (nn.GELU,)
+    return type(module) in gelus and getattr(module, "approximate", "none") == "none"
