@@ -137,6 +137,19 @@ def test_timms_convnexts(name, options, stages):
         close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["slak_test", "caformer_test", "eupe_convnext_tiny"])
+@torch.no_grad()
+def test_parts_that_are_watched_stay(name):
+    model = create(name)
+    seen = []
+    model.stages[1].blocks[0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    fast = zoo.optimize_for_inference(model)
+    assert type(fast.stages[1]) is type(model.stages[1])
+    assert type(fast.stages[2]) is not type(model.stages[2])
+    fast(images())
+    assert len(seen) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- batch norms
 
 

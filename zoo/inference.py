@@ -30,10 +30,11 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     size that the model takes, moves between devices and dtypes, compiles and exports. Its state dict is its own:
     weights are loaded before, and published from the model as trained.
 
-    A part of a model brings its fast form along: `fast_form(self) -> nn.Module`. Whatever has none keeps its form, but
-    for batch norms, which are folded into the convolutions before them, and for convolutions, which work in
-    channels_last. Large convolutions and linear layers run on a CPU with their weights as oneDNN wants them (kept
-    beside the weights, from the first call on), and with the ReLU or GELU behind them.
+    A part of a model brings its fast form along: `fast_form(self) -> nn.Module`; stages of timm's ConvNeXt have one
+    here. Whatever has none, or hooks inside, keeps its form, but for batch norms, which are folded into the
+    convolutions before them, and for convolutions, which work in channels_last. Large convolutions and linear layers
+    run on a CPU with their weights as oneDNN wants them (kept beside the weights, from the first call on), and with the
+    ReLU or GELU behind them.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.
@@ -77,6 +78,8 @@ def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module |
 
 
 def _fast_form(module: nn.Module) -> nn.Module | None:
+    if has_hooks(*(part for part in module.modules() if part is not module)):
+        return None
     if hasattr(type(module), "fast_form"):
         return module.fast_form()  # type: ignore[operator]
     return timms_fast_stage(module)
