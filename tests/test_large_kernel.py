@@ -140,7 +140,7 @@ class ConvolutionStrides(TorchDispatchMode):
 
 
 def test_a_single_image_is_convolved_in_its_layout_whatever_its_batch_stride():
-    """Compiled code gives it 0, which PyTorch would take for NCHW, where oneDNN takes up to ten times as long."""
+    """Compiled code gives it 0, which PyTorch would take for NCHW, where oneDNN is slow for wide kernels."""
     x = torch.randn(12, 14, 20).as_strided((1, 20, 12, 14), (0, 1, 280, 20))
     weight = torch.randn(20, 1, 3, 15)
     with torch.no_grad(), ConvolutionStrides() as strides:

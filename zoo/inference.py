@@ -13,10 +13,10 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
-from zoo.layers.convnext import is_gelu, timms_fast_stage
+from zoo.layers.convnext import timms_fast_stage
 from zoo.layers.folding import fold_batch_norm, has_hooks
 from zoo.layers.init import has_meta
-from zoo.layers.packed import PackedConv2d, PackedLinear
+from zoo.layers.packed import PackedConv2d, PackedLinear, is_gelu
 
 Model = TypeVar("Model", bound=nn.Module)
 PACKED_CONV2D, PACKED_LINEAR = 2**15, 2**17  # elements of a weight from which on packing saves more than calling costs

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from zoo.layers.folding import as_conv2d, fold_scale
-from zoo.layers.packed import PackedConv2d, may_overwrite
+from zoo.layers.packed import PackedConv2d, is_gelu, may_overwrite
 
-__all__ = ["FastConvNeXtBlock", "FastConvNeXtStage", "is_gelu", "timms_fast_stage"]
+__all__ = ["FastConvNeXtBlock", "FastConvNeXtStage", "timms_fast_stage"]
 
 
 class FastConvNeXtStage(nn.Module):
@@ -93,10 +93,3 @@ def timms_fast_stage(stage: nn.Module) -> FastConvNeXtStage | None:
         None if isinstance(downsample, nn.Identity) else downsample,
         [FastConvNeXtBlock(b.conv_dw, b.norm, b.mlp.fc1, b.mlp.fc2, b.gamma) for b in blocks],
     )
-
-
-def is_gelu(module: nn.Module) -> bool:
-    """Whether `module` computes the exact GELU."""
-    timm = sys.modules.get("timm.layers")  # not imported for this, which takes seconds: no model has its GELU before
-    gelus = (nn.GELU, timm.GELU) if timm else (nn.GELU,)
-    return type(module) in gelus and getattr(module, "approximate", "none") == "none"

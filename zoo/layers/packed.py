@@ -9,6 +9,7 @@ gradients are asked for, in dtypes that oneDNN lacks) these are plain layers.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -119,6 +120,13 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.act == "none" else f", act={self.act}")
+
+
+def is_gelu(module: nn.Module) -> bool:
+    """Whether `module` computes the exact GELU."""
+    timm = sys.modules.get("timm.layers")  # not imported for this, which takes seconds: no model has its GELU before
+    gelus = (nn.GELU, timm.GELU) if timm else (nn.GELU,)
+    return type(module) in gelus and getattr(module, "approximate", "none") == "none"
 
 
 def _activate(x: Tensor, act: Activation) -> Tensor:

@@ -260,13 +260,9 @@ class SLaKStage(nn.Module):
         return self.blocks(x)
 
     def fast_form(self) -> nn.Module:
-        downsample = None
-        if isinstance(self.downsample, Downsample):
-            downsample = self.downsample
-            downsample.conv = PackedConv2d(downsample.conv)
         blocks = [block for block in self.blocks if isinstance(block, SLaKBlock)]
         return FastConvNeXtStage(
-            downsample,
+            self.downsample if isinstance(self.downsample, Downsample) else None,
             [FastConvNeXtBlock(b.large_kernel.merge(), b.norm, b.mlp.fc1, b.mlp.fc2, b.gamma) for b in blocks],
         )
 
