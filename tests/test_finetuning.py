@@ -274,7 +274,11 @@ def test_layers_learn_by_depth_and_go_on_so(recipe: Path, tmp_path: Path):
     assert_goes_on_exactly(recipe, tmp_path, **changes)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "lamb", "muon", "nadamw", "lion", "sgd", "adan", "adopt", "lookahead_radam"])
+OPTIMIZERS = ["adamw", "lamb", "muon", "sgd"]
+MORE_OPTIMIZERS = ["nadamw", "lion", "adan", "adopt", "lookahead_radam"]
+
+
+@pytest.mark.parametrize("opt", [*OPTIMIZERS, *(pytest.param(o, marks=pytest.mark.slow) for o in MORE_OPTIMIZERS)])
 def test_optimizers_learn(recipe: Path, tmp_path: Path, opt: str):
     rate = 0.3 if opt == "sgd" else 3e-3
     config = configure(recipe, tmp_path / "run", optimizer={"opt": opt, "lr": rate}, train={"max_updates": 7})

@@ -43,7 +43,7 @@ def test_golden_parity(file):
         features, maps = model.forward_intermediates(images)
         outputs = {
             "logits": model(images),
-            "features": model.forward_features(images),
+            "features": features,
             "pre_logits": model.forward_head(features, pre_logits=True),
             **{f"stage{i}": stage for i, stage in enumerate(maps, start=1)},
         }

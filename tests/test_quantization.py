@@ -98,7 +98,14 @@ def test_matrices_that_groups_do_not_fit_keep_their_precision(tmp_path):
 
 
 @pytest.mark.parametrize("to", list(BITS))
-@pytest.mark.parametrize("widths", [(32, 96, 64), (40, 93, 1), 45], ids=["whole groups", "others", "all alike"])
+@pytest.mark.parametrize(
+    "widths",
+    [
+        pytest.param((32, 96, 64), id="whole groups", marks=pytest.mark.slow),
+        pytest.param((40, 93, 1), id="others"),
+        pytest.param(45, id="all alike"),
+    ],
+)
 @torch.inference_mode()
 def test_hidden_channels_that_fill_no_group_are_filled_up(widths, to, tmp_path):
     model = small(hidden_dim=widths)

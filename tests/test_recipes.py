@@ -273,6 +273,7 @@ def test_the_index_of_recipes_names_all():
 def quick_ones() -> Iterator[Any]:
     """The smallest variant of each series; larger ones with the slow tests, as ten times the parameters take long."""
     slow = {param.values[0] for param in each_vision_model() if param.marks}
+    slow |= {f"imagenet1k_emo2_{size}" for size in ("2m", "5m", "5m_512")}
     for path in CLASSIFICATION:
         marks = pytest.mark.slow if path.stem in slow else ()
         yield pytest.param(path, marks=marks, id=str(path.relative_to(CONFIGS)))

@@ -82,7 +82,9 @@ def test_the_authors_weights_are_asked_for(
         prepare(source, tmp_path / "draft", license="mit")
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in THEIRS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("rmt_t", "emo_1m") else ()) for name, *_ in THEIRS]
+)
 def test_weights_of_ones_own_are_not_asked_for(name: str, tmp_path: Path):
     model = zoo.create_model(name, pretrained=False)
     folder = zoo.save_pretrained(model, tmp_path / "own")

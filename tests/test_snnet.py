@@ -262,7 +262,7 @@ def test_the_norm_of_a_stitched_path_is_a_choice():
 # ------------------------------------------------------------------------------------------------------------- contract
 
 
-@pytest.mark.parametrize("number", [0, 1, 4])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow), 4])
 def test_contract(number):
     model = small(stitch=number, num_classes=7).eval()
     expected = model(images())

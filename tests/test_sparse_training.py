@@ -633,7 +633,7 @@ def fake_metric(name: str, *values: float) -> Callable[..., dict[str, float]]:
 FALLING: dict[str, Any] = {"method": "gmp", "density": 0.2, "update_interval": 11, "stop": 0.6}  # 11 updates an epoch
 
 
-@pytest.mark.parametrize("resumed", [False, True], ids=["whole", "resumed"])
+@pytest.mark.parametrize("resumed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "resumed"])
 def test_the_best_epoch_is_one_at_the_lowest_density(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resumed: bool
 ):
@@ -673,7 +673,7 @@ def asked_to_stop(loss: Callable[..., Tensor], batch: int) -> Callable[..., Tens
     return disturbed
 
 
-@pytest.mark.parametrize("method", RUNS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m == "rigl" else ()) for m in RUNS])
 def test_sparse_runs_go_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str):
     """From the middle of an epoch, with all that draws random numbers or keeps state, masks included."""
     changes = {**EVERYTHING, "scheduler": {"epochs": 1}, "sparsity": RUNS[method]}
@@ -1087,7 +1087,7 @@ def test_the_configuration_of_a_run_is_read_again(recipe: Path, tmp_path: Path):
     assert again.sparsity.rule() == given.rule()
 
 
-@pytest.mark.parametrize("method", ["granet", "set", "slak"])
+@pytest.mark.parametrize("method", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("granet", "set")), "slak"])
 def test_an_old_run_means_what_it_meant(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, method: str
 ):
