@@ -136,3 +136,79 @@ for model in (build("timm/poolformer_s12"), create_timm_model("timm/poolformer_s
 assert create_timm_model("timm/poolformer_s12").pretrained_cfg["hf_hub_id"] == cfg["hf_hub_id"]
 assert isinstance(timm.create_model("poolformer_s12"), MetaFormer), "and ours are back in their place"
 """)
+
+
+def test_published_weights_are_those_of_the_tag(tmp_path):
+    """Files of one name, averaged weights beside the last, a zip archive, arguments that belong to the weights."""
+    run(f"""
+import functools, http.server, threading, zipfile
+from pathlib import Path
+
+site = Path({str(tmp_path / "site")!r})
+for tag in "abc":
+    (site / tag).mkdir(parents=True)
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+threading.Thread(target=server.serve_forever, daemon=True).start()
+url = f"http://127.0.0.1:{{server.server_port}}/"
+facts = dict(license="mit", num_classes=2, input_size=(3, 8, 8))
+W = zoo.registry.Weights
+weights = (
+    W(tag="one", url=url + "a/model.pth", **facts),
+    W(tag="two", url=url + "b/model.pth", use_ema=False, args=dict(scale=3.0), **facts),
+    W(tag="three", url=url + "c/model.zip", filename="in/model.pth", **facts),
+)
+
+@zoo.register(weights=weights, input_size=(3, 8, 8), classifier="head")
+class flat_net(torch.nn.Module):
+    def __init__(self, num_classes=2, in_chans=3, scale=1.0):
+        super().__init__()
+        self.num_classes, self.num_features, self.scale = num_classes, in_chans * 64, scale
+        self.head = torch.nn.Linear(self.num_features, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)) * self.scale
+
+def state(value):
+    return {{"module.head.weight": torch.full((2, 192), value), "module.head.bias": torch.zeros(2)}}
+
+torch.save({{"net": state(1.0)}}, site / "a/model.pth")
+torch.save({{"state_dict": state(2.0), "state_dict_ema": state(9.0)}}, site / "b/model.pth")
+torch.save(state(4.0), site / "c/model.pth")
+with zipfile.ZipFile(site / "c/model.zip", "w") as archive:
+    archive.write(site / "c/model.pth", "in/model.pth")
+    archive.write(site / "a/model.pth", "other.pth")
+
+zoo.register_with_timm()
+images = torch.full((1, 3, 8, 8), 1 / 192)
+for tag, wanted in (("one", 1.0), ("two", 6.0), ("three", 4.0)):
+    cache = {str(tmp_path / "cache")!r}
+    for create in (zoo.create_model, timm.create_model):
+        model = create(f"flat_net.{{tag}}", pretrained=True, cache_dir=cache)
+        torch.testing.assert_close(model(images), torch.full((1, 2), wanted))
+        assert "state_dict" not in model.pretrained_cfg
+    again = zoo.create_model("local-dir:" + str(zoo.save_pretrained(model, {str(tmp_path)!r} + f"/{{tag}}")))
+    assert torch.equal(again(images), model(images))
+model = timm.create_model("flat_net.one", pretrained=True, cache_dir=cache, num_classes=5)
+assert model(images).shape == (1, 5)
+overlay = dict(file=str(site / "c/model.pth"))  # one's own, in the place of those
+model = timm.create_model("flat_net.two", pretrained=True, pretrained_cfg_overlay=overlay)
+torch.testing.assert_close(model(images), torch.full((1, 2), 12.0))
+server.shutdown()
+""")
+
+
+def test_sizes_for_evaluation_are_timms():
+    run("""
+names = ("ese_vovnet19b_dw", "fbnetv3_b", "resnetrs50")
+keys = ("test_input_size", "test_crop_pct")
+theirs = [[timm.models.get_pretrained_cfg(name).to_dict().get(key) for key in keys] for name in names]
+assert any(cfg[0] for cfg in theirs)
+assert [[zoo.create_model(name, device="meta").pretrained_cfg.get(key) for key in keys] for name in names] == theirs
+zoo.register_with_timm(override=True)
+assert [[timm.models.get_pretrained_cfg(name).to_dict().get(key) for key in keys] for name in names] == theirs
+""")

@@ -33,7 +33,7 @@ def create_model(
     num_classes: int | None = None,
     in_chans: int | None = None,
     features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
+    out_indices: Sequence[int] | int | None = None,
     feature_cls: str | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -62,6 +62,7 @@ def create_model(
             initialised.
         in_chans: input channels; the first convolution of the weights is adapted.
         features_only: return a module that gives the maps of the stages in `out_indices` (all by default).
+        out_indices: numbers of stages, from the end if negative; a single number n means the last n.
         feature_cls: which of timm's feature wrappers ("list", "getter", "hook", "fx", "dict").
         device: where the model goes; on "meta" it has neither weights nor memory.
         dtype: of its parameters and buffers.
@@ -136,8 +137,6 @@ def create_model(
                 args.setdefault(key, default)
     if entry.fixed_input_size:
         args.setdefault("img_size", tuple(cfg["input_size"][1:]))
-    if features_only and "global_pool" in _parameters(entry.build):
-        args.pop("global_pool", None)
     for key, least in (("num_classes", 0), ("in_chans", 1)):
         if key in args and not (type(args[key]) is int and args[key] >= least):
             raise ConfigError(f"{key} must be a whole number from {least} up, not {args[key]!r}.")
@@ -369,7 +368,7 @@ def _as_timm_model(
     cfg: dict[str, Any],
     img_size: Any,
     features_only: bool,
-    out_indices: Sequence[int] | None,
+    out_indices: Sequence[int] | int | None,
     feature_cls: str | None,
 ) -> nn.Module:
     """Hand the module to timm, which attaches what its tools look for and wraps it for features."""
@@ -390,8 +389,13 @@ def _as_timm_model(
             raise ConfigError(
                 f"{entry.name} describes no feature maps: it needs a `feature_info`, as timm's models have."
             )
+        if type(out_indices) is int and 0 < out_indices <= len(stages):  # the last ones, as timm takes it
+            out_indices = range(len(stages) - out_indices, len(stages))
         if isinstance(out_indices, str | int) or not all(isinstance(i, int) for i in out_indices or ()):
-            raise ConfigError(f"out_indices is a sequence of whole numbers such as (1, 2, 3), not {out_indices!r}.")
+            raise ConfigError(
+                f"out_indices is a sequence of whole numbers such as (1, 2, 3), or how many of the {len(stages)} maps "
+                f"to give, from the last, not {out_indices!r}."
+            )
         out_indices = tuple(range(len(stages))) if out_indices is None else tuple(out_indices)
         bad = [i for i in out_indices if not -len(stages) <= i < len(stages)]
         if bad or not out_indices:

@@ -32,6 +32,7 @@ from zoo.weights import (
     origin_metadata,
     read_json,
     split_hub_id,
+    unwrap,
     write_safetensors,
 )
 
@@ -71,7 +72,8 @@ def save_pretrained(
         dtype: what floating-point tensors are saved as, such as torch.float16; by default what they are.
         overwrite: replace the model in a folder that is not empty; other files in it stay.
 
-    Returns the folder. Raises ConfigError for a model, labels or folder that will not do, CheckpointError.
+    Returns the folder. Raises ConfigError for a model, labels or folder that will not do, also for a model that was
+    changed so that its description builds another; CheckpointError.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
@@ -92,6 +94,8 @@ def save_pretrained(
 
             write_tokenizer(tokenizer, fresh)
         _compare(tensors, fresh / WEIGHTS)
+        if not is_language_model(model) and _is_entry(config["architecture"]):
+            _check_opens(fresh, unwrap(tensors, "The model"))
         put_in_place(fresh, folder)
     except OSError as error:
         raise CheckpointError(
@@ -249,6 +253,20 @@ def _compare(tensors: Mapping[str, Tensor], path: Path) -> None:
     if written.keys() != tensors.keys() or not all(torch.equal(bits(written[k]), bits(t)) for k, t in tensors.items()):
         raise CheckpointError(
             f"What was written for {str(path.parent)!r} does not read back as the model: the disk may be failing."
+        )
+
+
+def _check_opens(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Hold the model that the description builds to the one that was described."""
+    from zoo.factory import create_model
+
+    again = create_model(f"local-dir:{folder}", pretrained=False, device="meta").state_dict()
+    differ = sorted(k for k in again.keys() | tensors.keys() if k not in again or k not in tensors)
+    differ += sorted(k for k in again.keys() & tensors.keys() if again[k].shape != tensors[k].shape)
+    if differ:
+        raise ConfigError(
+            f"The model is not as its arguments build it ({len(differ)} tensors differ, the first is {differ[0]}): "
+            "parts were cut off or exchanged, and nothing could open it again. Save its state_dict() with torch.save."
         )
 
 

@@ -103,6 +103,8 @@ class Weights:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    test_input_size: tuple[int, int, int] | None = None  # where a larger one than in training was evaluated, too
+    test_crop_pct: float | None = None  # at that size
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # model arguments it was trained with
     gated: bool = False  # the Hub asks for consent to terms before it gives the files
     use_ema: bool = True  # of a file that holds averaged weights and the last ones: which were evaluated
@@ -131,7 +133,8 @@ def is_restricted(license: str | None) -> bool:
 # fields of Weights that say nothing of a language model
 OF_IMAGES = (
     *("top1", "top5", "miou", "num_classes", "input_size", "pool_size", "crop_pct", "crop_mode"),
-    *("interpolation", "mean", "std", "use_ema"),
+    *("interpolation", "mean", "std", "test_input_size", "test_crop_pct"),
+    "use_ema",
 )
 
 
@@ -217,6 +220,9 @@ class Entry:
                 "first_conv": self.first_conv,
                 "classifier": self.classifier,
             }
+            for key in ("test_input_size", "test_crop_pct"):
+                if getattr(weights, key) is not None:
+                    cfg[key] = getattr(weights, key)
         if weights.license:
             cfg["license"] = weights.license
         if weights.hub_id:

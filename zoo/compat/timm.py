@@ -10,12 +10,20 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    PretrainedCfg,
+    _registry,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
 from zoo.factory import build_module, feature_config
 from zoo.hub import load_config
-from zoo.registry import Entry, get_entry, list_models
+from zoo.registry import Entry, Weights, get_entry, list_models
+from zoo.weights import StateDict, fetch, read_state_dict, unwrap
 
 __all__: list[str] = []  # timm's register_model adds the names it registers
 default_cfgs: dict[str, Any] = {}  # where timm's register_model looks for a function's weights
@@ -27,7 +35,8 @@ def register_with_timm(override: bool = False) -> list[str]:
     """Put every vision model of the zoo into timm's registry, and return the names that were put there.
 
     Names that timm has stay timm's unless `override`. Afterwards `timm.create_model(name)` builds the zoo's model, with
-    timm's ways of loading weights. Calling it again adds what was registered with the zoo meanwhile.
+    timm's ways of loading weights; `pretrained=True` takes the published file as `zoo.create_model` does, its SHA-256
+    checked. Calling it again adds what was registered with the zoo meanwhile.
     """
     registered = []
     for name in list_models(task="vision"):
@@ -94,19 +103,47 @@ def _saved_args(cfg: Any) -> dict[str, Any]:
     return load_config(f"local-dir:{cfg['file']}")[1] if source == "local-dir" else {}
 
 
+def _weights_of(entry: Entry, cfg: PretrainedCfg) -> Weights | None:
+    """The published weights that timm's description means: the default ones where it has no tag."""
+    if cfg.source in ("hf-hub", "local-dir"):  # somebody's own
+        return None
+    return next((weights for weights in entry.weights if weights.tag == (cfg.tag or entry.weights[0].tag)), None)
+
+
+def _lie_where_published(entry: Entry, weights: Weights, cfg: PretrainedCfg) -> bool:
+    theirs = entry.pretrained_cfg(weights.tag)
+    sources = ("state_dict", "file", "hf_hub_id", "hf_hub_filename", "url")
+    return all((getattr(cfg, key) or None) == theirs.get(key) for key in sources)
+
+
 def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
     parameters = inspect.signature(entry.build).parameters
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        cfg = resolve_pretrained_cfg(entry.name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        weights = _weights_of(entry, cfg)
+        theirs = {} if weights is None else weights.args  # without which the weights compute something else
+        if pretrained and weights is not None and _lie_where_published(entry, weights, cfg):
+            # not by timm, which keeps files under the last part of their URL, whosever they are
+            tensors = read_state_dict(fetch(weights, cache_dir=kwargs.get("cache_dir")), use_ema=weights.use_ema)
+            overlay = kwargs.get("pretrained_cfg_overlay") or {}
+            kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": tensors}
+
         def build(
             *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **args: Any
         ) -> nn.Module:
             args = {k: v for k, v in args.items() if k in parameters or k in kwargs}  # timm adds num_classes, in_chans
             model = build_module(entry, args, device=device, dtype=dtype)
-            model.__dict__["_model_args"] = entry.unlike_timm(args)  # timm adds what it was given, and saves all of it
+            # timm adds what it was given, and saves all of it
+            model.__dict__["_model_args"] = {**theirs, **entry.unlike_timm(args)}
             return model
 
-        kwargs = {**_saved_args(kwargs.get("pretrained_cfg")), **kwargs}
+        def convert(loaded: StateDict, model: Any) -> StateDict:
+            model.pretrained_cfg.pop("state_dict", None)  # timm describes the model by it, and copies it for features
+            tensors = unwrap(loaded, f"The checkpoint for {entry.name}", weights is None or weights.use_ema)
+            return tensors if entry.convert is None else entry.convert(tensors, model)
+
+        kwargs = {**theirs, **_saved_args(kwargs.get("pretrained_cfg")), **kwargs}
         if kwargs.get("features_only"):
             args = {k: v for k, v in kwargs.items() if k in parameters}
             model: Any = build_module(entry, args, device="meta")
@@ -116,7 +153,7 @@ def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
             build,
             entry.name,
             pretrained,
-            pretrained_filter_fn=entry.convert,
+            pretrained_filter_fn=convert,
             **kwargs,
         )
 

@@ -85,6 +85,8 @@ def timm_weights(name: str, top1: Mapping[str, float], source: str = RESULTS) ->
             interpolation=config.interpolation,
             mean=config.mean,
             std=config.std,
+            test_input_size=config.test_input_size,
+            test_crop_pct=config.test_crop_pct,
         )
         for tag, config in configs.items()
         if config.hf_hub_id

@@ -230,11 +230,13 @@ torch.fx.wrap("resize_table")  # fx looks for the name in the module that calls 
 class Stem(nn.Module):
     """Patches by one convolution, and the position table. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)"""
 
-    def __init__(self, in_chans: int, dim: int, patch_size: int, stride: int, img_size: int, drop: float) -> None:
+    def __init__(
+        self, in_chans: int, dim: int, patch_size: int, stride: int, size: tuple[int, int], drop: float
+    ) -> None:
         super().__init__()
-        side = (img_size - patch_size) // stride + 1
+        rows, columns = ((side - patch_size) // stride + 1 for side in size)
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride)
-        self.pos_embed = nn.Parameter(torch.empty(1, dim, side, side))
+        self.pos_embed = nn.Parameter(torch.empty(1, dim, rows, columns))
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,18 +263,22 @@ class PfTransformer(StagedNet):
         drop_paths: Sequence[float],
         drop_rate: float,
         pos_drop_rate: float,
-        img_size: int,
+        img_size: int | Sequence[int],
     ) -> None:
         check_above_zero(mlp_ratio=mlp_ratio)
         check_counts(1, patch_size=patch_size, stride=stride)
-        check_counts(patch_size, img_size=img_size)
+        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        if len(size) != 2 or not all(type(side) is int and side >= patch_size for side in size):
+            raise ConfigError(
+                f"img_size must be a whole number from {patch_size} up, or (height, width) of such, not {img_size!r}."
+            )
         check_rates(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate)
         for dim, heads in zip(dims, num_heads, strict=True):
             if dim % heads:
                 raise ConfigError(f"A width of {dim} cannot be split into {heads} heads: see num_heads.")
         reductions = tuple(stride * math.prod(scales[: i + 1]) for i in range(len(dims)))
         super().__init__(tuple(dims), reductions, in_chans, num_classes)
-        self.stem = Stem(in_chans, dims[0], patch_size, stride, img_size, pos_drop_rate)
+        self.stem = Stem(in_chans, dims[0], patch_size, stride, size, pos_drop_rate)
         self.stages = nn.Sequential()
         rates = iter(drop_paths)
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
@@ -332,7 +338,7 @@ class ViTMax(PfTransformer):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
     ) -> None:
         check_counts(1, depth=depth, embed_dim=embed_dim, num_heads=num_heads)
         check_rates(drop_path_rate=drop_path_rate)
@@ -399,7 +405,7 @@ class PiTMax(PfTransformer):
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        img_size: int = 224,
+        img_size: int | tuple[int, int] = 224,
     ) -> None:
         depths, dims, num_heads = check_widths(depths=depths, dims=dims, num_heads=num_heads)
         check_rates(drop_path_rate=drop_path_rate)

@@ -154,6 +154,12 @@ class SNNet(ZooModelHubMixin, nn.Module):
         return len(self.stitches)
 
     @property
+    def global_pool(self) -> str:
+        """The pooling of the current path's last anchor, under the name by which it is saved."""
+        end: Any = self.anchors[self.stitches[self.stitch].anchors[-1]]
+        return end.global_pool
+
+    @property
     def has_whole_anchors(self) -> bool:
         """Whether every anchor can run alone: not once a path was extracted, or pruned to."""
         return all(Stitch(anchors=(number,)) in self.stitches for number in range(len(self.anchors)))
@@ -470,6 +476,7 @@ class StitchedViT(SNNet):
                 in_chans=in_chans,
                 num_classes=num_classes,
                 global_pool=global_pool,
+                fc_norm=False,  # one norm, before any pooling: a path leaves it out or not, whatever pools
                 embed_dim=dim,
                 depth=depth,
                 num_heads=heads,
