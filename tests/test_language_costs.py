@@ -141,6 +141,7 @@ def test_fast_and_quantised_forms_cost_what_the_model_does():
     ):
         profile = zoo.profile(form, tokens=20)
         assert (profile.macs, profile.prefill.macs) == (plain.macs, plain.prefill.macs)
+        assert not profile.unknown_operators
         assert abs(profile.params - params) <= 32 * 7  # norms may be folded
         assert abs(sum(profile.weight_bytes.values()) - size) <= 4 * 32 * 7
 

@@ -187,8 +187,9 @@ _FREE_BY_KIND = {
         "selu sigmoid silu softmax softplus threshold"
     ),
     "comparison and logic": (
-        "all __and__ any argmax argmin argsort bitwise_and bitwise_not bitwise_or bitwise_xor eq ge gt isinf isnan le "
-        "logical_and logical_not logical_or logical_xor lt ne one_hot __or__ sort topk __xor__"
+        "all __and__ any argmax argmin argsort bitwise_and bitwise_left_shift bitwise_not bitwise_or "
+        "bitwise_right_shift bitwise_xor eq ge gt isinf isnan le logical_and logical_not logical_or logical_xor "
+        "__lshift__ lt ne one_hot __or__ __rshift__ sort topk __xor__"
     ),
     "reductions": (
         "amax amin cummax cumsum linalg_norm linalg_vector_norm logsumexp max mean min norm prod std std_mean sum var "
