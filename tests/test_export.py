@@ -20,6 +20,7 @@ from zoo import cli
 from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
 from zoo.errors import CheckpointError, ConfigError
 from zoo.exporting.gguf import gguf_architecture, rounded, write_gguf
+from zoo.exporting.onnx import image_size
 from zoo.exporting.transformers import decoder_args, is_stock, transformers_config
 from zoo.layers.decoder import DecoderConfig
 from zoo.registry import get_entry, list_models
@@ -429,6 +430,30 @@ def test_a_vision_model_goes_to_onnx(tmp_path: Path):
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "poolformer_s12"
     assert config["pretrained_cfg"]["mean"]
+
+
+def test_a_graph_takes_as_many_channels_as_the_model(tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    zoo.export(zoo.create_model("simplenet_test", in_chans=1), tmp_path / "out", to="onnx")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["input_size"] == [1, 64, 64]
+    stitched = zoo.create_model("snnet_test", in_chans=2, device="meta")  # which has no in_chans of its own
+    assert image_size(stitched) == (2, 64, 64)
+
+
+def test_why_torch_cannot_export_a_model_is_said_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    pytest.importorskip("onnxscript")
+
+    class Fickle(torch.nn.Module):
+        def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    model: Any = zoo.create_model("simplenet_test")
+    model.head = Fickle()
+    with pytest.raises(ConfigError, match="to ONNX: Could not guard on data-dependent"):
+        zoo.export(model, tmp_path / "out", to="onnx")
+    assert not capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

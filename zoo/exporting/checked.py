@@ -18,7 +18,7 @@ from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
 from zoo.exporting.gguf import GGUF_DTYPES, rounded, write_gguf
 from zoo.exporting.layout import decoder_of
-from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, write_onnx
+from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, image_size, write_onnx
 from zoo.exporting.transformers import write_json, write_tokenizer, write_transformers
 from zoo.files import check_folder, put_in_place
 from zoo.layers.decoder import Decoder
@@ -142,10 +142,13 @@ def _dtype(model: nn.Module, to: str, dtype: str | torch.dtype | None) -> str:
 def _write_onnx(model: nn.Module, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype) -> None:
     from zoo.hub import CONFIG, describe
 
+    config = describe(model, tokenizer=tokenizer, dtype=dtype)
     write_onnx(model, folder, dtype=dtype)
-    write_json(folder / CONFIG, describe(model, tokenizer=tokenizer, dtype=dtype))
     if isinstance(model, Decoder):
         write_tokenizer(tokenizer, folder)
+    else:
+        config["pretrained_cfg"]["input_size"] = image_size(model)
+    write_json(folder / CONFIG, config)
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
@@ -157,7 +160,7 @@ def check_input(model: nn.Module) -> Tensor:
     if isinstance(model, Decoder):
         length = min(model.config.context_length, 48)
         return torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    return torch.randn(2, *model.pretrained_cfg["input_size"], generator=generator)  # type: ignore[index]
+    return torch.randn(2, *image_size(model), generator=generator)
 
 
 # the program with its version, and its logits; or why there are none

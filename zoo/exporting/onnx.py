@@ -9,10 +9,13 @@ A vision model's takes `pixel_values` and gives `logits`. Sizes of batch, text a
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from zoo.errors import ConfigError, MissingDependencyError
 from zoo.exporting.layout import decoder_of
 from zoo.layers.decoder import Decoder, Visible
 
-__all__ = ["MODEL", "decoder_feeds", "empty_past", "write_onnx"]
+__all__ = ["MODEL", "decoder_feeds", "empty_past", "image_size", "write_onnx"]
 
 MODEL = "model.onnx"
 
@@ -74,6 +77,13 @@ class DecoderStep(nn.Module):
         return model.forward_head(model.model.norm(x)), present
 
 
+def image_size(model: nn.Module) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a vision model takes. Raises ConfigError where it does not say."""
+    from zoo.profiling.resolve import default_input_size
+
+    return default_input_size(model)
+
+
 def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
     """Write `model.onnx`, and what does not fit in it beside it, into `folder`, which exists.
 
@@ -94,22 +104,35 @@ def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = No
         options = _decoder_options(model)
     else:
         graph, options = model, _vision_options(model)
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
     try:
-        logger.setLevel(logging.ERROR)  # it warns of what it then does itself
-        with warnings.catch_warnings(), torch.inference_mode():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.inference_mode():
             program = torch.onnx.export(graph, **options, dynamo=True, verbose=False, optimize=True)
     except Exception as error:  # the exporter raises whatever its many parts do
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"torch cannot export this model to ONNX: {first.strip()}") from error
-    finally:
-        logger.setLevel(level)
+        raise ConfigError(f"torch cannot export this model to ONNX: {_reason(error)}") from error
     assert program is not None
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     program.save(folder / MODEL, external_data=size > 1 << 30)  # a file holds 2 GiB at most
     return folder / MODEL
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs and prints: of an error the exception says all, and the rest it then does itself."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line, without the exporter's advice before and after it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    told = re.sub(r"^\s*<class '[^']*'>:", "", text.partition("## Exception summary")[2] or text)
+    return next((line.strip() for line in told.splitlines() if line.strip()), type(error).__name__)
 
 
 def _decoder_options(model: Decoder) -> dict[str, Any]:
@@ -141,11 +164,8 @@ def _decoder_options(model: Decoder) -> dict[str, Any]:
 
 
 def _vision_options(model: nn.Module) -> dict[str, Any]:
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    if not cfg or not cfg.get("input_size"):
-        raise ConfigError(f"{type(model).__name__} has no input size: ONNX takes a model as create_model makes it.")
     return {
-        "args": (torch.zeros(2, *cfg["input_size"], dtype=next(model.parameters()).dtype),),
+        "args": (torch.zeros(2, *image_size(model), dtype=next(model.parameters()).dtype),),
         "input_names": ["pixel_values"],
         "output_names": ["logits"],
         "dynamic_shapes": ({0: torch.export.Dim("batch")},),

@@ -52,7 +52,7 @@ def _build_with_timm(name: str, device: torch.device | str) -> nn.Module:
 
 
 def default_input_size(model: nn.Module) -> tuple[int, int, int]:
-    """The size that the model's own `pretrained_cfg` names, with `in_chans` channels where the model has that.
+    """The size that the model's own `pretrained_cfg` names, with as many channels as the model was made for.
 
     Raises ConfigError for a model that has none.
     """
@@ -63,7 +63,8 @@ def default_input_size(model: nn.Module) -> tuple[int, int, int]:
             f"{type(model).__name__} does not say what input it takes: give input_size=(channels, height, width)."
         )
     channels, height, width = size
-    chosen: Any = getattr(model, "in_chans", None)
+    given: Any = getattr(model, "_model_args", None) or {}
+    chosen: Any = getattr(model, "in_chans", given.get("in_chans"))
     return chosen if isinstance(chosen, int) else channels, height, width
 
 
