@@ -432,11 +432,16 @@ def test_a_vision_model_goes_to_onnx(tmp_path: Path):
     assert config["pretrained_cfg"]["mean"]
 
 
-def test_a_graph_takes_as_many_channels_as_the_model(tmp_path: Path):
+def test_a_graph_takes_images_as_the_model_does(tmp_path: Path):
     pytest.importorskip("onnxscript")
-    zoo.export(zoo.create_model("simplenet_test", in_chans=1), tmp_path / "out", to="onnx")
+    onnx = pytest.importorskip("onnx")
+    zoo.export(zoo.create_model("simplenet_test", in_chans=1), tmp_path / "out", to="onnx", input_size=(1, 64, 96))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["pretrained_cfg"]["input_size"] == [1, 64, 64]
+    assert config["pretrained_cfg"]["input_size"] == [1, 64, 96]
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    assert [side.dim_value for side in graph.input[0].type.tensor_type.shape.dim][1:] == [1, 64, 96]
+    assert image_size(zoo.create_model("simplenet_test", in_chans=1)) == (1, 64, 64)
+    assert image_size(zoo.create_model("sret_test", img_size=96)) == (3, 96, 96)
     stitched = zoo.create_model("snnet_test", in_chans=2, device="meta")  # which has no in_chans of its own
     assert image_size(stitched) == (2, 64, 64)
 
@@ -453,6 +458,20 @@ def test_why_torch_cannot_export_a_model_is_said_in_one_line(tmp_path: Path, cap
     with pytest.raises(ConfigError, match="to ONNX: Could not guard on data-dependent"):
         zoo.export(model, tmp_path / "out", to="onnx")
     assert not capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_cannot_be_are_errors(tmp_path: Path):
+    fixed = zoo.create_model("poolformer_s12", depths=(1,), dims=(8,), token_mixers="random")
+    for size, what in (
+        ((3, 64, 64), "MetaFormer cannot run on images of 3x64x64: .* hold for one input size"),
+        ((1, 64, 64), "takes images of 3 channels, not 1"),
+        ((64, 64), r"input_size is \(channels, height, width\)"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            zoo.export(fixed, tmp_path / "out", to="onnx", input_size=size)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="takes tokens"):
+        zoo.export(make("mobilellm_125m"), tmp_path / "out", to="onnx", input_size=(3, 64, 64))
     assert not list(tmp_path.iterdir())
 
 

@@ -420,12 +420,14 @@ zoo quantize smollm_135m smollm-int4 --to int4 --text corpus.parquet --max-token
         """
 zoo export runs/books books-transformers --to transformers
 zoo export smollm_135m smollm-q8 --to gguf --dtype q8_0
-zoo export poolformer_s12 poolformer-onnx --to onnx""",
+zoo export poolformer_s12 poolformer-onnx --to onnx
+zoo export poolformer_s12 poolformer-384 --to onnx --input-size 3 384 384""",
     )
     sub.add_argument("source", metavar="SOURCE", help="a name, hf-hub:owner/name, a run or a folder")
     sub.add_argument("folder", metavar="DIR", help="the folder to write, new or empty")
     sub.add_argument("--to", required=True, choices=("transformers", "gguf", "onnx"), help="the format")
     sub.add_argument("--dtype", metavar="T", help="f32, f16, bf16, for GGUF q8_0 and q4_0 too (default: the weights')")
+    input_shape(sub)
     sub.add_argument("--checkpoint", metavar="PATH", help="weights for a model that is given by its name")
     sub.add_argument(
         "--tokenizer", metavar="NAME", help="bytes, a folder, hf-hub:owner/name, none (default: the model's)"

@@ -57,6 +57,7 @@ def export(
     to: Format,
     tokenizer: Tokenizer | str | None = None,
     dtype: str | torch.dtype | None = None,
+    input_size: tuple[int, int, int] | None = None,
     overwrite: bool = False,
 ) -> Export:
     """Write a model as another program reads it.
@@ -75,6 +76,7 @@ def export(
         tokenizer: of a language model, or the name of one for `create_tokenizer`.
         dtype: of the weights: "f32", "f16" or "bf16" (also as torch writes them), for GGUF "q8_0" and "q4_0" too. By
             default what they are.
+        input_size: (channels, height, width) of the images that an ONNX graph takes; by default the model's own.
         overwrite: write into a folder that is not empty; files of other names in it stay.
 
     Raises ConfigError for a model that the format has no place for, an option or folder that will not do;
@@ -91,6 +93,12 @@ def export(
         raise ConfigError(f"{to} is for language models: other models are exported to onnx.")
     elif tokenizer is not None:
         raise ConfigError("A tokenizer goes with a language model, and this is none.")
+    if not is_language:
+        input_size = image_size(model, input_size)
+    elif input_size is not None:
+        raise ConfigError(
+            "input_size= (--input-size) is of images, and a language model takes tokens of any number: leave it out."
+        )
     name = _dtype(model, to, dtype)
     if isinstance(tokenizer, str):
         tokenizer = create_tokenizer(tokenizer)
@@ -112,9 +120,9 @@ def export(
             path = write_gguf(model, fresh / f"{architecture}-{name}.gguf", tokenizer=tokenizer, dtype=name)
             answer = _by_llama_cpp(path, model)
         else:
-            _write_onnx(model, fresh, tokenizer, DTYPES[name])
-            answer = _by_onnxruntime(fresh / MODEL, model, DTYPES[name])
-        found = _compare(answer, model, to, name)
+            _write_onnx(model, fresh, tokenizer, DTYPES[name], input_size)
+            answer = _by_onnxruntime(fresh / MODEL, model, DTYPES[name], input_size)
+        found = _compare(answer, model, to, name, input_size)
         put_in_place(fresh, folder)
     except OSError as error:
         raise CheckpointError(
@@ -139,40 +147,61 @@ def _dtype(model: nn.Module, to: str, dtype: str | torch.dtype | None) -> str:
     return name
 
 
-def _write_onnx(model: nn.Module, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype) -> None:
+def _write_onnx(
+    model: nn.Module,
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype,
+    input_size: tuple[int, int, int] | None,
+) -> None:
     from zoo.hub import CONFIG, describe
 
     config = describe(model, tokenizer=tokenizer, dtype=dtype)
-    write_onnx(model, folder, dtype=dtype)
+    if input_size is not None:
+        config["pretrained_cfg"]["input_size"] = input_size
+        _check_runs(model, input_size)
+    write_onnx(model, folder, dtype=dtype, input_size=input_size)
     if isinstance(model, Decoder):
         write_tokenizer(tokenizer, folder)
-    else:
-        config["pretrained_cfg"]["input_size"] = image_size(model)
     write_json(folder / CONFIG, config)
+
+
+def _check_runs(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raise ConfigError with the model's reason where it takes no images of this size: torch's exporter buries it."""
+    images = check_input(model, input_size)
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(model).to("cpu", torch.float32)(images)
+    except Exception as error:  # models have reasons of their own kinds
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        size = "x".join(map(str, input_size))
+        raise ConfigError(f"{type(model).__name__} cannot run on images of {size}: {reason.strip()}") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- checking
 
 
-def check_input(model: nn.Module) -> Tensor:
+def check_input(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> Tensor:
     """The same two inputs for whoever asks: (2, S) tokens, or (2, C, H, W) images."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(model, Decoder):
         length = min(model.config.context_length, 48)
         return torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    return torch.randn(2, *image_size(model), generator=generator)
+    return torch.randn(2, *image_size(model, input_size), generator=generator)
 
 
 # the program with its version, and its logits; or why there are none
 Answer = tuple[str, list[Tensor]] | str
 
 
-def _compare(answer: Answer, model: nn.Module, to: str, dtype: str) -> dict[str, Any]:
+def _compare(
+    answer: Answer, model: nn.Module, to: str, dtype: str, input_size: tuple[int, int, int] | None
+) -> dict[str, Any]:
     """Hold a program's logits to the model's, with its weights rounded as they were written."""
     if isinstance(answer, str):
         return {"check": f"Not checked, as {answer}."}
     program, theirs = answer
-    inputs = check_input(model)
+    inputs = check_input(model, input_size)
     with torch.inference_mode():
         wanted = copy.deepcopy(model).to("cpu", torch.float32)(inputs)
         alike = rounded(model, dtype) if to == "gguf" else copy.deepcopy(model).to("cpu", DTYPES[dtype]).float()
@@ -263,7 +292,7 @@ def _by_llama_cpp(path: Path, model: Any) -> Answer:
     return _version("llama-cpp-python"), [torch.stack(found)]
 
 
-def _by_onnxruntime(path: Path, model: Any, dtype: torch.dtype) -> Answer:
+def _by_onnxruntime(path: Path, model: Any, dtype: torch.dtype, input_size: tuple[int, int, int] | None) -> Answer:
     try:
         import onnxruntime
     except ImportError:
@@ -277,7 +306,7 @@ def _by_onnxruntime(path: Path, model: Any, dtype: torch.dtype) -> Answer:
         if dtype == torch.float32:
             raise CheckpointError(f"ONNX Runtime does not open the graph: {error}. Nothing was written.") from error
         return f"ONNX Runtime does not compute this model in {str(dtype).removeprefix('torch.')} on a processor"
-    inputs = check_input(model)
+    inputs = check_input(model, input_size)
     if not isinstance(model, Decoder):
         images = inputs.to(dtype).numpy()
         return _version("onnxruntime"), [torch.from_numpy(session.run(None, {"pixel_values": images})[0]).float()]

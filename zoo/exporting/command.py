@@ -22,7 +22,15 @@ def run(args: argparse.Namespace, say: Any) -> Export:
     tokenizer = _tokenizer(args) if hasattr(model, "make_cache") else args.tokenizer
     if hasattr(model, "make_cache") and tokenizer is None and args.tokenizer != "none":
         say("There is no tokenizer beside the weights: what is written takes and gives token numbers alone.")
-    return export(model, args.folder, to=args.to, tokenizer=tokenizer, dtype=args.dtype, overwrite=args.overwrite)
+    return export(
+        model,
+        args.folder,
+        to=args.to,
+        tokenizer=tokenizer,
+        dtype=args.dtype,
+        input_size=args.input_size,
+        overwrite=args.overwrite,
+    )
 
 
 def _tokenizer(args: argparse.Namespace) -> Any:

@@ -77,19 +77,36 @@ class DecoderStep(nn.Module):
         return model.forward_head(model.model.norm(x)), present
 
 
-def image_size(model: nn.Module) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a vision model takes. Raises ConfigError where it does not say."""
-    from zoo.profiling.resolve import default_input_size
+def image_size(model: nn.Module, given: Any = None) -> tuple[int, int, int]:
+    """(channels, height, width) of a graph's images: as given, else of the `img_size` that the model was made with.
 
-    return default_input_size(model)
+    Raises ConfigError for a size that cannot be, or a model that does not say.
+    """
+    from zoo.profiling.resolve import check_channels, check_input_size, default_input_size
+
+    if given is not None:
+        size = check_input_size(given)
+        check_channels(model, size, type(model).__name__)
+        return size
+    channels, *sides = default_input_size(model)
+    made_for = (getattr(model, "_model_args", None) or {}).get("img_size", sides)
+    height, width = (made_for, made_for) if isinstance(made_for, int) else made_for
+    return channels, height, width
 
 
-def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
+def write_onnx(
+    model: nn.Module,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    input_size: tuple[int, int, int] | None = None,
+) -> Path:
     """Write `model.onnx`, and what does not fit in it beside it, into `folder`, which exists.
 
     Args:
-        model: a language model, or a vision model with its `pretrained_cfg`, whose input size is fixed in the graph.
+        model: a language model, or a vision model with its `pretrained_cfg`.
         dtype: of weights and computation; by default what they are.
+        input_size: (channels, height, width) of a vision model's images, fixed in the graph; by default its own.
 
     Raises ConfigError for a model that torch cannot export, MissingDependencyError without onnx and onnxscript.
     """
@@ -103,7 +120,7 @@ def write_onnx(model: nn.Module, folder: Path, *, dtype: torch.dtype | None = No
         graph: nn.Module = DecoderStep(model)
         options = _decoder_options(model)
     else:
-        graph, options = model, _vision_options(model)
+        graph, options = model, _vision_options(model, image_size(model, input_size))
     try:
         with _quiet(), torch.inference_mode():
             program = torch.onnx.export(graph, **options, dynamo=True, verbose=False, optimize=True)
@@ -163,9 +180,9 @@ def _decoder_options(model: Decoder) -> dict[str, Any]:
     }
 
 
-def _vision_options(model: nn.Module) -> dict[str, Any]:
+def _vision_options(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
     return {
-        "args": (torch.zeros(2, *image_size(model), dtype=next(model.parameters()).dtype),),
+        "args": (torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype),),
         "input_names": ["pixel_values"],
         "output_names": ["logits"],
         "dynamic_shapes": ({0: torch.export.Dim("batch")},),

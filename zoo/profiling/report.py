@@ -20,7 +20,7 @@ from zoo.loading import load_model, resolve_path
 from zoo.plots import check_picture
 from zoo.profiling.effective import ZEROS, Effective, check_sparsity, effective_costs
 from zoo.profiling.flops import Trace, meta_twin
-from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
+from zoo.profiling.resolve import build, check_channels, check_count, check_input_size, default_input_size
 from zoo.registry import list_models
 from zoo.units import humanize
 
@@ -295,9 +295,7 @@ def profile(
     if tokens is not None:
         raise ConfigError(f"{name} takes images and not tokens: leave out tokens=.")
     size = default_input_size(original) if input_size is None else input_size
-    channels: Any = getattr(original, "in_chans", size[0])
-    if isinstance(channels, int) and channels != size[0]:
-        raise ConfigError(f"{name} takes images of {channels} channels, not {size[0]}: input_size is {size}.")
+    check_channels(original, size, name)
 
     trace, traced_on = _trace(model, original, (batch_size, *size), name)
     return Profile(

@@ -77,6 +77,13 @@ def check_input_size(size: Any) -> tuple[int, int, int]:
     return tuple(size)
 
 
+def check_channels(model: nn.Module, size: tuple[int, int, int], name: str) -> None:
+    """Raise ConfigError where the model says that it takes images of other channels."""
+    channels: Any = getattr(model, "in_chans", size[0])
+    if isinstance(channels, int) and channels != size[0]:
+        raise ConfigError(f"{name} takes images of {channels} channels, not {size[0]}: input_size is {size}.")
+
+
 def check_count(what: str, value: Any, least: int = 1) -> int:
     """`value`, or a ConfigError unless it is a whole number from `least` up."""
     if type(value) is not int or value < least:
