@@ -504,6 +504,16 @@ def test_a_folder_that_is_not_empty_is_left_alone_and_nothing_else_in_it_is_lost
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    zoo.export(make("mobilellm_125m"), ".", to="gguf")
+    zoo.save_pretrained(make("mobilellm_125m"), ".", overwrite=True)
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [
+        *("config.json", "mobilellm_125m-f32.gguf", "model.safetensors")
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "what"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zoo.errors import ConfigError
-from zoo.files import check_writable, whole_file
+from zoo.files import check_folder, check_writable, fresh_folder, put_in_place, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,3 +87,96 @@ def test_a_folder_of_someone_else(tmp_path):
 def test_a_good_place_is_given_back_as_a_path(tmp_path):
     assert check_writable(str(tmp_path / "x.txt")) == tmp_path / "x.txt"
     assert os.listdir(tmp_path) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def fill(folder: Path, text: str, *names: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def write(folder: Path, overwrite: bool = True) -> None:
+    check_folder(folder, overwrite)
+    put_in_place(fill(fresh_folder(folder), "new", "config.json", "weights"), folder)
+
+
+NEW = {"config.json": "new", "weights": "new"}
+
+
+def test_a_folder_keeps_what_has_other_names(tmp_path):
+    write(fill(tmp_path / "out", "old", "weights", "notes"))
+    assert contents(tmp_path / "out") == {**NEW, "notes": "old"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("names", [None, (), ("weights", "notes")], ids=["none there", "empty", "filled"])
+def test_a_link_to_a_folder_stays_one(names, tmp_path):
+    (tmp_path / "disk").mkdir()
+    target = tmp_path / "disk" / "models"
+    if names is not None:
+        fill(target, "old", *names)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    write(link)
+    assert link.is_symlink()
+    assert contents(target) == {**NEW, **({"notes": "old"} if names else {})}
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    assert os.listdir(tmp_path / "disk") == ["models"]
+
+
+@pytest.mark.parametrize("inside", [".", "below"])
+def test_the_current_folder_stays_itself(inside, tmp_path, monkeypatch):
+    here = fill(tmp_path / "here", "old", "weights", "notes")
+    (here / "config.json").mkdir()
+    (here / "below").mkdir()
+    monkeypatch.chdir(here / inside)
+    write(here)
+    assert os.path.samefile(Path.cwd(), here / inside)
+    (here / "below").rmdir()
+    assert contents(here) == {**NEW, "notes": "old"}
+    assert os.listdir(tmp_path) == ["here"]
+
+
+def test_what_was_made_beside_a_folder_that_stays_is_moved_into_it(tmp_path, monkeypatch):
+    here = fill(tmp_path / "here", "old", "weights")
+    monkeypatch.chdir(here)
+    put_in_place(fill(tmp_path / ".fresh", "new", "config.json", "weights"), Path("../here").absolute())
+    assert contents(here) == NEW
+    assert os.listdir(tmp_path) == ["here"]
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts are Linux's")
+def test_a_mount_point_is_written_to(tmp_path):
+    (tmp_path / "disk").mkdir()
+    if subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "t", tmp_path / "disk"], capture_output=True
+    ).returncode:
+        pytest.skip("mounting is not permitted")
+    code = """
+from pathlib import Path
+from tests.test_files import NEW, contents, fill, write
+disk = Path("disk").absolute()
+write(disk, overwrite=False)
+assert contents(disk) == NEW
+write(fill(disk, "old", "weights", "notes"))
+assert contents(disk) == {**NEW, "notes": "old"}
+"""
+    command = 'mount -t tmpfs t disk && exec "$0" -c "$1"'
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", command, sys.executable, code],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert os.listdir(tmp_path) == ["disk"]

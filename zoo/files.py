@@ -59,10 +59,12 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
 
 def check_folder(folder: Path, overwrite: bool) -> None:
     """Raise ConfigError where no folder can be written: without a parent, or one that is not empty, unless allowed."""
-    if not folder.parent.is_dir():
-        raise ConfigError(f"Cannot make {str(folder)!r}: there is no folder {str(folder.parent)!r}. Make it first.")
-    if not os.access(folder.parent, os.W_OK):
-        raise ConfigError(f"Cannot make {str(folder)!r}: the folder {str(folder.parent)!r} is not yours to write to.")
+    real = Path(os.path.realpath(folder))
+    place = real if _must_stay(real) else real.parent
+    if not place.is_dir():
+        raise ConfigError(f"Cannot make {str(folder)!r}: there is no folder {str(place)!r}. Make it first.")
+    if not os.access(place, os.W_OK):
+        raise ConfigError(f"Cannot make {str(folder)!r}: the folder {str(place)!r} is not yours to write to.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{str(folder)!r} is a file: give the name of a folder.")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -71,8 +73,55 @@ def check_folder(folder: Path, overwrite: bool) -> None:
         )
 
 
+def fresh_folder(folder: Path) -> Path:
+    """Where to make ready what `put_in_place` puts in `folder`'s place: a hidden name on the same disk."""
+    real = Path(os.path.realpath(folder))
+    name = f".{real.name}.{os.getpid()}.tmp"
+    return real / name if _must_stay(real) else real.with_name(name)
+
+
 def put_in_place(fresh: Path, folder: Path) -> None:
-    """Rename `fresh` to `folder`; what the old folder held under other names moves along."""
+    """Put what the folder `fresh` holds in `folder`; what that held under other names stays. Links are followed.
+
+    `fresh` takes the name of `folder`, at once: an interruption leaves the old folder or the new one. A mount point,
+    and a folder that is or holds the current one, cannot be renamed: there each file takes its place at once, one
+    after the other, when all are complete on that disk. An interruption before that leaves the old folder, and one
+    meanwhile whole files, but some of the old beside some of the new.
+    """
+    real = Path(os.path.realpath(folder))
+    place = fresh_folder(real)
+    try:
+        if fresh != place:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.move(fresh, place)
+        if _must_stay(real):
+            _move_in(place, real)
+        else:
+            _rename(place, real)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _must_stay(folder: Path) -> bool:
+    """Whether `folder`, without links in its path, is a mount point, or is or holds the current folder."""
+    try:
+        return os.path.ismount(folder) or Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:  # the current folder was removed
+        return False
+
+
+def _move_in(fresh: Path, folder: Path) -> None:
+    """Move what `fresh`, a folder in `folder`, holds up to its parent, in place of what has the same names."""
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".old", dir=folder) as old:
+        for path in sorted(fresh.iterdir()):
+            there = folder / path.name
+            if os.path.lexists(there) and (path.is_dir() or there.is_dir()):  # a folder replaces no other
+                os.rename(there, Path(old, path.name))
+            os.replace(path, there)
+
+
+def _rename(fresh: Path, folder: Path) -> None:
+    """Rename `fresh` to `folder`, what that holds under other names copied into it first."""
     if not folder.exists() or not any(folder.iterdir()):
         os.replace(fresh, folder)
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from zoo.exporting.gguf import GGUF_DTYPES, rounded, write_gguf
 from zoo.exporting.layout import decoder_of
 from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, image_size, write_onnx
 from zoo.exporting.transformers import write_json, write_tokenizer, write_transformers
-from zoo.files import check_folder, put_in_place
+from zoo.files import check_folder, fresh_folder, put_in_place
 from zoo.layers.decoder import Decoder
 
 __all__ = ["FORMATS", "Export", "Format", "check_input", "export"]
@@ -106,7 +105,7 @@ def export(
         check_fits(tokenizer, model)
     folder = Path(folder).expanduser().absolute()
     check_folder(folder, overwrite)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    fresh = fresh_folder(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     was_training = model.training
     try:
