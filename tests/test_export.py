@@ -19,6 +19,7 @@ from tests.language import small
 from zoo import cli
 from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
 from zoo.errors import CheckpointError, ConfigError
+from zoo.exporting import checked
 from zoo.exporting.gguf import gguf_architecture, rounded, write_gguf
 from zoo.exporting.onnx import image_size
 from zoo.exporting.transformers import decoder_args, is_stock, transformers_config
@@ -530,7 +531,7 @@ def test_what_cannot_be_is_an_error_and_leaves_nothing(options: dict[str, Any], 
     assert not list(tmp_path.iterdir())
 
 
-def test_models_that_a_format_has_no_place_for(tmp_path: Path):
+def test_models_that_a_format_has_no_place_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="windows of 16 tokens"):
         zoo.export(make("mobilellm_pro"), tmp_path / "out", to="gguf")
     vision = zoo.create_model("poolformer_s12", pretrained=False, depths=(1,), dims=(8,))
@@ -542,6 +543,17 @@ def test_models_that_a_format_has_no_place_for(tmp_path: Path):
         zoo.export(zoo.optimize_for_inference(make("mobilellm_125m")), tmp_path / "out", to="transformers")
     with pytest.raises(ConfigError, match="meta device"):
         zoo.export(zoo.create_model("mobilellm_125m", device="meta"), tmp_path / "out", to="transformers")
+    for model, what in (
+        (zoo.optimize_for_inference(zoo.create_model("simplenet_test")), "^An export to onnx .* that it was made from"),
+        (zoo.create_model("simplenet_test", features_only=True), "^An export to onnx .* leave out features_only=True"),
+        (torch.nn.Linear(2, 2), "^An export to onnx takes a whole model as create_model makes it, not Linear"),
+        (zoo.create_model("simplenet_test", device="meta"), "^An export to onnx needs weights"),
+    ):
+        monkeypatch.setattr(checked, "write_onnx", lambda *_, **__: pytest.fail("the work must not begin"))
+        with pytest.raises(ConfigError, match=what):
+            zoo.export(model, tmp_path / "out", to="onnx")
+    with pytest.raises(ConfigError, match="not str"):
+        zoo.export("simplenet_test", tmp_path / "out", to="onnx")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="1e-6 built into norms"):
         zoo.export(make("youtu_llm_2b", norm_eps=1e-5), tmp_path / "out", to="transformers")
     assert not list(tmp_path.iterdir())
@@ -549,7 +561,6 @@ def test_models_that_a_format_has_no_place_for(tmp_path: Path):
 
 def test_what_another_program_computes_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
-    from zoo.exporting import checked
 
     def damaged(model: Any, folder: Path, **options: Any) -> None:
         other = make("mobilellm_125m")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
 from zoo.exporting.gguf import GGUF_DTYPES, rounded, write_gguf
-from zoo.exporting.layout import decoder_of
+from zoo.exporting.layout import check_whole, decoder_of
 from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, image_size, write_onnx
 from zoo.exporting.transformers import write_json, write_tokenizer, write_transformers
 from zoo.files import check_folder, fresh_folder, put_in_place
@@ -85,6 +85,8 @@ def export(
         raise ConfigError(
             f"There is no format {to!r}.{did_you_mean(str(to), FORMATS)} There are: {', '.join(FORMATS)}."
         )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"export takes a torch.nn.Module as create_model makes it, not {type(model).__name__}.")
     is_language = hasattr(model, "make_cache")
     if is_language:
         decoder_of(model, f"An export to {to}")
@@ -93,6 +95,7 @@ def export(
     elif tokenizer is not None:
         raise ConfigError("A tokenizer goes with a language model, and this is none.")
     if not is_language:
+        check_whole(model, f"An export to {to}")
         input_size = image_size(model, input_size)
     elif input_size is not None:
         raise ConfigError(

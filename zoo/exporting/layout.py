@@ -1,4 +1,4 @@
-"""What every export of a decoder asks of it."""
+"""What every export asks of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from zoo.errors import ConfigError
 from zoo.layers.decoder import Decoder, DecoderConfig
 
-__all__ = ["decoder_of", "evened", "sees_windows"]
+__all__ = ["check_whole", "decoder_of", "evened", "sees_windows"]
 
 
 def decoder_of(model: nn.Module, purpose: str) -> Decoder:
@@ -23,9 +23,29 @@ def decoder_of(model: nn.Module, purpose: str) -> Decoder:
             f"{purpose} takes a language model as create_model makes it, not {kind}: "
             "for a fast or quantised form, give the model that it was made from."
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ConfigError(f"{purpose} needs weights, and the model is on the meta device.")
+    _check_weights(model, purpose)
     return model
+
+
+def check_whole(model: nn.Module, purpose: str) -> None:
+    """Raise ConfigError unless `model` is a whole one of vision, in the form in which it was made, with weights."""
+    if getattr(model, "optimized_for_inference", False):
+        raise ConfigError(
+            f"{purpose} takes a model as create_model makes it, and this is its fast form: give the model that it was "
+            "made from."
+        )
+    cfg: Any = getattr(model, "pretrained_cfg", None) or {}
+    if "architecture" not in cfg or not hasattr(model, "num_features"):
+        advice = ": leave out features_only=True" if hasattr(model, "feature_info") else ""
+        raise ConfigError(
+            f"{purpose} takes a whole model as create_model makes it, not {type(model).__name__}{advice}."
+        )
+    _check_weights(model, purpose)
+
+
+def _check_weights(model: nn.Module, purpose: str) -> None:
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ConfigError(f"{purpose} needs weights, and the model is on the meta device.")
 
 
 def evened(model: Decoder, multiple: int = 1) -> Decoder:
