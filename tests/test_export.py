@@ -559,6 +559,28 @@ def test_models_that_a_format_has_no_place_for(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+class Adapted(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+@pytest.mark.parametrize("to", ["transformers", "gguf"])
+def test_what_weights_alone_do_not_say_is_not_left_out(to: Any, tmp_path: Path):
+    pytest.importorskip(to)
+    adapted, hooked, patched = (make("mobilellm_125m") for _ in range(3))
+    adapted.model.layers[1].mlp.up_proj.__class__ = Adapted
+    hooked.model.norm.register_forward_hook(lambda module, inputs, output: output + 1)
+    patched.model.norm.forward = torch.neg
+    for model, what in (
+        (adapted, r"model\.layers\.1\.mlp\.up_proj has a forward of its own \(Adapted\): first merge"),
+        (hooked, r"model\.norm has hooks"),
+        (patched, r"model\.norm has a forward of its own"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            zoo.export(model, tmp_path / "out", to=to, dtype="f16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_another_program_computes_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
-from zoo.exporting.layout import decoder_of, evened, sees_windows
+from zoo.exporting.layout import check_plain, decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 
@@ -64,10 +64,11 @@ def write_gguf(
             zeros; another matrix whose rows are no multiple of 32 stays f16 in these.
         name: what the file calls the model; default: its architecture.
 
-    Returns the path. Raises ConfigError for a model that no architecture of llama.cpp computes, a tokenizer that it
-    does not have or an unknown dtype; MissingDependencyError without the package `gguf`.
+    Returns the path. Raises ConfigError for a model that no architecture of llama.cpp computes, or with adapters or
+    hooks, a tokenizer that it does not have or an unknown dtype; MissingDependencyError without the package `gguf`.
     """
     decoder = decoder_of(model, "GGUF")
+    check_plain(model, "GGUF")
     _check_dtype(dtype)
     architecture = gguf_architecture(decoder.config)
     gguf = import_gguf()
