@@ -490,6 +490,16 @@ def test_onnx_runtime_computes_the_same(name: str, tmp_path: Path):
 # ----------------------------------------------------------------------------------------------------------- the folder
 
 
+def test_each_part_of_the_model_keeps_its_mode(tmp_path: Path):
+    pytest.importorskip("gguf")
+    model = make("mobilellm_125m").train()
+    model.model.layers[0].eval()
+    zoo.export(model, tmp_path / "out", to="gguf")
+    assert model.training
+    assert model.model.layers[1].training
+    assert not any(module.training for module in model.model.layers[0].modules())
+
+
 def test_a_folder_that_is_not_empty_is_left_alone_and_nothing_else_in_it_is_lost(tmp_path: Path):
     pytest.importorskip("gguf")
     folder = tmp_path / "out"

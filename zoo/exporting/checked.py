@@ -110,7 +110,7 @@ def export(
     check_folder(folder, overwrite)
     fresh = fresh_folder(folder)
     shutil.rmtree(fresh, ignore_errors=True)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     try:
         fresh.mkdir()
         model.eval()
@@ -131,7 +131,8 @@ def export(
             f"Cannot write {str(folder)!r}: {error.strerror or error}. Nothing was left behind."
         ) from error
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():  # frozen parts may stay in evaluation while others train
+            module.training = mode
         shutil.rmtree(fresh, ignore_errors=True)
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     return Export(folder=folder, files=files, **found)
