@@ -20,6 +20,7 @@ from zoo import cli
 from zoo.data.tokenizers import Tokenizer, create_tokenizer, train_tokenizer
 from zoo.errors import CheckpointError, ConfigError
 from zoo.exporting import checked
+from zoo.exporting.checked import check_input
 from zoo.exporting.gguf import gguf_architecture, rounded, write_gguf
 from zoo.exporting.onnx import image_size
 from zoo.exporting.transformers import decoder_args, is_stock, transformers_config
@@ -460,6 +461,18 @@ def test_why_torch_cannot_export_a_model_is_said_in_one_line(tmp_path: Path, cap
         zoo.export(model, tmp_path / "out", to="onnx")
     assert not capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_defaults_of_torch_change_nothing(tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    model = zoo.create_model("simplenet_test")
+    torch.set_default_dtype(torch.float64)
+    try:
+        zoo.export(model, tmp_path / "out", to="onnx")
+        with torch.device("meta"):
+            assert check_input(model).device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_sizes_that_cannot_be_are_errors(tmp_path: Path):

@@ -189,8 +189,9 @@ def check_input(model: nn.Module, input_size: tuple[int, int, int] | None = None
     generator = torch.Generator().manual_seed(0)
     if isinstance(model, Decoder):
         length = min(model.config.context_length, 48)
-        return torch.randint(model.config.vocab_size, (2, length), generator=generator)
-    return torch.randn(2, *image_size(model, input_size), generator=generator)
+        return torch.randint(model.config.vocab_size, (2, length), generator=generator, device="cpu")
+    size = image_size(model, input_size)
+    return torch.randn(2, *size, generator=generator, dtype=torch.float32, device="cpu")
 
 
 # the program with its version, and its logits; or why there are none

@@ -154,10 +154,12 @@ def _reason(error: Exception) -> str:
 
 def _decoder_options(model: Decoder) -> dict[str, Any]:
     layers = len(model.config.executed)
-    tokens, positions, past = torch.zeros(2, 3, dtype=torch.long), torch.arange(5, 8).expand(2, 3), 5
+    past = 5
+    whole: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
+    tokens, positions = torch.zeros(2, 3, **whole), torch.arange(past, past + 3, **whole).expand(2, 3)
     dtype = model.head_weight.dtype
     memory = [
-        torch.zeros(2, heads, past, width, dtype=dtype)
+        torch.zeros(2, heads, past, width, dtype=dtype, device="cpu")
         for _ in range(layers)
         for heads, width in model.config.cache_shape
     ]
@@ -165,7 +167,7 @@ def _decoder_options(model: Decoder) -> dict[str, Any]:
     names = [f"{i}.{kind}" for i in range(layers) for kind in ("key", "value")]
     free: Any = torch.export.Dim.DYNAMIC
     return {
-        "args": (tokens, torch.ones(2, past + 3, dtype=torch.long), positions, memory),
+        "args": (tokens, torch.ones(2, past + 3, **whole), positions, memory),
         "input_names": [
             *("input_ids", "attention_mask", "position_ids"),
             *(f"past_key_values.{name}" for name in names),
@@ -182,7 +184,7 @@ def _decoder_options(model: Decoder) -> dict[str, Any]:
 
 def _vision_options(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, Any]:
     return {
-        "args": (torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype),),
+        "args": (torch.zeros(2, *input_size, dtype=next(model.parameters()).dtype, device="cpu"),),
         "input_names": ["pixel_values"],
         "output_names": ["logits"],
         "dynamic_shapes": ({0: torch.export.Dim("batch")},),
@@ -192,7 +194,7 @@ def _vision_options(model: nn.Module, input_size: tuple[int, int, int]) -> dict[
 def empty_past(model: Decoder, batch_size: int, dtype: torch.dtype = torch.float32) -> list[np.ndarray]:
     """What a language model's graph remembers before the first token: one array for each `past_key_values` input."""
     return [
-        torch.zeros(batch_size, heads, 0, width, dtype=dtype).numpy()
+        torch.zeros(batch_size, heads, 0, width, dtype=dtype, device="cpu").numpy()
         for _ in model.config.executed
         for heads, width in model.config.cache_shape
     ]
