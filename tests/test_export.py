@@ -630,6 +630,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert not said.err
     assert cli.main(to_gguf) == 1
     assert "not empty" in capsys.readouterr().err
+    assert cli.main([*to_gguf, "--overwrite", "--input-size", "3", "64", "64"]) == 1
+    assert "takes tokens" in capsys.readouterr().err
     (tmp_path / "model" / "tokenizer.json").unlink()
     assert cli.main([*to_gguf, "--overwrite"]) == 0
     assert "no tokenizer beside the weights" in capsys.readouterr().err

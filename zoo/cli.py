@@ -427,7 +427,13 @@ zoo export poolformer_s12 poolformer-384 --to onnx --input-size 3 384 384""",
     sub.add_argument("folder", metavar="DIR", help="the folder to write, new or empty")
     sub.add_argument("--to", required=True, choices=("transformers", "gguf", "onnx"), help="the format")
     sub.add_argument("--dtype", metavar="T", help="f32, f16, bf16, for GGUF q8_0 and q4_0 too (default: the weights')")
-    input_shape(sub)
+    sub.add_argument(
+        "--input-size",
+        nargs=3,
+        type=int,
+        metavar=("C", "H", "W"),
+        help="of the images, for ONNX (default: the model's own)",
+    )
     sub.add_argument("--checkpoint", metavar="PATH", help="weights for a model that is given by its name")
     sub.add_argument(
         "--tokenizer", metavar="NAME", help="bytes, a folder, hf-hub:owner/name, none (default: the model's)"

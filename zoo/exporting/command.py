@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, say: Any) -> Export:
         to=args.to,
         tokenizer=tokenizer,
         dtype=args.dtype,
-        input_size=args.input_size,
+        input_size=None if args.input_size is None else tuple(args.input_size),
         overwrite=args.overwrite,
     )
 
