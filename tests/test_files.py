@@ -154,11 +154,11 @@ def test_what_was_made_beside_a_folder_that_stays_is_moved_into_it(tmp_path, mon
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="mounts are Linux's")
-def test_a_mount_point_is_written_to(tmp_path):
-    (tmp_path / "disk").mkdir()
-    if subprocess.run(
-        ["unshare", "-rm", "mount", "-t", "tmpfs", "t", tmp_path / "disk"], capture_output=True
-    ).returncode:
+@pytest.mark.parametrize("mount", ["mount -t tmpfs t disk", "mount --bind same disk"])
+def test_a_mount_point_is_written_to(tmp_path, mount):
+    for name in ("disk", "same"):
+        (tmp_path / name).mkdir()
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], cwd=tmp_path, capture_output=True).returncode:
         pytest.skip("mounting is not permitted")
     code = """
 from pathlib import Path
@@ -169,7 +169,7 @@ assert contents(disk) == NEW
 write(fill(disk, "old", "weights", "notes"))
 assert contents(disk) == {**NEW, "notes": "old"}
 """
-    command = 'mount -t tmpfs t disk && exec "$0" -c "$1"'
+    command = f'{mount} && exec "$0" -c "$1"'
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         ["unshare", "-rm", "sh", "-c", command, sys.executable, code],
@@ -179,4 +179,4 @@ assert contents(disk) == {**NEW, "notes": "old"}
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert os.listdir(tmp_path) == ["disk"]
+    assert sorted(os.listdir(tmp_path)) == ["disk", "same"]

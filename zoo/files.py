@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -94,10 +95,15 @@ def put_in_place(fresh: Path, folder: Path) -> None:
         if fresh != place:
             shutil.rmtree(place, ignore_errors=True)
             shutil.move(fresh, place)
-        if _must_stay(real):
-            _move_in(place, real)
-        else:
-            _rename(place, real)
+        if not _must_stay(real):
+            try:
+                return _rename(place, real)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            # a folder of the same disk is mounted there, which does not show before
+            place = Path(shutil.move(place, real / place.name))
+        _move_in(place, real)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
-from zoo.files import check_folder, checkpoint_places, put_in_place, whole_file
+from zoo.files import check_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
 from zoo.weights import (
@@ -80,7 +80,7 @@ def save_pretrained(
     config = describe(model, labels=labels, tokenizer=tokenizer, note=note, dtype=dtype)
     folder = Path(folder).expanduser().absolute()
     check_folder(folder, overwrite)
-    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    fresh = fresh_folder(folder)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir()
