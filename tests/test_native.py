@@ -83,6 +83,22 @@ def test_a_form_that_moves_or_takes_other_weights_is_read_anew():
     assert error(steps(fast.bfloat16(), tokens), before) < 0.1
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64, torch.device("meta")], ids=str)
+def test_the_default_dtype_and_device_change_no_text(default):
+    model = randomised("mobilellm_125m")
+    forms = zoo.optimize_for_inference(model), zoo.quantize(model)
+    wanted = [zoo.generate(form, [5, 6, 7], max_new_tokens=8) for form in (model, forms[1])]
+    device = default if isinstance(default, torch.device) else torch.device("cpu")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default if isinstance(default, torch.dtype) else before)
+        with device:
+            found = [zoo.generate(form, [5, 6, 7], max_new_tokens=8) for form in forms]
+    finally:
+        torch.set_default_dtype(before)
+    assert found == wanted
+
+
 @torch.inference_mode()
 def test_bad_input_is_refused_before_it_is_read():
     fast = zoo.optimize_for_inference(randomised("mobilellm_125m"))

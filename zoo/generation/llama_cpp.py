@@ -128,9 +128,9 @@ class LlamaCppDecoding:
         self._next: list[tuple[int, int]] = []
         self._seen: Tensor | None = None
         if self.sampling.repetition_penalty != 1:
-            self._seen = torch.zeros(len(prompts), self._model.vocab_size, dtype=torch.bool)
+            self._seen = torch.zeros(len(prompts), self._model.vocab_size, dtype=torch.bool, device="cpu")
             for row, prompt in enumerate(self._prompts):
-                self._seen[row, torch.tensor(prompt)] = True
+                self._seen[row, torch.tensor(prompt, device="cpu")] = True
         options = llama.llama_context_default_params()
         options.n_ctx = sum(map(len, prompts)) + len(prompts) * max_new_tokens
         options.n_batch = options.n_ubatch = min(512, options.n_ctx)
@@ -146,7 +146,7 @@ class LlamaCppDecoding:
         self._batch = llama.llama_batch_init(options.n_batch, 0, 1)
         self._room = int(options.n_batch)
         self._close = weakref.finalize(self, _free, llama, self._context, self._batch)
-        self.logits = torch.empty(len(prompts), self._model.vocab_size)
+        self.logits = torch.empty(len(prompts), self._model.vocab_size, dtype=torch.float32, device="cpu")
 
     @property
     def is_over(self) -> bool:

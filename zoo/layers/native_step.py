@@ -223,7 +223,7 @@ class NativeStep:
 
     def __call__(self, native: ctypes.CDLL, token: int, cache: KVCache) -> Tensor:
         """(vocab_size,) float32 logits of what follows `token`, whose keys and values are written into the cache."""
-        logits = torch.empty(self.vocab_size)
+        logits = torch.empty(self.vocab_size, dtype=torch.float32, device="cpu")  # as C++ writes them
         native.zoo_step(
             ctypes.byref(self._model),
             self._slots_of(cache),
