@@ -152,3 +152,27 @@ def test_followed_by_a_compiler_without_a_break(name):
     fast(tokens[:, :12], cache=cache)
     assert error(followed(tokens), model(tokens)) < 1e-5
     assert error(followed(tokens[:, 12:], cache=cache), model(tokens)[:, 12:]) < 1e-5
+
+
+class Adapter(torch.nn.Linear):
+    """A linear layer and what was learned beside it, as LoRA has it."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = base.weight
+        self.down = torch.nn.Parameter(0.2 * torch.randn(2, base.in_features))
+        self.up = torch.nn.Parameter(0.2 * torch.randn(base.out_features, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+@torch.inference_mode()
+def test_a_model_with_adapters_keeps_them(native):
+    model = randomised("mobilellm_125m")
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Adapter(mlp.up_proj)
+    fast = zoo.optimize_for_inference(model)
+    tokens = torch.randint(0, 257, (1, 12))
+    assert error(fast(tokens), model(tokens)) < 1e-5
+    assert zoo.generate(fast, [5, 6, 7], max_new_tokens=8) == zoo.generate(model, [5, 6, 7], max_new_tokens=8)

@@ -150,6 +150,68 @@ def test_parts_that_are_watched_stay(name):
     assert len(seen) == 1
 
 
+def adapted(layer):
+    """`layer` as a class of its own, which adds to what it computes."""
+
+    class Adapted(type(layer)):
+        def forward(self, x):
+            return super().forward(x) + 0.5
+
+    layer.__class__ = Adapted
+
+
+def negated(layer):
+    plain = layer.forward
+    layer.forward = lambda x: -plain(x)
+
+
+def doubled(layer):
+    class Double(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(layer, "weight", Double())
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "change"),
+    [
+        ("rmt_test", "stages.0.blocks.0.retention.q_proj", adapted),
+        ("rmt_test", "stages.0.blocks.0.pos.conv", doubled),
+        ("sret_test", "stages.0.blocks.0.shared.mlp.fc2", adapted),
+        ("emo2_test", "stages.1.blocks.0.proj", negated),
+        ("caformer_test", "stages.3.blocks.0.mlp.fc1", adapted),
+        ("simplenet_test", "stages.0.blocks.0.bn", adapted),
+    ],
+)
+@torch.no_grad()
+def test_layers_that_were_changed_stay(name, layer, change):
+    model = randomize(create(name))
+    before = model(images())
+    change(model.get_submodule(layer))
+    assert (model(images()) - before).abs().max() > 1e-3 * before.abs().max()
+    close(zoo.optimize_for_inference(model)(images()), model(images()))
+
+
+@torch.no_grad()
+def test_a_fast_form_knows_the_modules_of_its_own_package():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return 2 * self.fc(x)
+
+        def fast_form(self):
+            return nn.Sequential(fold_scale(self.fc, torch.tensor(2.0)))
+
+    model = nn.Sequential(Twice())
+    fast = zoo.optimize_for_inference(model)
+    assert type(fast[0]) is nn.Sequential
+    close(fast(torch.ones(1, 4)), model(torch.ones(1, 4)))
+
+
 # ---------------------------------------------------------------------------------------------------------- batch norms
 
 

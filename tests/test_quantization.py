@@ -9,7 +9,7 @@ import torch
 
 import zoo
 from tests.language import small
-from tests.test_fast_decoder import error, randomised, reduced
+from tests.test_fast_decoder import Adapter, error, randomised, reduced
 from zoo.cli import main
 from zoo.errors import ConfigError
 from zoo.layers import native_step
@@ -188,3 +188,17 @@ def test_what_cannot_be(tmp_path):
         zoo.quantize(torch.nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="leave out dtype"):
         zoo.save_pretrained(quantized, tmp_path / "model", dtype=torch.float16)
+
+
+def test_adapters_and_hooks_are_refused():
+    model = small()
+    mlp = model.model.layers[1].mlp
+    plain, mlp.up_proj = mlp.up_proj, Adapter(mlp.up_proj)
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp\.up_proj \(Adapter\).*merge adapters"):
+        zoo.quantize(model)
+    mlp.up_proj = plain
+    hook = mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp \(SwiGLU\).*remove hooks"):
+        zoo.quantize(model)
+    hook.remove()
+    zoo.quantize(model)

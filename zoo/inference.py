@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
 from zoo.layers.convnext import timms_fast_stage
-from zoo.layers.folding import fold_batch_norm, has_hooks
+from zoo.layers.folding import fold_batch_norm, has_hooks, is_changed, package_of
 from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear, is_gelu
 
@@ -31,10 +31,11 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     weights are loaded before, and published from the model as trained.
 
     A part of a model brings its fast form along: `fast_form(self) -> nn.Module`; stages of timm's ConvNeXt have one
-    here. Whatever has none, or hooks inside, keeps its form, but for batch norms, which are folded into the
-    convolutions before them, and for convolutions, which work in channels_last. Large convolutions and linear layers
-    run on a CPU with their weights as oneDNN wants them (kept beside the weights, from the first call on), and with the
-    ReLU or GELU behind them.
+    here. Whatever has none, or holds hooks, parametrizations or modules (adapters, for one) whose `forward` is neither
+    torch's nor timm's nor the zoo's, keeps its form, but for batch norms, which are folded into the convolutions before
+    them, and for convolutions, which work in channels_last. Large convolutions and linear layers run on a CPU with
+    their weights as oneDNN wants them (kept beside the weights, from the first call on), and with the ReLU or GELU
+    behind them.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.
@@ -78,7 +79,8 @@ def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module |
 
 
 def _fast_form(module: nn.Module) -> nn.Module | None:
-    if has_hooks(*(part for part in module.modules() if part is not module)):
+    made_by = package_of(getattr(type(module), "fast_form", None)) or "zoo"  # which knows its own modules
+    if any(is_changed(part, made_by) or (part is not module and has_hooks(part)) for part in module.modules()):
         return None
     if hasattr(type(module), "fast_form"):
         return module.fast_form()  # type: ignore[operator]
@@ -122,11 +124,13 @@ def _is_large_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_large_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(module) is nn.Linear and module.weight.numel() >= PACKED_LINEAR
+    return type(module) is nn.Linear and not is_changed(module) and module.weight.numel() >= PACKED_LINEAR
 
 
 def _activation(module: nn.Module) -> Any:
     """What `module` is called where it can be joined to a layer."""
+    if is_changed(module):
+        return None
     if type(module) is nn.ReLU:
         return "relu"
     return "gelu" if is_gelu(module) else None
@@ -158,11 +162,13 @@ def _join(
 
 
 def _is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    return type(module) is nn.Conv2d
+    return type(module) is nn.Conv2d and not is_changed(module)
 
 
 def _is_norm(module: nn.Module | None) -> bool:
-    return isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None
+    if not isinstance(module, _BatchNorm) or is_changed(module):
+        return False
+    return module.track_running_stats and module.running_mean is not None
 
 
 def _join_along(
@@ -203,7 +209,7 @@ def _join_along(
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
-    return type(module) is nn.Identity and not has_hooks(module)
+    return type(module) is nn.Identity and not (has_hooks(module) or is_changed(module))
 
 
 def _behind(norm: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from zoo.errors import ConfigError, ZooError
 from zoo.files import check_folder
 from zoo.layers.decoder import Decoder
 from zoo.layers.fast_decoder import FastDecoder, Quantization
+from zoo.layers.folding import has_hooks, is_changed
 
 __all__ = ["Quantization", "quantize", "quantize_checkpoint"]
 
@@ -31,8 +32,8 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
             filled up to whole groups with zeros, unless that would more than double them; other matrices whose rows
             are not whole groups keep their precision.
 
-    Raises ConfigError for a model that is none of language, is fast or quantised already, or has no matrix that the
-    groups fit.
+    Raises ConfigError for a model that is none of language, is fast or quantised already, has hooks, adapters or
+    parametrizations, or has no matrix that the groups fit.
     """
     quantization = Quantization(to, group_size)
     if not isinstance(model, Decoder):
@@ -40,6 +41,13 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
     if isinstance(model, FastDecoder):
         form = "fast" if model.quantization is None else "quantised"
         raise ConfigError(f"The model is {form} already: give the one that it was made from.")
+    for name, part in model.named_modules():
+        if has_hooks(part) or is_changed(part):
+            where = f"{name} ({type(part).__name__})" if name else f"The model ({type(part).__name__})"
+            raise ConfigError(
+                f"{where} has a hook, a parametrization or a forward of its own, which its weights in {to} would not "
+                "have: merge adapters into the weights, and remove hooks and parametrizations, first."
+            )
     return FastDecoder(model, quantization)
 
 

@@ -11,7 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
+KNOWN = ("torch", "timm", "zoo")  # packages whose modules compute what fast forms of them take for granted
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -19,6 +21,18 @@ def has_hooks(*modules: nn.Module) -> bool:
     """Whether something watches or changes what one of `modules` computes, so that it must be called as it is."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     return any(getattr(module, kind) for module in modules for kind in kinds)
+
+
+def is_changed(module: nn.Module, *packages: str) -> bool:
+    """Whether `module` may compute something else than its kind does in a known package, or in one of `packages`: it is
+    parametrized, or has a `forward` from elsewhere, as adapters have."""
+    forward = getattr(type(module), "forward", None)
+    return "forward" in module.__dict__ or package_of(forward) not in (*KNOWN, *packages) or is_parametrized(module)
+
+
+def package_of(function: object) -> str:
+    """Where it was written; "" where that is not known, as of generated code."""
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 def batch_norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
