@@ -83,6 +83,54 @@ def test_a_form_that_moves_or_takes_other_weights_is_read_anew():
     assert error(steps(fast.bfloat16(), tokens), before) < 0.1
 
 
+def other_data(fast, down):
+    down.weight.data = 1.5 * down.weight.data
+
+
+def other_parameter(fast, down):
+    down.weight = torch.nn.Parameter(1.5 * down.weight, requires_grad=False)
+
+
+def assigned(fast, down):
+    down.load_state_dict({"weight": 1.5 * down.weight}, assign=True)
+
+
+def other_layer(fast, down):
+    fast.model.layers[0] = copy.deepcopy(fast.model.layers[0])
+    fast.model.layers[0].down.weight.mul_(1.5)
+
+
+def other_class(fast, down):
+    linear = torch.nn.Linear(down.in_features, down.out_features, bias=False)
+    linear.weight = torch.nn.Parameter(1.5 * down.weight, requires_grad=False)
+    fast.model.layers[0].down = linear
+
+
+def hooked(fast, down):
+    down.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+
+def narrow_norm(fast, down):
+    fast.bfloat16()
+    steps(fast, torch.arange(8)[None])
+    fast.model.norm.weight.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    "change", [other_data, other_parameter, assigned, other_layer, other_class, hooked, narrow_norm]
+)
+@torch.inference_mode()
+def test_what_is_changed_between_sequences_is_noticed(change):
+    fast = zoo.optimize_for_inference(randomised("mobilellm_125m"))
+    tokens = torch.randint(0, 257, (1, 8))
+    before = steps(fast, tokens)
+    change(fast, fast.model.layers[0].down)
+    wanted = fast(tokens)[:, 3:]
+    assert error(wanted, before) > 1e-3
+    precision = 0.03 if change is narrow_norm else 1e-5  # PyTorch rounds activations to 16 bits
+    assert error(steps(fast, tokens), wanted) < precision
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64, torch.device("meta")], ids=str)
 def test_the_default_dtype_and_device_change_no_text(default):
     model = randomised("mobilellm_125m")

@@ -26,6 +26,7 @@ from zoo.layers.decoder import (
     attend_latent,
     rms_normalize,
 )
+from zoo.layers.folding import has_hooks
 from zoo.layers.kv_cache import KVCache, LayerCache
 from zoo.layers.native_step import CLayer, CMatrix, NativeStep, address, float_matrix
 from zoo.layers.quantized import BITS, QuantizedEmbedding, QuantizedLinear
@@ -304,6 +305,12 @@ class FastStack(nn.Module):
         self.rotary.cos, self.rotary.sin = stack.rotary.cos.clone(), stack.rotary.sin.clone()
 
 
+PARTS = (  # that the library computes
+    *(FastStack, FastLayer, FastAttention, FastNorm, FastRotary, FastLinear, QuantizedLinear, QuantizedEmbedding),
+    *(nn.Embedding, nn.ModuleList),
+)
+
+
 class FastDecoder(Decoder):
     """`Decoder` for inference. `model` keeps its weights; of a model on the meta device this is the empty form."""
 
@@ -322,6 +329,7 @@ class FastDecoder(Decoder):
             )
         self.grad_checkpointing = False
         self._native: NativeStep | None = None
+        self._is_whole = True
         self.register_load_state_dict_post_hook(_forget)
         self.requires_grad_(False)
         super().train(False)
@@ -376,6 +384,8 @@ class FastDecoder(Decoder):
         z_loss: float = 0.0,
     ) -> Tensor:
         """As of `Decoder`. One token of one sequence, after what a cache holds, is the library's to compute."""
+        if cache is not None and _plain(tokens) and (tokens.shape[-1:] != (1,) or not cache.length):
+            self._look_again()
         if cache is not None and tokens.shape == (1, 1) and targets is None and positions is None:
             native = self._library_for(tokens, cache) if logits_to_keep in (None, 1) else None
             if native is not None:
@@ -395,6 +405,7 @@ class FastDecoder(Decoder):
         layers: Any = self.model.layers
         if (
             config.kv_rank is not None
+            or not self._is_whole
             or cache.positions is not None
             or cache.device.type != "cpu"
             or not _plain(tokens)
@@ -407,6 +418,14 @@ class FastDecoder(Decoder):
         ):
             return None
         return native_step.library()
+
+    def _look_again(self) -> None:
+        """As a sequence begins (for each token it would take too long): weights and parts may be others now."""
+        self._native = None
+        parts = [part for part in self.modules() if part is not self]
+        self._is_whole = not has_hooks(*parts) and all(
+            type(part) in PARTS and "forward" not in part.__dict__ for part in parts
+        )
 
     def _native_step(self) -> NativeStep:
         config, stack = self.config, self.model
@@ -442,7 +461,8 @@ class FastDecoder(Decoder):
             embedding=embedding,
             head=head,
             layers=[layers[stored] for stored in config.executed],
-            keep=[*keep, *self.parameters(), *self.buffers()],
+            # detached, they keep their memory where a parameter's `data` is replaced
+            keep=[*keep, *(tensor.detach() for tensor in (*self.parameters(), *self.buffers()))],
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastDecoder:
