@@ -623,7 +623,9 @@ class FastStage(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         if not self.owns_input:
             x = x.clone()
-        samples = len(x) if x.device.type != "cpu" else self.hidden_bytes // (4 * x[0].numel() * x.element_size())
+        samples = len(x)
+        if x.device.type == "cpu" and x.numel() > 0:
+            samples = self.hidden_bytes // (4 * x[0].numel() * x.element_size())
         for part in x.split(max(1, samples)):
             self.blocks(part)
         return x
