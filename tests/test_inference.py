@@ -429,6 +429,18 @@ def test_packed_weights_follow_the_weights():
 
 
 @torch.no_grad()
+def test_packed_weights_follow_other_data():
+    """Also where it lies at an address that the weight had before."""
+    packed = PackedLinear(nn.Linear(256, 512)).requires_grad_(False)
+    x = torch.randn(4, 256)
+    for _ in range(40):
+        close(packed(x), nn.functional.linear(x, packed.weight, packed.bias))
+        other = packed.weight.neg()
+        packed.weight.data = torch.empty(0)
+        packed.weight.data = other.clone()
+
+
+@torch.no_grad()
 def test_packed_weights_suit_every_shape(capfd):
     """oneDNN wants another layout of a weight for other maps: none is to change it at every call."""
     conv = PackedConv2d(nn.Conv2d(512, 2048, 1)).requires_grad_(False)

@@ -35,7 +35,8 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     torch's nor timm's nor the zoo's, keeps its form, but for batch norms, which are folded into the convolutions before
     them, and for convolutions, which work in channels_last. Large convolutions and linear layers run on a CPU with
     their weights as oneDNN wants them (kept beside the weights, from the first call on), and with the ReLU or GELU
-    behind them.
+    behind them. Weights that are changed in place behind PyTorch's back, through `.data` or NumPy, are not noticed:
+    optimise the model again.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.

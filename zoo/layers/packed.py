@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zoo.layers.exporting import is_exporting
@@ -160,7 +161,8 @@ class _Packed:
     """A weight as oneDNN wants it. The layout depends on the input's shape and the number of threads; in any other the
     result is right, but the weight changes its layout at every call, which can take many times as long as the rest."""
 
-    state: tuple[int, torch.dtype, int]
+    memory: StorageWeakRef  # while it is held, no other memory has its number
+    state: tuple[int, int, torch.dtype, int]
     by_shape: dict[tuple[int, ...], Tensor]
     by_layout: dict[bytes, Tensor]
 
@@ -168,10 +170,11 @@ class _Packed:
 def _packed_for(weight: Tensor, shape: tuple[int, ...], pack: Callable[[Tensor], Tensor]) -> Tensor:
     """The weight in the layout that oneDNN chooses for inputs of `shape`; packed anew where the weight changed. Shapes
     that ask for the same layout share one copy."""
-    state = weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
+    memory = weight.untyped_storage()
+    state = memory._cdata, weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
     known = _packed.get(weight)
     if known is None or known.state != state:
-        known = _packed[weight] = _Packed(state, {}, {})
+        known = _packed[weight] = _Packed(StorageWeakRef(memory), state, {}, {})
     key = (*shape, torch.get_num_threads())
     packed = known.by_shape.get(key)
     if packed is None:
