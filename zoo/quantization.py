@@ -11,7 +11,7 @@ from zoo.errors import ConfigError, ZooError
 from zoo.files import check_folder
 from zoo.layers.decoder import Decoder
 from zoo.layers.fast_decoder import FastDecoder, Quantization
-from zoo.layers.folding import has_hooks, is_changed
+from zoo.layers.folding import check_plain
 
 __all__ = ["Quantization", "quantize", "quantize_checkpoint"]
 
@@ -41,13 +41,7 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
     if isinstance(model, FastDecoder):
         form = "fast" if model.quantization is None else "quantised"
         raise ConfigError(f"The model is {form} already: give the one that it was made from.")
-    for name, part in model.named_modules():
-        if has_hooks(part) or is_changed(part):
-            where = f"{name} ({type(part).__name__})" if name else f"The model ({type(part).__name__})"
-            raise ConfigError(
-                f"{where} has a hook, a parametrization or a forward of its own, which its weights in {to} would not "
-                "have: merge adapters into the weights, and remove hooks and parametrizations, first."
-            )
+    check_plain(model, f"A model in {to}")
     return FastDecoder(model, quantization)
 
 

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
-from zoo.exporting.layout import check_plain, decoder_of, evened, sees_windows
+from zoo.exporting.layout import decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
+from zoo.layers.folding import check_plain
 
 __all__ = ["GGUF_DTYPES", "gguf_architecture", "rounded", "write_gguf"]
 

@@ -12,7 +12,7 @@ from torch import nn
 from zoo.errors import ConfigError
 from zoo.layers.decoder import Decoder, DecoderConfig
 
-__all__ = ["check_plain", "check_whole", "decoder_of", "evened", "sees_windows"]
+__all__ = ["check_whole", "decoder_of", "evened", "sees_windows"]
 
 
 def decoder_of(model: nn.Module, purpose: str) -> Decoder:
@@ -46,22 +46,6 @@ def check_whole(model: nn.Module, purpose: str) -> None:
 def _check_weights(model: nn.Module, purpose: str) -> None:
     if any(tensor.is_meta for tensor in model.state_dict().values()):
         raise ConfigError(f"{purpose} needs weights, and the model is on the meta device.")
-
-
-def check_plain(model: nn.Module, purpose: str) -> None:
-    """Raise ConfigError where a part computes more than its weights say: by a hook, or a `forward` of other code."""
-    for name, part in model.named_modules():
-        home = type(part).forward.__module__.partition(".")[0]
-        if "forward" in vars(part) or home not in ("torch", "timm", "zoo"):
-            what = f"a forward of its own ({type(part).__name__})"
-        elif part._forward_hooks or part._forward_pre_hooks:
-            what = "hooks"
-        else:
-            continue
-        raise ConfigError(
-            f"{purpose} holds weights alone, and {name or type(part).__name__} has {what}: first merge adapters into "
-            "the weights, and remove hooks."
-        )
 
 
 def evened(model: Decoder, multiple: int = 1) -> Decoder:

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.exporting.layout import check_plain, decoder_of, evened, sees_windows
+from zoo.exporting.layout import decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
+from zoo.layers.folding import check_plain
 from zoo.registry import get_entry, list_models
 from zoo.weights import read_json, write_safetensors
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
+from zoo.errors import ConfigError
+
 KNOWN = ("torch", "timm", "zoo")  # packages whose modules compute what fast forms of them take for granted
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
@@ -28,6 +30,17 @@ def is_changed(module: nn.Module, *packages: str) -> bool:
     parametrized, or has a `forward` from elsewhere, as adapters have."""
     forward = getattr(type(module), "forward", None)
     return "forward" in module.__dict__ or package_of(forward) not in (*KNOWN, *packages) or is_parametrized(module)
+
+
+def check_plain(model: nn.Module, purpose: str) -> None:
+    """Raise ConfigError where a part computes more than its weights say."""
+    for name, part in model.named_modules():
+        if has_hooks(part) or is_changed(part):
+            what = "hooks" if has_hooks(part) else "a parametrization or a forward of its own"
+            raise ConfigError(
+                f"{purpose} holds weights alone, and {name or 'the model'} ({type(part).__name__}) has {what}: first "
+                "merge adapters into the weights, and remove hooks and parametrizations."
+            )
 
 
 def package_of(function: object) -> str:
