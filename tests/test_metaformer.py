@@ -234,7 +234,7 @@ def test_a_mixer_that_cannot_be_initialised_is_refused():
         ({"layer_scale_init": "a"}, "layer_scale_init must be numbers or None"),
         ({"device": "gpu"}, "There is no device 'gpu'"),
         ({"dtype": "float32"}, "dtype is a floating-point torch.dtype"),
-        ({"features_only": True, "out_indices": 2}, "out_indices is a sequence"),
+        ({"features_only": True, "out_indices": 5}, "out_indices is a sequence"),
         ({"features_only": True, "out_indices": (4,)}, "has 4 feature maps, 0 to 3"),
         ({"features_only": True, "feature_cls": "gettr"}, "Did you mean getter"),
         ({"out_indices": (1,)}, "goes with features_only=True"),
