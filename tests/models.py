@@ -15,7 +15,7 @@ from zoo.registry import get_entry
 SIZE = 64  # small images keep tests over the registry quick: the last map is 2x2
 
 
-FEW = ("caformer_test", "snnet_test", "sret_test")  # for tests that compile or trace, seconds a model
+FEW = ("caformer_test", "snnet_test")  # for tests that compile or trace, seconds a model
 
 
 def each_vision_model(few: bool = False) -> list[Any]:
@@ -24,9 +24,9 @@ def each_vision_model(few: bool = False) -> list[Any]:
     All models of a series may be large: then its family has a smaller one.
     """
     smallest: dict[str, str] = {}
-    for info in zoo.search(task="vision", sort="params", max_params=12_000_000):
+    for info in zoo.search(task="vision", sort="params", max_params=8_000_000):
         smallest.setdefault(series(info.name), info.name)
-    quick = set(FEW if few else smallest.values())
+    quick = set(FEW if few else (*smallest.values(), "poolformer_s12"))  # where most begin
     return [
         pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in zoo.list_models(task="vision")
     ]

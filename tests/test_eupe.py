@@ -6,6 +6,7 @@ import torch
 
 import zoo
 from tests import golden
+from tests.models import each_model
 from zoo.errors import ConfigError
 from zoo.models.eupe import LICENSE, encode
 from zoo.registry import get_entry
@@ -54,7 +55,7 @@ def test_golden_parity(file):
     assert max(golden.errors(reference, outputs).values()) < 1e-6
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", each_model(list(FIGURES)))
 def test_costs(name):
     """Exact: fvcore leaves out attention's two products, and counts those norms that the authors do not write out."""
     params, fvcore = FIGURES[name]

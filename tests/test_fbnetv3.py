@@ -8,6 +8,7 @@ import torch
 
 import zoo
 from tests import golden
+from tests.models import each_model
 from zoo.errors import CheckpointError, ConfigError
 from zoo.publishing import prepare
 from zoo.registry import get_entry
@@ -54,7 +55,7 @@ def test_golden_parity(file):
     assert max(golden.errors(reference, outputs).values()) < 1e-12
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", each_model(list(FIGURES)))
 def test_costs(name):
     params, macs = FIGURES[name]
     size = get_entry(name).find_weights("meta_in1k").input_size

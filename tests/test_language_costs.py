@@ -8,6 +8,7 @@ import pytest
 
 import zoo
 from tests.language import small
+from tests.models import each_model
 from zoo.errors import ConfigError
 from zoo.layers.decoder import DecoderConfig
 from zoo.profiling.tokens import token_costs
@@ -91,7 +92,7 @@ def check_operators(name, tokens, batch_size=1, **args):
     assert profile.params == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each_model(NAMES))
 def test_every_operator_is_counted(name):
     layer_map = (0, 0, 1, 1) if "_ls_" in name else None
     check_operators(name, 600, batch_size=2, depth=2, layer_map=layer_map)  # beyond the window of MobileLLM-Pro

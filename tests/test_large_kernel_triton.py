@@ -139,7 +139,7 @@ class TestInterpreted:
             ((2, 2, 7, 7), [(13, 5), (5, 13), (5, 5)]),  # one matrix for the whole map
             ((1, 1, 70, 17), [(51, 3), (3, 51), (3, 3)]),  # tiles and strips, a width that aligns nothing
             ((1, 1, 18, 70), [(3, 51), (5, 3), (3, 5)]),  # the same the other way, no kernel within all others
-            ((1, 1, 70, 66), [(11, 9)]),  # tiles, strips and more lines than are unrolled
+            pytest.param((1, 1, 70, 66), [(11, 9)], marks=pytest.mark.slow),  # all of these
             ((2, 2, 12, 9), [(11, 11)]),  # more lines than are unrolled
             ((2, 1, 17, 18), [(3, 9), (1, 5)]),  # a small kernel within a wide one
             ((3, 2, 14, 14), [(27, 5), (5, 27), (5, 5)]),  # one matrix, in blocks
@@ -198,7 +198,7 @@ class TestInterpreted:
         y = large.depthwise_conv2d(x, [weight])
         assert error(y, reference(x.double(), [weight.double()])) < TOLERANCES[precision]
 
-    @pytest.mark.parametrize("size", [7, 20, 70])
+    @pytest.mark.parametrize("size", [7, 20, pytest.param(70, marks=pytest.mark.slow)])
     def test_transposed_kernels(self, size):
         x = torch.randn(1, 2, size, 17)
         weights = [torch.randn(2, 1, 5, 9).mT, torch.randn(2, 1, 7, 3).mT, *(torch.randn(2, 1, 3, 3).mT for _ in "ab")]

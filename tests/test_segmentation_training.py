@@ -677,7 +677,7 @@ def test_a_run_goes_on_exactly(recipe: Path, tmp_path: Path, monkeypatch: pytest
         pytest.param({"sparsity": {"method": "rigl", "density": 0.5, "update_interval": 2}}, marks=pytest.mark.slow),
         pytest.param({"sparsity": {"method": "snip", "density": 0.5}}, marks=pytest.mark.slow),
         {"train": {"amp": "bf16"}},
-        {"sparsity": {"method": "chase", "density": 0.5, "update_interval": 2}},
+        pytest.param({"sparsity": {"method": "chase", "density": 0.5, "update_interval": 2}}, marks=pytest.mark.slow),
     ],
     ids=["rigl", "snip", "bf16", "chase"],
 )

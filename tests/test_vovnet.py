@@ -6,6 +6,7 @@ import torch
 
 import zoo
 from tests import golden
+from tests.models import each_model
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError, DownloadError
 from zoo.registry import get_entry
@@ -58,7 +59,7 @@ def test_frozen_batch_norms_have_no_counters():
     assert not zoo.load_checkpoint(model, frozen).dropped
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", each_model(list(FIGURES)))
 def test_costs(name):
     params, macs = FIGURES[name]
     costs = zoo.profile(zoo.create_model(name, pretrained=False, device="meta"), input_size=(3, 224, 224))
