@@ -388,7 +388,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Ser
     monkeypatch.setattr(zoo.data.streaming, "RETRY_SECONDS", 0.01)
     handler: type[Server] = type("Handler", (Server,), {"root": tmp_path, "asked": []})
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as http_server:  # asks no name server
-        threading.Thread(target=http_server.serve_forever, daemon=True).start()
+        threading.Thread(target=http_server.serve_forever, args=(0.01,), daemon=True).start()
         handler.url = f"http://127.0.0.1:{http_server.server_address[1]}"
         yield handler
         http_server.shutdown()
