@@ -273,9 +273,9 @@ def test_profile_of_stitches(tmp_path):
 
 
 def test_benchmark_prints_json(tmp_path):
-    arguments = ["poolformer_s12", "--input-size", "3", "32", "32", "--batch-size", "2", "--threads", "1"]
+    arguments = ["poolformer_s12", "--input-size", "3", "32", "32", "--batch-size", "1", "2", "--threads", "1"]
     results = json.loads(succeed("benchmark", *arguments, "--repeats", "2", "--json"))
-    assert [result["batch_size"] for result in results] == [2]
+    assert [result["batch_size"] for result in results] == [1, 2]
     assert all(result["latency_ms"] > 0 for result in results)
 
 

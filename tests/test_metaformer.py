@@ -43,7 +43,7 @@ def test_golden_parity(file):
         features, maps = model.forward_intermediates(images)
         outputs = {
             "logits": model(images),
-            "features": features,
+            "features": model.forward_features(images),
             "pre_logits": model.forward_head(features, pre_logits=True),
             **{f"stage{i}": stage for i, stage in enumerate(maps, start=1)},
         }
@@ -239,7 +239,7 @@ def test_a_mixer_that_cannot_be_initialised_is_refused():
         ({"features_only": True, "feature_cls": "gettr"}, "Did you mean getter"),
         ({"out_indices": (1,)}, "goes with features_only=True"),
         ({"stem_stride": 0}, "stem_stride must be a whole number from 1"),
-        ({"img_size": -1}, "img_size must be a whole number above zero"),
+        ({"img_size": -1}, "img_size must be a whole number from 1 up"),
         ({"global_pool": "sum"}, "global_pool 'sum' is unknown"),
         ({"global_pool": ""}, "use it with num_classes=0"),
         ({"num_classes": -1}, "num_classes must be a whole number from 0"),

@@ -42,10 +42,10 @@ def progress(run: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------ kill -9
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_many_times(launcher: Launcher, recipe: Path, tmp_path: Path, times: int):
     """kill -9 at random moments: no checkpoint that was once whole is lost, and the end is an unbroken run's."""
-    epochs = 8 if times > 2 else 2
+    epochs = 8 if times > 3 else 3
     changes = {**EVERYTHING, "data": {"workers": 1, "batch_size": 32}, "scheduler": {"epochs": epochs}}
     changes["train"] = {**changes["train"], "save_interval_updates": 3}
     argv = flags(recipe, **changes)

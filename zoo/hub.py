@@ -126,15 +126,12 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
     """timm's description of a model and of the weights it holds."""
     from timm.models._hub import save_config_for_hf
 
+    from zoo.exporting.layout import check_whole
+
     if not isinstance(model, nn.Module):
         raise ConfigError(f"save_pretrained takes a torch.nn.Module, not {type(model).__name__}.")
-    if getattr(model, "optimized_for_inference", False):
-        raise ConfigError("An optimised model's weights are folded: save the model that it was made from.")
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not cfg or "architecture" not in cfg or not hasattr(model, "num_features"):
-        raise ConfigError("save_pretrained takes a whole model that create_model made, whose architecture has a name.")
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ConfigError("The model is on the meta device, so it has no weights to save.")
+    check_whole(model, "save_pretrained")
+    cfg: Any = model.pretrained_cfg
     extra: dict[str, Any] = {}
     if labels is not None:
         names = [str(label) for label in labels]

@@ -133,8 +133,7 @@ def is_restricted(license: str | None) -> bool:
 # fields of Weights that say nothing of a language model
 OF_IMAGES = (
     *("top1", "top5", "miou", "num_classes", "input_size", "pool_size", "crop_pct", "crop_mode"),
-    *("interpolation", "mean", "std", "test_input_size", "test_crop_pct"),
-    "use_ema",
+    *("interpolation", "mean", "std", "test_input_size", "test_crop_pct", "use_ema"),
 )
 
 

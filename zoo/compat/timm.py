@@ -35,8 +35,8 @@ def register_with_timm(override: bool = False) -> list[str]:
     """Put every vision model of the zoo into timm's registry, and return the names that were put there.
 
     Names that timm has stay timm's unless `override`. Afterwards `timm.create_model(name)` builds the zoo's model, with
-    timm's ways of loading weights; `pretrained=True` takes the published file as `zoo.create_model` does, its SHA-256
-    checked. Calling it again adds what was registered with the zoo meanwhile.
+    timm's ways of loading weights, but that `pretrained=True` fetches what `zoo.create_model` does. Calling it again
+    adds what was registered with the zoo meanwhile.
     """
     registered = []
     for name in list_models(task="vision"):
@@ -110,7 +110,8 @@ def _weights_of(entry: Entry, cfg: PretrainedCfg) -> Weights | None:
     return next((weights for weights in entry.weights if weights.tag == (cfg.tag or entry.weights[0].tag)), None)
 
 
-def _lie_where_published(entry: Entry, weights: Weights, cfg: PretrainedCfg) -> bool:
+def _has_published_source(entry: Entry, weights: Weights, cfg: PretrainedCfg) -> bool:
+    """Whether timm would load the published file, and not one that the user names."""
     theirs = entry.pretrained_cfg(weights.tag)
     sources = ("state_dict", "file", "hf_hub_id", "hf_hub_filename", "url")
     return all((getattr(cfg, key) or None) == theirs.get(key) for key in sources)
@@ -123,7 +124,7 @@ def _entrypoint(entry: Entry) -> Callable[..., nn.Module]:
         cfg = resolve_pretrained_cfg(entry.name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         weights = _weights_of(entry, cfg)
         theirs = {} if weights is None else weights.args  # without which the weights compute something else
-        if pretrained and weights is not None and _lie_where_published(entry, weights, cfg):
+        if pretrained and weights is not None and _has_published_source(entry, weights, cfg):
             # not by timm, which keeps files under the last part of their URL, whosever they are
             tensors = read_state_dict(fetch(weights, cache_dir=kwargs.get("cache_dir")), use_ema=weights.use_ema)
             overlay = kwargs.get("pretrained_cfg_overlay") or {}

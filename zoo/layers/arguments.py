@@ -40,6 +40,16 @@ def check_counts(least: int, **arguments: Any) -> None:
             raise ConfigError(f"{what} must be a whole number from {least} up, not {value!r}.")
 
 
+def image_sides(img_size: int | Sequence[int], least: int = 1) -> tuple[int, int]:
+    """Height and width, of one number for both or a pair, each from `least` up."""
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
+        raise ConfigError(
+            f"img_size must be a whole number from {least} up, or (height, width) of such, not {img_size!r}."
+        )
+    return sides
+
+
 def check_rates(**arguments: Any) -> None:
     """Numbers from 0 up to, but not, 1."""
     for what, value in arguments.items():

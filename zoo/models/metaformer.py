@@ -26,7 +26,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, per_stage
+from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, image_sides, per_stage
 from zoo.layers.exporting import is_exporting
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
@@ -504,7 +504,7 @@ class MetaFormer(StagedNet):
         self.patch_conv_init = patch_conv_init
 
         self.stem = Stem(in_chans, dims[0], stem_kernel_size, stem_stride, downsample_norm)
-        grid = _grid_after(self.stem.conv, _pair(img_size))
+        grid = _grid_after(self.stem.conv, image_sides(img_size))
         drop_paths = calculate_drop_path_rates(drop_path_rate, depths, stagewise=True)
         stages = []
         for i, dim in enumerate(dims):
@@ -571,13 +571,6 @@ class MetaFormer(StagedNet):
                 name = type(module).__name__
                 raise ConfigError(f"{name} holds weights: give it a reset_parameters() that initialises them.")
             reset()
-
-
-def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-        raise ConfigError(f"img_size must be a whole number above zero, or (height, width) of such, not {size!r}.")
-    return pair[0], pair[1]
 
 
 def _grid_after(conv: nn.Conv2d, size: tuple[int, int]) -> tuple[int, int]:

@@ -28,7 +28,15 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_pool, check_rates, check_widths
+from zoo.layers.arguments import (
+    check_above_zero,
+    check_choice,
+    check_counts,
+    check_pool,
+    check_rates,
+    check_widths,
+    image_sides,
+)
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.layers.positions import resize_table
@@ -267,11 +275,7 @@ class PfTransformer(StagedNet):
     ) -> None:
         check_above_zero(mlp_ratio=mlp_ratio)
         check_counts(1, patch_size=patch_size, stride=stride)
-        size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        if len(size) != 2 or not all(type(side) is int and side >= patch_size for side in size):
-            raise ConfigError(
-                f"img_size must be a whole number from {patch_size} up, or (height, width) of such, not {img_size!r}."
-            )
+        size = image_sides(img_size, patch_size)
         check_rates(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate)
         for dim, heads in zip(dims, num_heads, strict=True):
             if dim % heads:

@@ -32,7 +32,7 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_rates, check_widths
+from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_rates, check_widths, image_sides
 from zoo.layers.folding import fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.positions import resize_table
@@ -417,10 +417,8 @@ def _check_groups(groups: Any, stages: int) -> list[list[int]]:
 
 def _grid(img_size: int | Sequence[int]) -> tuple[int, int]:
     """Height and width behind the stem."""
-    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
-        raise ConfigError(f"img_size must be a whole number above zero, or (height, width) of such, not {img_size!r}.")
-    return -(-size[0] // 8), -(-size[1] // 8)
+    height, width = image_sides(img_size)
+    return -(-height // 8), -(-width // 8)
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
