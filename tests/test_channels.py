@@ -110,6 +110,8 @@ def test_a_shrunk_model_computes_what_it_did_with_the_channels_at_zero(family):
 def test_language_models_lose_hidden_channels_of_their_swiglus(name: str, args: dict[str, Any], tmp_path: Path):
     """And with them what is saved, opens again, and every form that follows: layer by layer as wide as is left."""
     model = random_model(name, **args)
+    for parameter in model.parameters():
+        parameter.mul_(0.5)  # larger ones compute what float32 rounds too much to compare
     groups = channel_groups(nn.Sequential(model)[0])
     assert [group.size for group in groups.values()] == [64] * 3
     channels = {name: range(5, 5 + count) for name, count in zip(groups, (40, 7, 20), strict=True)}
