@@ -176,3 +176,27 @@ def test_a_model_with_adapters_keeps_them(native):
     tokens = torch.randint(0, 257, (1, 12))
     assert error(fast(tokens), model(tokens)) < 1e-5
     assert zoo.generate(fast, [5, 6, 7], max_new_tokens=8) == zoo.generate(model, [5, 6, 7], max_new_tokens=8)
+
+
+@torch.inference_mode()
+def test_adapters_of_latent_attention_and_of_the_head_count_step_by_step():
+    """And hooks are called there, too."""
+    model = randomised("youtu_llm_2b", tie_embeddings=False)
+    attention = model.model.layers[1].self_attn
+    tokens = torch.randint(0, 257, (1, 12))
+    before = model(tokens)
+    attention.kv_b_proj = Adapter(attention.kv_b_proj)
+    assert error(model(tokens), before) > 1e-3
+    model.lm_head = Adapter(model.lm_head)
+    whole = model(tokens)
+    for adapted in (model, zoo.optimize_for_inference(model)):
+        cache = adapted.make_cache(1, 12)
+        steps = [adapted(tokens[:, i : i + 1], cache=cache) for i in range(12)]
+        assert error(torch.cat(steps, 1), whole) < 1e-4
+    with pytest.raises(ConfigError, match=r"weight of lm_head alone, and lm_head \(Adapter\) has"):
+        model(tokens, targets=tokens)
+    called: list[str] = []
+    model.lm_head.register_forward_hook(lambda *_: called.append("head"))
+    attention.kv_b_proj.register_forward_hook(lambda *_: called.append("latent"))
+    model(tokens[:, :1], cache=model.make_cache(1, 12))
+    assert called == ["latent", "head"]

@@ -196,7 +196,7 @@ def _language_config(
         raise ConfigError("A language model has no classes: leave out labels.")
     if tokenizer is not None:
         check_fits(tokenizer, model)
-    dtype = dtype or model.head_weight.dtype
+    dtype = dtype or model.model.norm.weight.dtype
     config: dict[str, Any] = {}
     if quantization is None and is_stock(model.config):
         config = transformers_config(model.config, dtype=dtype, tokenizer=tokenizer)

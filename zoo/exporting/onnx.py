@@ -157,7 +157,7 @@ def _decoder_options(model: Decoder) -> dict[str, Any]:
     past = 5
     whole: dict[str, Any] = {"dtype": torch.long, "device": "cpu"}
     tokens, positions = torch.zeros(2, 3, **whole), torch.arange(past, past + 3, **whole).expand(2, 3)
-    dtype = model.head_weight.dtype
+    dtype = model.model.norm.weight.dtype
     memory = [
         torch.zeros(2, heads, past, width, dtype=dtype, device="cpu")
         for _ in range(layers)

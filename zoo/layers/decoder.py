@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.exporting import is_exporting
+from zoo.layers.folding import has_hooks, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
@@ -278,13 +279,13 @@ def attend_latent(
 
     Queries are (B, heads, S, nope) and (B, heads, S, rope), the memory (B, 1, K, rank) and (B, 1, K, rope); the weight
     of `kv_b` is (heads * (nope + v_dim), rank). A few tokens over a memory (`remembers`) are computed in the latent
-    space. Gives (B, heads, S, v_dim).
+    space, if `kv_b` computes what its weight says. Gives (B, heads, S, v_dim).
     """
     heads, nope = q_nope.shape[1], q_nope.shape[-1]
     scale = (nope + q_rope.shape[-1]) ** -0.5
     options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
     few = is_exporting() or 4 * q_nope.shape[2] <= latent.shape[2]  # a graph has one of the two ways
-    if remembers and few:
+    if remembers and few and not (is_changed(kv_b) or has_hooks(kv_b)):
         up = kv_b.get_parameter("weight").view(heads, -1, latent.shape[-1]).to(q_nope.dtype)
         q = torch.cat((q_nope @ up[:, :nope], q_rope), -1)
         k = torch.cat((latent, k_rope), -1)
@@ -408,8 +409,19 @@ class Decoder(ZooModelHubMixin, nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(vocab_size, dim): what turns features into logits."""
-        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        """(vocab_size, dim): what turns features into logits.
+
+        Raises ConfigError for an lm_head that computes something else than its weight says.
+        """
+        if self.config.tie_embeddings:
+            return self.model.embed_tokens.weight
+        head = self.lm_head
+        if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+            raise ConfigError(
+                f"Losses are computed with the weight of lm_head alone, and lm_head ({type(head).__name__}) has a "
+                "forward of its own: merge what it adds into the weight, or leave lm_head as it is."
+            )
+        return head.weight
 
     def fast_form(self) -> Decoder:
         from zoo.layers.fast_decoder import FastDecoder
@@ -517,7 +529,7 @@ class Decoder(ZooModelHubMixin, nn.Module):
 
     def forward_head(self, features: Tensor) -> Tensor:
         """(..., dim) -> (..., vocab_size)."""
-        return F.linear(features, self.head_weight)
+        return F.linear(features, self.head_weight) if self.config.tie_embeddings else self.lm_head(features)
 
     def forward(
         self,
