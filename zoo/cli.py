@@ -772,7 +772,7 @@ def run_export(args: argparse.Namespace) -> None:
 
     found = command.run(args, note)
     print_files(found.files)
-    print(f"\nWritten: {args.folder}. {found.check}")
+    print(f"\nWritten: {args.folder}\n{found.check}")
 
 
 def run_card(args: argparse.Namespace) -> None:
