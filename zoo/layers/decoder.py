@@ -28,7 +28,7 @@ from zoo.layers.token_loss import IGNORED, mean_token_loss
 
 __all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "reorder_rotary"]
 
-
+COUNTERS = ("fvcore", "zoo")  # packages whose hooks note the calls of a module, and change nothing
 COUNTS = (  # fields of DecoderConfig that are whole numbers from 1 up
     *("vocab_size", "depth", "dim", "num_heads", "num_kv_heads", "head_dim", "context_length", "sliding_window"),
     *("q_rank", "kv_rank", "nope_head_dim", "rope_head_dim", "v_head_dim"),
@@ -285,7 +285,7 @@ def attend_latent(
     scale = (nope + q_rope.shape[-1]) ** -0.5
     options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
     few = is_exporting() or 4 * q_nope.shape[2] <= latent.shape[2]  # a graph has one of the two ways
-    if remembers and few and not (is_changed(kv_b) or has_hooks(kv_b)):
+    if remembers and few and not (is_changed(kv_b) or has_hooks(kv_b, but=COUNTERS)):
         up = kv_b.get_parameter("weight").view(heads, -1, latent.shape[-1]).to(q_nope.dtype)
         q = torch.cat((q_nope @ up[:, :nope], q_rope), -1)
         k = torch.cat((latent, k_rope), -1)

@@ -19,10 +19,12 @@ KNOWN = ("torch", "timm", "zoo")  # packages whose modules compute what fast for
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether something watches or changes what one of `modules` computes, so that it must be called as it is."""
+def has_hooks(*modules: nn.Module, but: tuple[str, ...] = ()) -> bool:
+    """Whether something watches or changes what one of `modules` computes, so that it must be called as it is; hooks of
+    the packages `but`, which are known to watch only, do not count."""
     kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    return any(getattr(module, kind) for module in modules for kind in kinds)
+    hooks = (hook for module in modules for kind in kinds for hook in getattr(module, kind).values())
+    return any(package_of(hook) not in but for hook in hooks)
 
 
 def is_changed(module: nn.Module, *packages: str) -> bool:
