@@ -417,6 +417,9 @@ def test_shards_over_http_that_cannot_be_had(tmp_path: Path, server: type[Server
     with pytest.raises(DataError, match=r"put sizes\.json beside it"):
         load_split(config, True)
     (tmp_path / "sizes.json").write_text('{"train-0000.tar": 20}')
+    server.refusals = 5
+    with pytest.raises(DataError, match=r"sizes\.json cannot be had, tried 5 times: .*503"):
+        load_split(config, True)
     loader = training_loader(load_split(config, True), config, PREPROCESS, PLAIN, seed=0)
     server.refusals = 99
     with pytest.raises(DataError, match=r"train-0000\.tar cannot be had, tried 5 times: .*503"):

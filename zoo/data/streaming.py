@@ -374,6 +374,8 @@ def _sizes(url: str) -> dict[str, int]:
                 for split in splits
                 for name, samples in zip(split["filenames"], split["shard_lengths"], strict=True)
             }
+    except ZooError:
+        raise
     except (ValueError, TypeError, AttributeError, KeyError):
         folder = url.rpartition("/")[0]
         raise DataError(
