@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,7 @@ from PIL import Image
 import zoo.data.streaming
 from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, configure
 from zoo.data import AugmentConfig, DamageReport, DataConfig, evaluation_loader, load_split, training_loader
-from zoo.data.streaming import expand, shuffled
+from zoo.data.streaming import Shard, Shards, expand, shuffled
 from zoo.errors import ConfigError, DataError
 from zoo.training import ImageClassification, Interrupted, TrainingConfig, fit, train
 from zoo.training.checkpoint import read_state
@@ -428,6 +429,35 @@ def test_shards_over_http_that_cannot_be_had(tmp_path: Path, server: type[Server
     (tmp_path / "train-0000.tar").unlink()
     with pytest.raises(DataError, match=r"The shard .* is gone"):
         list(loader.batches(0))
+
+
+class NoRoute(Exception):
+    """Not an OSError, as huggingface_hub's errors of connections are not."""
+
+
+class Elsewhere(fsspec.AbstractFileSystem):
+    """A file system that opens shards and then cannot read them, and does not open anything else."""
+
+    protocol = "elsewhere"
+
+    def open(self, path: str, *_, **__) -> io.RawIOBase:
+        if path.endswith(".tar"):
+            return self.Broken()
+        raise NoRoute("No route to host.\nA page of advice.")
+
+    class Broken(io.RawIOBase):
+        def read(self, *_):
+            raise NoRoute("The connection broke.\nA page of advice.")
+
+
+def test_shards_elsewhere_that_cannot_be_reached():
+    fsspec.register_implementation("elsewhere", Elsewhere)
+    config = options("elsewhere://host", train_split="train-{0000..0000}.tar")
+    with pytest.raises(DataError, match=r"elsewhere://host/sizes\.json cannot be had: No route to host\.$"):
+        load_split(config, True)
+    shards = Shards([Shard("elsewhere://host/train-0000.tar", 20)], ["a", "b"], None, None)
+    with pytest.raises(DataError, match=r"train-0000\.tar cannot be read: The connection broke\.$"):
+        list(shards.read(0, 0, 20))
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -121,8 +121,10 @@ class Shards:
                         yield RawSample(f"{url}, sample {number}", found[0], self._class_number(found[1]))
         except FileNotFoundError:
             raise DataError(f"The shard {url} is gone.") from None
-        except OSError as error:
-            if "://" not in url:
+        except ZooError:
+            raise
+        except Exception as error:  # connections break with as many types as there are file systems
+            if "://" not in url or (isinstance(error, DAMAGED) and not isinstance(error, OSError)):
                 raise
             raise DataError(f"The shard {url} cannot be read: {reason(error)}") from None
 
@@ -455,6 +457,10 @@ def open_shard(url: str) -> BinaryIO:
         return fsspec.open(url, "rb").open()
     except ImportError as error:
         raise MissingDependencyError(f"{url} cannot be opened: {reason(error)}") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # as many types as there are file systems
+        raise DataError(f"{url} cannot be had: {reason(error)}") from None
 
 
 class _HttpFile(io.RawIOBase):
