@@ -135,6 +135,16 @@ def test_links_to_files_lead_somewhere(document):
     assert not missing
 
 
+def test_speeds_in_the_readme_are_those_on_record():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"(\w+_s\d+)'s (?:fast form runs )?([\d.]+) times", text)
+    assert [name for name, _ in said] == ["poolformer_s12", "convformer_s18"]
+    record = json.loads((ROOT / "benchmarks" / "results" / "vision_inference.json").read_text(encoding="utf-8"))
+    for name, times in said:
+        spent = {who: found["cpu_ms"] for who, found in record["groups"][f"{name}/8/float32"]["contenders"].items()}
+        assert f"{spent['timm'] / spent['zoo optimized']:.2f}" == times
+
+
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
