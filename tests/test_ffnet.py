@@ -445,6 +445,7 @@ def test_backbones_of_every_family(name):
         ("ffnet40s_bbb_mobile", {"task": "vision"}, "made for segmentation: it cannot be had for 'vision'"),
         ("ffnet40s_bbx_mobile", {"global_pool": ""}, "use it with num_classes=0"),
         ("poolformer_s12", {"task": "segmentatoin"}, "Did you mean segmentation"),
+        ("mobilellm_125m", {"task": "segmentation"}, r"made for language: .* 'segmentation'\. Leave out task=\.$"),
         ("poolformer_s12", {"task": "segmentation", "features_only": True}, "ask for one of them"),
         ("poolformer_s12", {"task": "segmentation", "up_head": "E"}, "up_head 'E' is unknown"),
         ("poolformer_s12", {"task": "segmentation", "seg_heads": "A"}, "no argument 'seg_heads'"),

@@ -95,8 +95,9 @@ def create_model(
     task = args.pop("task", None) if task is None else task
     if task is not None and task != entry.task:
         if (task, entry.task) != ("segmentation", "vision"):
-            near = did_you_mean(str(task), ("vision", "segmentation"))
-            raise ConfigError(f"{entry.name} is made for {entry.task}: it cannot be had for {task!r}.{near}")
+            possible = {entry.task, "segmentation"} if entry.task == "vision" else {entry.task}
+            hint = did_you_mean(str(task), possible) or " Leave out task=."
+            raise ConfigError(f"{entry.name} is made for {entry.task}: it cannot be had for {task!r}.{hint}")
         if features_only:
             raise ConfigError('features_only=True gives maps, and task="segmentation" logits: ask for one of them.')
         is_whole = saved_args.get("task") == task  # saved with its head, which the weights then have, too
