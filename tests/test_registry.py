@@ -149,7 +149,13 @@ def test_split_name(name, parts):
 @pytest.mark.parametrize("ask", [zoo.model_info, get_entry, zoo.create_model])
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("poolformer_s13", "poolformer_s12"), ("PoolFormer_S12", "poolformer_s12"), ("caformer-s18", "caformer_s18")],
+    [
+        ("poolformer_s13", "poolformer_s12"),
+        ("PoolFormer_S12", "poolformer_s12"),
+        ("caformer-s18", "caformer_s18"),
+        ("Pool", "poolformer_s12"),
+        ("vit", "vit_s_max"),
+    ],
 )
 def test_an_unknown_name_raises_with_the_nearest(ask, name, near):
     with pytest.raises(UnknownModelError, match=f"no model called '{name}'. Did you mean .*{near}"):

@@ -46,13 +46,19 @@ def describe_os_error(error: OSError) -> str:
     return ": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename))))
 
 
+PART = 3  # letters from which on a part of a name is meant for it
+
+
 def did_you_mean(name: str, options: Iterable[str], count: int = 3) -> str:
-    """`" Did you mean a, b or c?"`, or the empty string when nothing is near."""
+    """`" Did you mean a, b or c?"`, or the empty string when nothing is near and nothing contains `name`."""
+    name, options = name.lower(), sorted(options)
 
     def likeness(option: str) -> float:
-        return difflib.SequenceMatcher(None, option, name.lower()).ratio()
+        return difflib.SequenceMatcher(None, option, name).ratio()
 
-    near = difflib.get_close_matches(name.lower(), sorted(options), n=99, cutoff=0.6)
+    near = difflib.get_close_matches(name, options, n=99, cutoff=0.6)
+    if not near and len(name) >= PART:
+        near = [option for option in options if name in option.lower()]
     near = sorted(near, key=lambda option: (-likeness(option), option))[:count]
     if not near:
         return ""
