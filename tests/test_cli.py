@@ -132,6 +132,9 @@ def test_language_models_have_columns_of_their_own():
     assert ["smollm_135m.smollm_corpus", "tokens", "smollm-corpus", "apache-2.0"] in tagged
     _, *front = table(succeed("pareto", "--x", "params", "--y", "kv_bytes", "--task", "language"))
     assert next(row[0] for row in front) == "mobilellm_125m"
+    without = run("pareto", "--task", "language").stderr
+    assert without.endswith("none has a figure for --y top1: choose of params, macs, kv_bytes.\n")
+    assert run("pareto", "--max-params", "1").stderr == "No model fits.\n"
 
 
 def test_segmentation_networks_are_shown_with_their_miou():

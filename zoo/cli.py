@@ -545,11 +545,20 @@ def run_pareto(args: argparse.Namespace) -> None:
     if args.json:
         print_json([info.to_dict() for info in front])
     elif not front:
-        note("No model fits.")
+        note(nothing_rated(search(**budget_of(args)), {"--x": args.x, "--y": y}))
     else:
         print_models(front)
     if args.plot:
         note(f"Plot: {args.plot}")
+
+
+def nothing_rated(fitting: Sequence[ModelInfo], axes: Mapping[str, str]) -> str:
+    """Why there is no front: no models, or none with a figure of one of the axes."""
+    known = [axis for axis in PARETO_AXES if any(getattr(info, axis) is not None for info in fitting)]
+    missing = " or ".join(f"{option} {axis}" for option, axis in axes.items() if axis not in known)
+    if not (fitting and missing):
+        return "No model fits."
+    return f"{count('model', fitting)} fit, but none has a figure for {missing}: choose of {', '.join(known)}."
 
 
 def run_profile(args: argparse.Namespace) -> None:
