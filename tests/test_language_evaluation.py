@@ -192,12 +192,21 @@ def test_evaluate_is_one_verb(model: Any, tmp_path: Path):
         (lambda m: perplexity(small(vocab_size=100), "a", BYTES), "257 tokens and the model 100"),
         (lambda m: perplexity(torch.nn.Linear(2, 2), "a", BYTES), "Linear is no language model"),
         (lambda m: zoo.evaluate(m, tokenizer=BYTES), "nothing to evaluate on"),
+        (lambda m: zoo.evaluate(m, "a"), "came without a tokenizer: say with tokenizer= which"),
         (lambda m: zoo.evaluate(m, zoo.data.DataConfig(name="digits"), tokenizer=BYTES), "not on DataConfig"),
     ],
 )
 def test_bad_arguments(model: Any, call: Any, message: str):
     with pytest.raises(zoo.ZooError, match=message):
         call(model)
+
+
+def test_a_models_own_tokenizer_is_taken(model: Any, tmp_path: Path):
+    zoo.save_pretrained(model, tmp_path / "lm", tokenizer=BYTES)
+    found = zoo.evaluate(zoo.create_model(f"local-dir:{tmp_path / 'lm'}"), "abc")
+    assert found.tokenizer == zoo.create_tokenizer(tmp_path / "lm").name
+    assert found.text is not None
+    assert found.text.bytes == 3
 
 
 def test_unknown_precision(model: Any):

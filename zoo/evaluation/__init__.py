@@ -54,7 +54,7 @@ def evaluate(model: nn.Module, data: Any = None, **options: Any) -> Results | Se
     network is evaluated on a `zoo.data.SegmentationDataConfig`, with the options of
     `zoo.evaluation.evaluate_segmentation`: mIoU, accuracies, confusion. A language model is evaluated on texts
     (strings, or a `zoo.data.TextDataConfig`) and on tasks of lm-evaluation-harness, with the options of
-    `zoo.evaluation.evaluate_language`, of which `tokenizer` is needed: perplexity, bits per byte, accuracies.
+    `zoo.evaluation.evaluate_language`: perplexity, bits per byte, accuracies.
 
     Raises ConfigError and DataError as those do.
     """

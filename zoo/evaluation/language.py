@@ -25,6 +25,7 @@ from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer
 from zoo.devices import choose_device
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
+from zoo.generation.prompts import weights_of
 from zoo.layers.decoder import Decoder, DecoderConfig
 from zoo.layers.token_loss import token_losses, tokens_at_once
 
@@ -135,7 +136,7 @@ def evaluate_language(
     model: nn.Module,
     data: TextDataConfig | str | Iterable[str | Sequence[int]] | None = None,
     *,
-    tokenizer: Tokenizer | str | Path,
+    tokenizer: Tokenizer | str | Path | None = None,
     name: str | None = None,
     context: int | None = None,
     stride: int | None = None,
@@ -156,10 +157,10 @@ def evaluate_language(
     """How well `model` predicts the texts of `data`, and what it reaches on tasks.
 
     `data` is a `zoo.data.TextDataConfig`, of which the evaluation split is read (all of a file or folder that has
-    none), or the texts themselves; None reads none. `tokenizer` is one, or what names one. `tasks`, and those of a
-    `suite`, are of lm-evaluation-harness. The other arguments are those of `zoo.evaluation.perplexity` and
-    `zoo.evaluation.harness.evaluate_tasks`; `batch_size` is by default that of `data`, or 8. With `progress` a bar
-    shows how far it is, where there is a terminal.
+    none), or the texts themselves; None reads none. `tokenizer` is one, or what names one; by default it is the one
+    that lies beside the model's weights. `tasks`, and those of a `suite`, are of lm-evaluation-harness. The other
+    arguments are those of `zoo.evaluation.perplexity` and `zoo.evaluation.harness.evaluate_tasks`; `batch_size` is by
+    default that of `data`, or 8. With `progress` a bar shows how far it is, where there is a terminal.
 
     Raises what those raise, and ConfigError where there is neither text nor task.
     """
@@ -168,6 +169,8 @@ def evaluate_language(
         raise ConfigError("There is nothing to evaluate on: give texts, tasks or a suite of tasks.")
     if data is not None and not isinstance(data, TextDataConfig | Iterable):
         raise ConfigError(f"A language model is evaluated on texts or a TextDataConfig, not on {type(data).__name__}.")
+    if tokenizer is None:
+        tokenizer = weights_of(model)
     if isinstance(tokenizer, str | Path):
         tokenizer = create_tokenizer(tokenizer)
     source = data if isinstance(data, TextDataConfig) else None

@@ -16,7 +16,7 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.generation.decoding import Decoding, check_prompts
 from zoo.generation.sampling import Sampling
 
-__all__ = ["Engine", "Generation", "Piece", "Steps", "generate", "prepare"]
+__all__ = ["Engine", "Generation", "Piece", "Steps", "generate", "prepare", "weights_of"]
 
 Engine = Literal["torch", "llama.cpp"]
 MAX_NEW_TOKENS = 256  # where nobody says, as far as the context has room
@@ -209,10 +209,10 @@ def _with_tokenizer(model: Any, tokenizer: Tokenizer | str | Path | None, needed
         return model, tokenizer
     if tokenizer is not None:
         return model, create_tokenizer(tokenizer)
-    return model, create_tokenizer(name or _weights_of(model)) if needed else None
+    return model, create_tokenizer(name or weights_of(model)) if needed else None
 
 
-def _weights_of(model: Any) -> str:
+def weights_of(model: Any) -> str:
     """What names the weights of a model, and so its tokenizer."""
     report = getattr(model, "load_report", None)
     cfg = getattr(model, "pretrained_cfg", None) or {}
