@@ -392,6 +392,8 @@ def test_segmentation_networks_are_compared_by_miou():
 
 
 def test_pareto_filters_and_refuses_bad_axes():
+    with pytest.raises(TypeError, match=r"^pareto\(\) got .* 'maxparams'. Did you mean max_params"):
+        zoo.pareto(maxparams=30e6)
     assert all(info.params <= 30e6 for info in zoo.pareto(max_params=30e6))
     with pytest.raises(ConfigError, match=r"no axis 'mac'. Did you mean macs"):
         zoo.pareto(x="mac")

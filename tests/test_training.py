@@ -466,6 +466,12 @@ def test_a_tracker_that_is_not_installed(recipe: Path, tmp_path: Path, monkeypat
         train(configure(recipe, tmp_path / "run", output={"tracker": "wandb"}))
 
 
+def test_what_is_no_configuration():
+    wrong: Any = 3
+    with pytest.raises(ConfigError, match=r"^train\(\) takes a TrainingConfig, .*, not 3:"):
+        train(wrong)
+
+
 def test_bad_configurations(train_py: Any, tmp_path: Path):
     def complaint(text: str) -> str:
         path = tmp_path / "bad.yaml"

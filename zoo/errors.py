@@ -46,6 +46,14 @@ def describe_os_error(error: OSError) -> str:
     return ": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename))))
 
 
+def check_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError, as Python does, where one of the keywords that `function` passes on is not known there."""
+    known = list(known)
+    for key in given:
+        if key not in known:
+            raise TypeError(f"{function}() got an unexpected keyword argument {key!r}.{did_you_mean(key, known)}")
+
+
 PART = 3  # letters from which on a part of a name is meant for it
 
 

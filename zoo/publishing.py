@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import filecmp
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -31,7 +32,15 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.data.tokenizers import create_tokenizer
-from zoo.errors import CheckpointError, ConfigError, PublishError, UnknownModelError, ZooError, did_you_mean
+from zoo.errors import (
+    CheckpointError,
+    ConfigError,
+    PublishError,
+    UnknownModelError,
+    ZooError,
+    check_keywords,
+    did_you_mean,
+)
 from zoo.exporting.checked import check_input
 from zoo.factory import create_model
 from zoo.files import checkpoint_places, whole_file
@@ -129,6 +138,7 @@ def publish(
         PublishError: nothing was published, or what was cannot be proved; says which, and what to do.
         ConfigError, CheckpointError, UnknownModelError: as `prepare`.
     """
+    check_keywords("publish", options, inspect.signature(prepare).parameters)
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="zoo-publish-", ignore_cleanup_errors=True) as scratch:
         draft = prepare(source, Path(scratch) / "repository", repo_id=repo_id, **options)

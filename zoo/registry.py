@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
+from zoo.errors import ConfigError, UnknownModelError, ZooError, check_keywords, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -620,6 +620,7 @@ def pareto(x: str = "macs", y: str | None = None, **filters: Any) -> list[ModelI
     (`top1`, `miou`) when larger. `y` is `miou` with `task="segmentation"` and else `top1`, if not given. A model
     without the figure of an axis is left out.
     """
+    check_keywords("pareto", filters, inspect.signature(search).parameters)
     if y is None:
         y = accuracy_axis(filters.get("task"))
     for axis in (x, y):

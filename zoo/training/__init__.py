@@ -58,6 +58,11 @@ def train(config: AnyConfig, console: Console | None = None) -> Run:
         return train_language_model(config, console)
     if isinstance(config, SegmentationTrainingConfig):
         return train_segmentation_model(config, console)
+    if not isinstance(config, TrainingConfig):
+        raise ConfigError(
+            f"train() takes a TrainingConfig, SegmentationTrainingConfig or LanguageTrainingConfig, not {config!r}: "
+            "parse_training_config makes one of a recipe's file and flags."
+        )
     return train_image_classifier(config, console)
 
 
