@@ -30,6 +30,7 @@ from zoo.data import (
     DataConfig,
     EpochSampler,
     ImageDataset,
+    SegmentationDataConfig,
     align_classes,
     eval_transform,
     evaluation_loader,
@@ -255,6 +256,14 @@ def test_classes_are_matched_by_name(tmp_path: Path):
 def test_data_options_that_make_no_sense(options: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         DataConfig(**{"name": "digits", **options})
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (64, 4)])
+def test_no_more_workers_than_cores_where_nobody_says(cores: int, workers: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    for config in (DataConfig, SegmentationDataConfig):
+        assert config(name="digits").workers == workers
+        assert config(name="digits", workers=7).workers == 7
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

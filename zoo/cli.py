@@ -287,7 +287,7 @@ zoo token-labels pets labels --teacher runs/pets --device cpu""",
     sub.add_argument("--size", type=int, metavar="N", help="side that images are resized to (default: the teacher's)")
     sub.add_argument("--topk", type=int, default=5, metavar="K", help="classes to keep of each place (default: 5)")
     sub.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
-    sub.add_argument("--workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
+    sub.add_argument("--workers", type=int, metavar="N", help="processes that read images (default: up to 4)")
     sub.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, mps (default: the accelerator there is)")
     sub.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no", help="mixed precision (default: no)")
 

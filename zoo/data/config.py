@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from zoo.errors import ConfigError, did_you_mean
 
-__all__ = ["AugmentConfig", "DataConfig", "check_image_options", "check_options"]
+__all__ = ["AugmentConfig", "DataConfig", "check_image_options", "check_options", "default_workers"]
 
 SourceName = Literal["digits", "folder", "parquet", "hub", "webdataset"]
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+
+def default_workers() -> int:
+    """Four, or as many as this process has cores: torch warns of more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(4, cores or 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +42,8 @@ class DataConfig:
         batch_size: images per process and step.
         token_labels: folder with a label map for each training image ("folder"), as `zoo token-labels` makes them: the
             model learns from its tokens, too (`loss.token_weight`, `augment.mix_token`).
-        workers: processes that decode and augment; 0 does it in the main process.
+        workers: processes that decode and augment, by default up to four, one for each core that there is; 0 does it
+            in the main process.
         strict: end with an error at a damaged image, instead of skipping, counting and listing it.
         input_size: channels, height and width that the model gets; by default what its weights were trained with.
         crop_pct: share of the resized image that the centre crop of evaluation keeps; by default the model's.
@@ -55,7 +63,7 @@ class DataConfig:
     num_classes: int | None = None
     token_labels: str | None = None
     batch_size: int = 128
-    workers: int = 4
+    workers: int = dataclasses.field(default_factory=default_workers)
     strict: bool = False
     input_size: tuple[int, int, int] | None = None
     crop_pct: float | None = None

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
-from zoo.data.config import Interpolation, check_image_options, check_options
+from zoo.data.config import Interpolation, check_image_options, check_options, default_workers
 from zoo.errors import ConfigError
 
 __all__ = ["SegmentationAugmentConfig", "SegmentationDataConfig"]
@@ -35,7 +35,8 @@ class SegmentationDataConfig:
             255, or 65535 where there are more classes than fit below.
         reduce_zero_label: 0 stands for no class, and classes are numbered from 1 (as in ADE20k).
         batch_size: images per process and step.
-        workers: processes that decode and augment; 0 does it in the main process.
+        workers: processes that decode and augment, by default up to four, one for each core that there is; 0 does it
+            in the main process.
         strict: end with an error at a damaged image or mask, instead of skipping, counting and listing it.
         input_size: channels, height and width of what the model gets in evaluation: the whole image, scaled to fit in
             at its own aspect ratio, and filled up with the mean; by default what the model's weights were trained with.
@@ -55,7 +56,7 @@ class SegmentationDataConfig:
     ignore_index: int | None = None
     reduce_zero_label: bool = False
     batch_size: int = 8
-    workers: int = 4
+    workers: int = dataclasses.field(default_factory=default_workers)
     strict: bool = False
     input_size: tuple[int, int, int] | None = None
     interpolation: Interpolation | None = None

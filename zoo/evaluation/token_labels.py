@@ -55,7 +55,7 @@ def make_token_labels(
     size: int | None = None,
     topk: int = 5,
     batch_size: int = 32,
-    workers: int = 4,
+    workers: int | None = None,
     device: str | torch.device | None = None,
     amp: Amp = "no",
     console: Console | None = None,
@@ -75,7 +75,8 @@ def make_token_labels(
         raise ConfigError(f"topk must be at least 1, not {topk}.")
     if size is not None and size < 1:
         raise ConfigError(f"size must be at least 1, not {size}.")
-    config = DataConfig(name="folder", path=str(data), train_split=split, batch_size=batch_size, workers=workers)
+    config = DataConfig(name="folder", path=str(data), train_split=split, batch_size=batch_size)
+    config = config if workers is None else dataclasses.replace(config, workers=workers)
     images = load_split(config, training=True)
     files = cast(ImageFiles, images.source)
     columns = torch.from_numpy(class_outputs(images, teacher))
