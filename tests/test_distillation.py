@@ -11,14 +11,16 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from torch import Tensor, nn
 
 import zoo
+from tests.hub_stub import Hub
 from tests.test_data import make_folder
 from tests.test_training import SMALL, assert_goes_on_exactly, configure
 from zoo.data import DataConfig, load_split
-from zoo.errors import ConfigError, DataError, UnknownModelError
+from zoo.errors import ConfigError, DataError, DownloadError, UnknownModelError
 from zoo.evaluation import load_model
 from zoo.training import ImageClassification, TrainingConfig, train
 from zoo.training.config import DistillConfig
@@ -273,6 +275,13 @@ def test_timm_teaches_and_learns(only_data: Path, tmp_path: Path):
     loss = task.loss(task.learner, next(task.batches(0, 0)), epoch=0)
     loss.backward()
     assert torch.isfinite(loss)
+
+
+def test_a_teacher_of_timms_that_cannot_be_had(recipe: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    config = configure(recipe, tmp_path / "run", distill={"teacher": "timm/test_vit.r160_in1k"})
+    with pytest.raises(DownloadError, match=r"^The weights of 'timm/test_vit\.r160_in1k' cannot be had: .*404"):
+        make_task(config)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError, DownloadError, did_you_mean
 from zoo.factory import create_model
 from zoo.files import checkpoint_places
 from zoo.hub import load_config
@@ -102,10 +102,14 @@ def looks_like_path(source: str) -> bool:
 
 
 def create_timm_model(name: str, **args: Any) -> nn.Module:
-    """timm's own model, for a name such as `timm/poolformer_s12`. Raises ConfigError for what timm does not take."""
+    """timm's own model, for a name such as `timm/poolformer_s12`.
+
+    Raises ConfigError for what timm does not take, DownloadError for weights that cannot be had.
+    """
     import timm
 
     from zoo.compat.timm import timms_own
+    from zoo.data.streaming import reason
 
     name = name.removeprefix("timm/")
     try:
@@ -113,6 +117,13 @@ def create_timm_model(name: str, **args: Any) -> nn.Module:
             model = timm.create_model(name, **args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"timm does not make 'timm/{name}': {error}") from None
+    except OSError as error:
+        if args.get("checkpoint_path"):
+            raise
+        raise DownloadError(
+            f"The weights of 'timm/{name}' cannot be had: {reason(error).rstrip('.')}. Give a file of your own as "
+            "checkpoint_path (--checkpoint), or try again later."
+        ) from error
     cfg = model.pretrained_cfg
     model.pretrained_cfg = model.default_cfg = cfg if isinstance(cfg, dict) else cfg.to_dict()
     return model
