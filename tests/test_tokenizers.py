@@ -470,6 +470,7 @@ def test_tokenizers_of_the_hub(folders: dict[str, Path], tmp_path: Path) -> None
     assert found[3] == [320, the_json.encode("the fox"), None]
     assert found[5][0] == offline[1][0] == "DownloadError"
     assert "tokenizer.json or tokenizer.model" in found[5][1]
+    assert offline[1][1].endswith(", or name a folder or file of your own.")
 
 
 def test_a_tokenizer_says_what_it_is() -> None:

@@ -457,7 +457,7 @@ def test_offline(network: Network) -> None:
     found = network.offline
     assert found["cached"] == found["url"] == TEXT
     assert "`hf download me/other model.safetensors`" in found["uncached"]
-    assert "checkpoint_path=" in found["uncached"]
+    assert "checkpoint_path= (--checkpoint)" in found["uncached"]
     assert "HF_HUB_OFFLINE" in found["uncached"]
     assert "`hf download me/other model.safetensors --revision v2`" in found["uncached, pinned"]
     assert "HF_HUB_OFFLINE" in found["url, uncached"]

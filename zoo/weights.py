@@ -54,6 +54,7 @@ DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")  # in a repository or
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files, as transformers and huggingface_hub write it
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".pt")
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+OWN_WEIGHTS = "give a file of your own with checkpoint_path= (--checkpoint)"  # instead of a model's published weights
 
 
 # ------------------------------------------------------------------------------------------------------------- fetching
@@ -83,6 +84,7 @@ def fetch(
             cache_dir=cache_dir,
             token=token,
             refresh=refresh,
+            instead=OWN_WEIGHTS,
         )
     if weights.page is not None:
         raise DownloadError(
@@ -106,17 +108,21 @@ def fetch_from_hub(
     cache_dir: str | Path | None = None,
     token: str | None = None,
     refresh: bool = False,
+    instead: str = "name a folder or file of your own",
 ) -> Path:
-    """The first of `filenames` that the Hub repository has, in the Hub's cache. Raises DownloadError."""
+    """The first of `filenames` that the Hub repository has, in the Hub's cache.
+
+    Raises DownloadError, which says what can be done `instead`.
+    """
     where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     if not refresh:
         for filename in filenames:
-            with _explained(repo, filename, revision, cache_dir):
+            with _explained(repo, filename, revision, cache_dir, instead):
                 cached = huggingface_hub.try_to_load_from_cache(repo, filename, **where)
             if isinstance(cached, str):
                 return Path(cached)
     for filename in filenames:
-        with _explained(repo, " or ".join(filenames), revision, cache_dir):
+        with _explained(repo, " or ".join(filenames), revision, cache_dir, instead):
             try:
                 path = huggingface_hub.hf_hub_download(
                     repo,
@@ -134,7 +140,7 @@ def fetch_from_hub(
         if Path(path).is_symlink():
             etag = Path(path).resolve().name  # what the Hub stated names the blob in its cache
         else:  # no symbolic links on this system, so no blobs
-            with _explained(repo, filename, revision, cache_dir):
+            with _explained(repo, filename, revision, cache_dir, instead):
                 url = huggingface_hub.hf_hub_url(repo, filename, revision=revision)
                 etag = huggingface_hub.get_hf_file_metadata(url, token=token).etag or ""
         _check_hub_file(Path(path), etag, sha256, f"{filename} of {repo}")
@@ -195,7 +201,7 @@ def _fetch_url(url: str, sha256: str | None, cache_dir: str | Path | None, refre
     target = root.joinpath(*(quote(name, safe="") for name in names))
     if target.is_file() and not refresh:
         return target
-    with _explained(None, url, None, root):
+    with _explained(None, url, None, root, OWN_WEIGHTS):
         if constants.HF_HUB_OFFLINE:
             raise errors.OfflineModeIsEnabled(url)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -262,17 +268,21 @@ def _download(url: str, file: BinaryIO) -> None:
 
 
 @contextlib.contextmanager
-def _explained(repo: str | None, filename: str, revision: str | None, cache: str | Path | None) -> Iterator[None]:
+def _explained(
+    repo: str | None, filename: str, revision: str | None, cache: str | Path | None, instead: str
+) -> Iterator[None]:
     try:
         yield
     except ZooError:
         raise
     except (OSError, errors.HTTPError, errors.HFValidationError, http.client.HTTPException) as error:
-        raise _explain(error, repo, filename, revision, Path(cache or constants.HF_HUB_CACHE)) from error
+        raise _explain(error, repo, filename, revision, Path(cache or constants.HF_HUB_CACHE), instead) from error
 
 
-def _explain(error: BaseException, repo: str | None, filename: str, revision: str | None, cache: Path) -> DownloadError:
-    """What went wrong while `filename` was fetched, and what to do about it.
+def _explain(
+    error: BaseException, repo: str | None, filename: str, revision: str | None, cache: Path, instead: str
+) -> DownloadError:
+    """What went wrong while `filename` was fetched, and what to do about it, or `instead`.
 
     `repo` is None for a file behind a plain URL, which is then `filename`.
     """
@@ -280,7 +290,6 @@ def _explain(error: BaseException, repo: str | None, filename: str, revision: st
     host = urlsplit(constants.ENDPOINT if repo else filename).netloc
     at = f"@{revision}" if revision else ""
     login = "log in with `hf auth login`, set HF_TOKEN or pass token="
-    own_file = "give a file of your own with checkpoint_path="
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # the client wraps every failure to ask in this one
@@ -302,7 +311,7 @@ def _explain(error: BaseException, repo: str | None, filename: str, revision: st
             option = f" --revision {revision}" if revision else ""
             prefetch = f"Fetch it while online with `hf download {repo} {first}{option}`"
         return DownloadError(
-            f"{what} is not in the cache, and offline mode (HF_HUB_OFFLINE) is on. {prefetch}, or {own_file}."
+            f"{what} is not in the cache, and offline mode (HF_HUB_OFFLINE) is on. {prefetch}, or {instead}."
         )
     if isinstance(error, errors.HFValidationError):
         return DownloadError(
@@ -323,10 +332,10 @@ def _explain(error: BaseException, repo: str | None, filename: str, revision: st
         return DownloadError(f"{host} does not answer as a Hub does, so {what} was not fetched: check HF_ENDPOINT.")
     if status is not None:
         if status in (401, 403):
-            advice = f"check the name and your access; {login}" if repo else own_file
+            advice = f"check the name and your access; {login}" if repo else instead
             return DownloadError(f"{host} refuses access to {what} (HTTP {status}): {advice}.")
         if status in (404, 410):
-            return DownloadError(f"There is no {what} at {host} (HTTP {status}): check the name, or {own_file}.")
+            return DownloadError(f"There is no {what} at {host} (HTTP {status}): check the name, or {instead}.")
         if status == 429 or status >= 500:
             trouble = "is asked too often" if status == 429 else "has trouble"
             return DownloadError(f"{host} {trouble} (HTTP {status}), so {what} was not fetched: try again later.")
@@ -343,7 +352,7 @@ def _explain(error: BaseException, repo: str | None, filename: str, revision: st
     if type(error).__name__ in ("ConnectError", "ConnectTimeout", "ProxyError", "UnsupportedProtocol", "URLError"):
         return DownloadError(
             f"Cannot reach {host} to fetch {what} ({getattr(error, 'reason', error)}): "
-            f"check the connection and proxy, or {own_file}."
+            f"check the connection and proxy, or {instead}."
         )
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
         return DownloadError(
