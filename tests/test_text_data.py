@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,33 @@ def test_data_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(DataError, match="broken off"):
         prepare(write_jsonl(first, ["other"]))
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 4
+
+
+def test_what_a_full_disk_cut_off_is_not_kept(tmp_path: Path):
+    """No file may grow larger than some bytes, as on a disk without room."""
+    source = FileTexts([str(write_jsonl(tmp_path / "a.jsonl", [[1, 2, 3]] * 100, "token_ids"))], None)
+    cache = tmp_path / "cache"
+    before, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited))
+    try:
+        with pytest.raises(DataError, match=r"tokens of .* cannot be kept in .*cache': File too large"):
+            prepare_tokens(source, None, cache_dir=str(cache))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, unlimited))
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "facts.json"])
+def test_cached_tokens_that_are_not_whole_are_made_anew(tmp_path: Path, name: str):
+    source = FileTexts([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], None)
+    cache = tmp_path / "cache"
+    prepare_tokens(source, BYTES, cache_dir=str(cache))
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    whole = (folder / name).read_bytes()
+    for damaged in (whole[:-8], b""):
+        (folder / name).write_bytes(damaged)
+        assert prepare_tokens(source, BYTES, cache_dir=str(cache)).tokens.tolist() == tokens_of(TEXTS)
+        assert (folder / name).read_bytes() == whole
 
 
 # ------------------------------------------------------------------------------------------------------------- batches

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from zoo.data.text import Damaged, Document, TextSource
-from zoo.errors import ConfigError, DataError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.files import make_folder, whole_file
 from zoo.layers.token_loss import IGNORED
 
@@ -165,6 +165,12 @@ class PackedTokens:
     def __init__(self, folder: Path) -> None:
         facts = json.loads((folder / "facts.json").read_text())
         shape = (facts["tokens"],)
+        sizes = {"tokens": np.dtype(facts["dtype"]).itemsize * facts["tokens"], "starts": 8 * facts["documents"]}
+        sizes |= {"counted": facts["tokens"]} if facts["counted"] else {}
+        for name, size in sizes.items():
+            found = (folder / f"{name}.bin").stat().st_size
+            if found != size:
+                raise DataError(f"{folder / name}.bin has {found:,} bytes and should have {size:,}: remove {folder}.")
         self.tokens = np.memmap(folder / "tokens.bin", dtype=facts["dtype"], mode="r", shape=shape)
         self.starts = np.fromfile(folder / "starts.bin", dtype=np.int64)
         self.counted: np.ndarray | None = None
@@ -223,24 +229,40 @@ def prepare_tokens(
     """Tokenise `source`, or find it tokenised by an earlier run: what it holds and the tokenizer decide, not names.
 
     With `max_tokens` the first documents alone that hold so many. Of several processes one does it, the others wait.
-    Raises DataError where there is no token, or, when `strict`, something damaged.
+    Raises DataError where there is no token, no room to keep them, or, when `strict`, something damaged.
     """
     home = make_folder(cache_dir or Path(huggingface_hub.constants.HF_HUB_CACHE).parent / "zoo" / "tokens")
     key = f"{FORMAT}\0{source.fingerprint()}\0{_tokenizer_fingerprint(tokenizer)}\0{max_tokens}"
     folder = home / hashlib.sha256(key.encode()).hexdigest()[:32]
     with _lock(home / f"{folder.name}.lock"):
-        if not (folder / "facts.json").is_file():
+        packed = _cached(folder)
+        if packed is None:
             fresh = Path(tempfile.mkdtemp(dir=home, prefix=f".{folder.name}."))
             try:
                 _write(fresh, source, tokenizer, strict, max_tokens)
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(fresh, folder)
+            except ZooError:
+                raise
+            except OSError as error:
+                raise DataError(
+                    f"The tokens of {source.name} cannot be kept in {str(home)!r}: {error.strerror or error}. Make "
+                    "room there, or choose another data.cache_dir."
+                ) from error
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
-    packed = PackedTokens(folder)
+            packed = PackedTokens(folder)
     if strict and packed.damaged:
         raise DataError(f"{packed.damaged[0]} Leave data.strict at false to skip such documents.")
     return packed
+
+
+def _cached(folder: Path) -> PackedTokens | None:
+    """What lies there, if it is whole."""
+    try:
+        return PackedTokens(folder)
+    except (OSError, ValueError, KeyError):  # DataError is a ValueError
+        return None
 
 
 @contextlib.contextmanager
@@ -278,8 +300,8 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizes | None, strict
 
         def add(ids: np.ndarray, counted: np.ndarray | None) -> None:
             nonlocal total, largest, any_uncounted
-            ids.astype(dtype).tofile(file)
-            (np.ones(len(ids), dtype=bool) if counted is None else counted).tofile(counted_file)
+            file.write(ids.astype(dtype).data)  # not `tofile`, which does not say when the disk is full
+            counted_file.write((np.ones(len(ids), dtype=bool) if counted is None else counted).data)
             any_uncounted |= counted is not None
             largest = max(largest, int(ids.max(initial=0)))
             total += len(ids)
@@ -304,7 +326,7 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizes | None, strict
         raise DataError(f"{source.name} holds no text." + (f" {damaged[0]}" if damaged else ""))
     if not any_uncounted:
         (folder / "counted.bin").unlink()
-    np.array(starts, dtype=np.int64).tofile(folder / "starts.bin")
+    (folder / "starts.bin").write_bytes(np.array(starts, dtype=np.int64).data)
     facts = {
         "source": source.name,
         "tokenizer": tokenizer.name if tokenizer is not None else None,
