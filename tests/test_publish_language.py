@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ from zoo.publishing import model_card, prepare, publish
 from zoo.training import LanguageTrainingConfig, train
 from zoo.training.config import OutputConfig, SchedulerConfig
 from zoo.training.language_config import LanguageModelConfig, LanguageTrainConfig, SampleConfig, TokenizerConfig
+from zoo.training.loop import make_accelerator
 
 TINY = {"depth": 1, "dim": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "hidden_dim": 32, "context_length": 32}
 
@@ -132,6 +134,72 @@ def test_what_cannot_be_saved(tmp_path: Path):
     with pytest.raises(ConfigError, match="none"):
         zoo.save_pretrained(vision, tmp_path / "model", tokenizer=create_tokenizer("bytes"))
     assert not list(tmp_path.iterdir())
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base, self.up = base, torch.nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(x)
+
+
+def cut(model: Any) -> None:
+    model.model.layers = model.model.layers[:2]
+
+
+def runs_fewer_layers(model: Any) -> None:
+    model.config = dataclasses.replace(model.config, layer_map=(0, 1))
+
+
+def resize(model: Any) -> None:
+    model.model.embed_tokens = torch.nn.Embedding(300, model.config.dim)
+
+
+def adapt(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj = Adapter(model.model.layers[0].self_attn.q_proj)
+
+
+def add_bias(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(32))
+
+
+def normalise(model: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].self_attn.q_proj)
+
+
+def hook(model: Any) -> None:
+    model.model.norm.register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def patch(model: Any) -> None:
+    model.model.norm.forward = torch.neg
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *((change, "not as its arguments build it") for change in (cut, resize, adapt, add_bias, normalise)),
+        (runs_fewer_layers, "config is not what its arguments build"),
+        (hook, r"model\.norm \(RMSNorm\) has hooks: first merge adapters"),
+        (patch, r"model\.norm \(RMSNorm\) has .* a forward of its own"),
+    ],
+)
+def test_a_model_that_would_open_as_another_is_not_saved(change: Any, message: str, tmp_path: Path):
+    model = small()
+    change(model)
+    with pytest.raises(ConfigError, match=message):
+        zoo.save_pretrained(model, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_mixed_precision_of_accelerate_is_no_change(tmp_path: Path):
+    model = small()
+    wanted = model(tokens())
+    make_accelerator(LanguageTrainConfig(device="cpu", amp="bf16"), OutputConfig(tracker=None)).prepare(model)
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
+    assert torch.equal(again(tokens()), wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------- publishing

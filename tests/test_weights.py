@@ -981,6 +981,26 @@ def test_saving_what_is_no_model(tmp_path: Path) -> None:
         zoo.save_pretrained(small(device="meta"), tmp_path / "it")
 
 
+class Adapted(nn.Conv2d):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) + 1
+
+
+def test_saving_what_weights_alone_do_not_say(tmp_path: Path) -> None:
+    hooked, patched, adapted = (small() for _ in range(3))
+    hooked.get_submodule("head.fc").register_forward_hook(lambda module, inputs, output: output + 1)
+    patched.forward = torch.neg  # type: ignore[assignment]
+    next(part for part in adapted.modules() if type(part) is nn.Conv2d).__class__ = Adapted
+    for model, what in (
+        (hooked, r"head\.fc \(Linear\) has hooks: first merge adapters"),
+        (patched, "the model .* has .* a forward of its own"),
+        (adapted, r"\(Adapted\) has .* a forward of its own"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            zoo.save_pretrained(model, tmp_path / "it")
+    assert not os.listdir(tmp_path)
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     it = str(tmp_path / "it")
     script = f"""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.files import check_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
+from zoo.layers.folding import check_plain
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
 from zoo.weights import (
@@ -73,7 +74,7 @@ def save_pretrained(
         overwrite: replace the model in a folder that is not empty; other files in it stay.
 
     Returns the folder. Raises ConfigError for a model, labels or folder that will not do, also for a model that was
-    changed so that its description builds another; CheckpointError.
+    changed so that its description builds another, or that has hooks, adapters or parametrizations; CheckpointError.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
@@ -94,8 +95,8 @@ def save_pretrained(
 
             write_tokenizer(tokenizer, fresh)
         _compare(tensors, fresh / WEIGHTS)
-        if not is_language_model(model) and _is_entry(config["architecture"]):
-            _check_opens(fresh, unwrap(tensors, "The model"))
+        if _is_entry(config["architecture"]):
+            _check_opens(fresh, model, unwrap(tensors, "The model"))
         put_in_place(fresh, folder)
     except OSError as error:
         raise CheckpointError(
@@ -253,11 +254,12 @@ def _compare(tensors: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _check_opens(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Hold the model that the description builds to the one that was described."""
+def _check_opens(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Hold the model that the description builds to the one that was described, whose `tensors` were written."""
     from zoo.factory import create_model
 
-    again = create_model(f"local-dir:{folder}", pretrained=False, device="meta").state_dict()
+    built = create_model(f"local-dir:{folder}", pretrained=False, device="meta")
+    again = built.state_dict()
     differ = sorted(k for k in again.keys() | tensors.keys() if k not in again or k not in tensors)
     differ += sorted(k for k in again.keys() & tensors.keys() if again[k].shape != tensors[k].shape)
     if differ:
@@ -265,6 +267,12 @@ def _check_opens(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             f"The model is not as its arguments build it ({len(differ)} tensors differ, the first is {differ[0]}): "
             "parts were cut off or exchanged, and nothing could open it again. Save its state_dict() with torch.save."
         )
+    if is_language_model(model) and built.config != model.config:
+        raise ConfigError(
+            "The model's config is not what its arguments build, and would be lost: create the model with the "
+            "arguments that make it so, and load these weights."
+        )
+    check_plain(model, "A saved model", like=built)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

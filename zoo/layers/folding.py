@@ -6,6 +6,7 @@ once. All of it is exact in real arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -34,11 +35,19 @@ def is_changed(module: nn.Module, *packages: str) -> bool:
     return "forward" in module.__dict__ or package_of(forward) not in (*KNOWN, *packages) or is_parametrized(module)
 
 
-def check_plain(model: nn.Module, purpose: str) -> None:
-    """Raise ConfigError where a part computes more than its weights say."""
+def check_plain(model: nn.Module, purpose: str, *, like: nn.Module | None = None) -> None:
+    """Raise ConfigError where a part computes more than its weights say, and that of the model `like` does not."""
+    usual = {} if like is None else dict(like.named_modules())
+
+    def has(test: Callable[[nn.Module], bool], name: str, part: nn.Module) -> bool:
+        return test(part) and not (name in usual and test(usual[name]))
+
     for name, part in model.named_modules():
-        if has_hooks(part) or is_changed(part):
-            what = "hooks" if has_hooks(part) else "a parametrization or a forward of its own"
+        hooked = has(has_hooks, name, part)
+        # accelerate's forward is the model's own in mixed precision
+        wrapped = package_of(part.__dict__.get("forward")) == "accelerate"
+        if hooked or (has(is_changed, name, part) and not wrapped):
+            what = "hooks" if hooked else "a parametrization or a forward of its own"
             raise ConfigError(
                 f"{purpose} holds weights alone, and {name or 'the model'} ({type(part).__name__}) has {what}: first "
                 "merge adapters into the weights, and remove hooks and parametrizations."
