@@ -196,6 +196,15 @@ def test_layers_that_were_changed_stay(name, layer, change):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_layers_that_torch_quantised_stay():
+    model = torch.ao.quantization.quantize_dynamic(zoo.create_model("caformer_test").eval(), {nn.Linear})
+    images = torch.randn(1, 3, 64, 64)
+    fast = zoo.optimize_for_inference(model)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), model(images))
+
+
 def test_a_fast_form_knows_the_modules_of_its_own_package():
     class Twice(nn.Module):
         def __init__(self):

@@ -30,9 +30,10 @@ def has_hooks(*modules: nn.Module, but: tuple[str, ...] = ()) -> bool:
 
 def is_changed(module: nn.Module, *packages: str) -> bool:
     """Whether `module` may compute something else than its kind does in a known package, or in one of `packages`: it is
-    parametrized, or has a `forward` from elsewhere, as adapters have."""
+    parametrized, or has a `forward` from elsewhere, as adapters have, or of torch's quantised layers."""
     forward = getattr(type(module), "forward", None)
-    return "forward" in module.__dict__ or package_of(forward) not in (*KNOWN, *packages) or is_parametrized(module)
+    known = package_of(forward) in (*KNOWN, *packages) and not str(forward.__module__).startswith("torch.ao.")
+    return "forward" in module.__dict__ or not known or is_parametrized(module)
 
 
 def check_plain(model: nn.Module, purpose: str, *, like: nn.Module | None = None) -> None:
