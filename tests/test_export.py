@@ -605,6 +605,19 @@ def test_what_weights_alone_do_not_say_is_not_left_out(to: Any, tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("to", ["transformers", "gguf"])
+def test_a_model_that_its_config_does_not_build_is_not_written(to: Any, tmp_path: Path):
+    pytest.importorskip(to)
+    cut, biased = make("mobilellm_125m"), make("mobilellm_125m")
+    cut.model.layers = cut.model.layers[:1]
+    projection = biased.model.layers[1].self_attn.o_proj
+    projection.bias = torch.nn.Parameter(torch.ones(projection.out_features))
+    for model, what in ((cut, r"model\.layers\.1\."), (biased, r"model\.layers\.1\.self_attn\.o_proj\.bias")):
+        with pytest.raises(ConfigError, match=rf"as its config builds it, and {what}.* is another or missing"):
+            zoo.export(model, tmp_path / "out", to=to)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_another_program_computes_otherwise_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import zoo
 from tests.language import small
@@ -200,3 +201,44 @@ def test_adapters_of_latent_attention_and_of_the_head_count_step_by_step():
     attention.kv_b_proj.register_forward_hook(lambda *_: called.append("latent"))
     model(tokens[:, :1], cache=model.make_cache(1, 12))
     assert called == ["latent", "head"]
+
+
+@pytest.mark.parametrize("name", ["mobilellm_125m", "youtu_llm_2b"])
+@torch.inference_mode()
+def test_biases_count(name):
+    """They are no part of the architecture: the fast form leaves such a model as it is, and memory takes them along."""
+    model = randomised(name)
+    for part in [part for part in model.modules() if type(part) is torch.nn.Linear]:
+        part.bias = torch.nn.Parameter(0.2 * torch.randn(part.out_features))
+    tokens = torch.randint(0, 257, (1, 12))
+    whole = model(tokens)
+    for form in (model, zoo.optimize_for_inference(model)):
+        assert error(form(tokens), whole) < 1e-5
+        cache = form.make_cache(1, 12)
+        assert error(torch.cat([form(tokens[:, i : i + 1], cache=cache) for i in range(12)], 1), whole) < 1e-4
+    with pytest.raises(ConfigError, match=r"in int8 takes .* as its config builds it, and model\.layers\.0.*bias is"):
+        zoo.quantize(model)
+
+
+def test_losses_refuse_what_the_heads_weight_does_not_say():
+    tokens = torch.randint(0, 257, (1, 12))
+
+    def prune_head(model):
+        prune.l1_unstructured(model.lm_head, "weight", 0.5)
+
+    def hook(model):
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output + 1)
+
+    def add_bias(model):
+        model.lm_head.bias = torch.nn.Parameter(torch.ones(257))
+
+    for change, what in ((prune_head, "hooks"), (hook, "hooks"), (add_bias, "a bias")):
+        model = randomised("mobilellm_125m", tie_embeddings=False)
+        change(model)
+        with pytest.raises(ConfigError, match=rf"weight of lm_head alone, and lm_head \(Linear\) has {what}: merge"):
+            model(tokens, targets=tokens)
+        assert model(tokens).shape == (1, 12, 257)
+    model = randomised("mobilellm_125m")
+    model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens)
+    with pytest.raises(ConfigError, match=r"embed_tokens \(Sequential\) has no weight: merge"):
+        model(tokens)

@@ -989,7 +989,7 @@ class Adapted(nn.Conv2d):
 def test_saving_what_weights_alone_do_not_say(tmp_path: Path) -> None:
     hooked, patched, adapted = (small() for _ in range(3))
     hooked.get_submodule("head.fc").register_forward_hook(lambda module, inputs, output: output + 1)
-    patched.forward = torch.neg  # type: ignore[assignment]
+    patched.forward = torch.neg
     next(part for part in adapted.modules() if type(part) is nn.Conv2d).__class__ = Adapted
     for model, what in (
         (hooked, r"head\.fc \(Linear\) has hooks: first merge adapters"),

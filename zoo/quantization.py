@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError, ZooError
+from zoo.exporting.layout import check_built
 from zoo.files import check_folder
 from zoo.layers.decoder import Decoder
 from zoo.layers.fast_decoder import FastDecoder, Quantization
@@ -32,8 +33,8 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
             filled up to whole groups with zeros, unless that would more than double them; other matrices whose rows
             are not whole groups keep their precision.
 
-    Raises ConfigError for a model that is none of language, is fast or quantised already, has hooks, adapters or
-    parametrizations, or has no matrix that the groups fit.
+    Raises ConfigError for a model that is none of language, is fast or quantised already, has hooks, adapters,
+    parametrizations or biases, or has no matrix that the groups fit.
     """
     quantization = Quantization(to, group_size)
     if not isinstance(model, Decoder):
@@ -42,6 +43,7 @@ def quantize(model: nn.Module, to: str = "int8", *, group_size: int = 32) -> Fas
         form = "fast" if model.quantization is None else "quantised"
         raise ConfigError(f"The model is {form} already: give the one that it was made from.")
     check_plain(model, f"A model in {to}")
+    check_built(model, f"A model in {to}")
     return FastDecoder(model, quantization)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
-from zoo.exporting.layout import decoder_of, evened, sees_windows
+from zoo.exporting.layout import check_built, decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 from zoo.layers.folding import check_plain
@@ -70,6 +70,7 @@ def write_gguf(
     """
     decoder = decoder_of(model, "GGUF")
     check_plain(model, "GGUF")
+    check_built(decoder, "GGUF")
     _check_dtype(dtype)
     architecture = gguf_architecture(decoder.config)
     gguf = import_gguf()

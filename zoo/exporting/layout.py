@@ -7,12 +7,12 @@ import dataclasses
 from typing import Any
 
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.layers.decoder import Decoder, DecoderConfig
 
-__all__ = ["check_whole", "decoder_of", "evened", "sees_windows"]
+__all__ = ["check_built", "check_whole", "decoder_of", "evened", "sees_windows"]
 
 
 def decoder_of(model: nn.Module, purpose: str) -> Decoder:
@@ -25,6 +25,16 @@ def decoder_of(model: nn.Module, purpose: str) -> Decoder:
         )
     _check_weights(model, purpose)
     return model
+
+
+def check_built(decoder: Decoder, purpose: str) -> None:
+    """Raise ConfigError unless the decoder's tensors are those that its config builds, by which formats name them."""
+    name = decoder.changed_tensor()
+    if name is not None:
+        raise ConfigError(
+            f"{purpose} takes a language model as its config builds it, and {name} is another or missing: parts were "
+            "added, cut off or exchanged."
+        )
 
 
 def check_whole(model: nn.Module, purpose: str) -> None:
@@ -44,7 +54,13 @@ def check_whole(model: nn.Module, purpose: str) -> None:
 
 
 def _check_weights(model: nn.Module, purpose: str) -> None:
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
+    state = model.state_dict()
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ConfigError(
+            f"{purpose} takes tensors, and {others[0]} is none: quantised layers of torch's have no place."
+        )
+    if any(tensor.is_meta for tensor in state.values()):
         raise ConfigError(f"{purpose} needs weights, and the model is on the meta device.")
 
 

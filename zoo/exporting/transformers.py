@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.exporting.layout import decoder_of, evened, sees_windows
+from zoo.exporting.layout import check_built, decoder_of, evened, sees_windows
 from zoo.files import whole_file
 from zoo.layers.decoder import Decoder, DecoderConfig, reorder_rotary
 from zoo.layers.folding import check_plain
@@ -206,6 +206,7 @@ def write_transformers(
     """Write configuration, tensors and tokenizer into `folder`, which exists. Raises ConfigError, CheckpointError."""
     decoder = decoder_of(model, "An export to transformers")
     check_plain(model, "An export to transformers")
+    check_built(decoder, "An export to transformers")
     dtype = dtype or decoder.model.embed_tokens.weight.dtype
     config = transformers_config(decoder.config, dtype=dtype, tokenizer=tokenizer)
     write_safetensors(

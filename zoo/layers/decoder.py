@@ -22,7 +22,7 @@ from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.exporting import is_exporting
 from zoo.layers.folding import has_hooks, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
-from zoo.layers.init import init_weights
+from zoo.layers.init import init_weights, on_meta
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
 from zoo.layers.token_loss import IGNORED, mean_token_loss
 
@@ -285,7 +285,8 @@ def attend_latent(
     scale = (nope + q_rope.shape[-1]) ** -0.5
     options: dict[str, Any] = {"attn_mask": visible.mask, "is_causal": visible.is_causal, "scale": scale}
     few = is_exporting() or 4 * q_nope.shape[2] <= latent.shape[2]  # a graph has one of the two ways
-    if remembers and few and not (is_changed(kv_b) or has_hooks(kv_b, but=COUNTERS)):
+    changed = is_changed(kv_b) or has_hooks(kv_b, but=COUNTERS) or getattr(kv_b, "bias", None) is not None
+    if remembers and few and not changed:
         up = kv_b.get_parameter("weight").view(heads, -1, latent.shape[-1]).to(q_nope.dtype)
         q = torch.cat((q_nope @ up[:, :nope], q_rope), -1)
         k = torch.cat((latent, k_rope), -1)
@@ -411,22 +412,45 @@ class Decoder(ZooModelHubMixin, nn.Module):
     def head_weight(self) -> Tensor:
         """(vocab_size, dim): what turns features into logits.
 
-        Raises ConfigError for an lm_head that computes something else than its weight says.
+        Raises ConfigError for an lm_head that computes something else than its weight says, and for an embedding that
+        has none.
         """
         if self.config.tie_embeddings:
-            return self.model.embed_tokens.weight
+            embedding = self.model.embed_tokens
+            weight = getattr(embedding, "weight", None)
+            if not isinstance(weight, Tensor):
+                raise ConfigError(
+                    f"The head's matrix is the embedding's, and embed_tokens ({type(embedding).__name__}) has no "
+                    "weight: merge what it adds into the embedding, or create the model with tie_embeddings=False."
+                )
+            return weight
         head = self.lm_head
+        own = None
         if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+            own = "a forward of its own"
+        elif has_hooks(head, but=COUNTERS):
+            own = "hooks"
+        elif head.bias is not None:
+            own = "a bias"
+        if own is not None:
             raise ConfigError(
-                f"Losses are computed with the weight of lm_head alone, and lm_head ({type(head).__name__}) has a "
-                "forward of its own: merge what it adds into the weight, or leave lm_head as it is."
+                f"Losses are computed with the weight of lm_head alone, and lm_head ({type(head).__name__}) has "
+                f"{own}: merge what it adds into the weight, or leave lm_head as it is."
             )
         return head.weight
+
+    def changed_tensor(self) -> str | None:
+        """The name of a tensor that is not as `config` builds it, such as that of a bias; None where all are."""
+        with on_meta():
+            built = Decoder(self.config).state_dict()
+        own = self.state_dict()
+        differ = (k for k in (*built, *own) if k not in own or k not in built or own[k].shape != built[k].shape)
+        return next(differ, None)
 
     def fast_form(self) -> Decoder:
         from zoo.layers.fast_decoder import FastDecoder
 
-        return FastDecoder(self)
+        return FastDecoder(self) if self.changed_tensor() is None else self
 
     def describe_widths(self) -> None:
         """Bring `config`, and what a checkpoint says of it, up to date with SwiGLUs that lost channels.
