@@ -169,6 +169,42 @@ def test_a_model_that_transformers_trained_opens_here(tmp_path: Path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.num_key_value_heads == 1
 
 
+def more_tokens(theirs: Any) -> None:
+    theirs.resize_token_embeddings(300)
+
+
+def other_rotation(theirs: Any) -> None:
+    theirs.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
+
+
+def fewer_layers(theirs: Any) -> None:
+    theirs.config.num_hidden_layers = 1
+    theirs.model.layers = theirs.model.layers[:1]
+
+
+def other_norms_and_context(theirs: Any) -> None:
+    theirs.config.rms_norm_eps, theirs.config.max_position_embeddings = 1e-3, 64
+
+
+@pytest.mark.parametrize("change", [more_tokens, other_rotation, fewer_layers, other_norms_and_context])
+@torch.no_grad()
+def test_what_transformers_changed_in_a_saved_model_is_read(change: Any, tmp_path: Path):
+    """The description that was written first is still beside what transformers wrote."""
+    transformers = pytest.importorskip("transformers")
+    model = make("smollm_135m", init_std=0.5, layer_map=[0, 1])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(zoo.save_pretrained(model, tmp_path / "ours"))
+    theirs.save_pretrained(tmp_path / "same")
+    same: Any = zoo.create_model(f"local-dir:{tmp_path / 'same'}")
+    assert (same.config, same.pretrained_cfg["architecture"]) == (model.config, "smollm_135m")
+    change(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()(tokens_of()).logits
+    ours: Any = zoo.create_model(f"local-dir:{tmp_path / 'theirs'}").eval()
+    assert (ours(tokens_of()) - wanted).abs().max() < 1e-4
+    assert ours.config.context_length == theirs.config.max_position_embeddings
+    assert ours.pretrained_cfg["architecture"] == "smollm_135m"
+
+
 @pytest.mark.parametrize("name", list_models(task="language"))
 def test_every_entry_goes_to_transformers_and_back(name: str):
     config = DecoderConfig(**get_entry(name).args)

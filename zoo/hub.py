@@ -341,6 +341,8 @@ def _parse_config(
             args = args | {"kept_widths": ours["kept_widths"]}
         if isinstance(ours.get("quantization"), dict):
             args = args | {"quantization": ours["quantization"]}
+        if "model_type" in config:
+            args = args | _changed_by_transformers(config, architecture, args, source)
     elif not _is_published(architecture, origin["hf_hub_id"]):  # trained with timm, and so as timm computes
         args = dict(_timm_args(architecture)) | args
     cfg = {key: _tuple(value) for key, value in saved.items()} | dict(origin)
@@ -352,10 +354,45 @@ def _parse_config(
     return architecture, {key: _tuple(value) for key, value in args.items()}, cfg
 
 
+def _changed_by_transformers(
+    config: dict[str, Any], architecture: str, args: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Arguments that are others since a model which we saved was opened and saved by transformers."""
+    from zoo.exporting.transformers import is_stock, transformers_config
+    from zoo.layers.decoder import DecoderConfig, build_decoder
+
+    fields = [field.name for field in dataclasses.fields(DecoderConfig)]
+    if not _is_entry(architecture) or get_entry(architecture).build is not build_decoder or args.keys() - set(fields):
+        return {}
+    saved = DecoderConfig(**{**get_entry(architecture).args, **{key: _tuple(value) for key, value in args.items()}})
+    if not is_stock(saved):
+        return {}
+    before, now = (
+        DecoderConfig(**{**get_entry(name).args, **found})
+        for name, found in (
+            _transformers_args(described, source)
+            for described in (transformers_config(saved, dtype=torch.float32), config)
+        )
+    )
+    changed = {name: getattr(now, name) for name in fields if getattr(now, name) != getattr(before, name)}
+    return changed | ({"layer_map": None, "hidden_dim": now.hidden_dim} if "depth" in changed else {})
+
+
 def _parse_transformers(
     config: dict[str, Any], source: str, origin: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """What `_parse_config` gives, of a language model that transformers saved."""
+    architecture, args = _transformers_args(config, source)
+    cfg = dict(origin)
+    repo = str(origin["hf_hub_id"]).partition("@")[0]
+    for weights in get_entry(architecture).weights:
+        if weights.hub_id == repo:
+            cfg |= {"tag": weights.tag, "license": weights.license}
+    return architecture, args, cfg
+
+
+def _transformers_args(config: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+    """The entry and the arguments for a model that transformers describes. Raises CheckpointError."""
     from zoo.exporting.transformers import MODEL_TYPES, decoder_args
 
     try:
@@ -367,13 +404,7 @@ def _parse_transformers(
             f"The {CONFIG} of {source} is of a {config['model_type']!r} model, which the zoo does not have: of "
             f"transformers' it opens {', '.join(MODEL_TYPES)}."
         )
-    architecture, args = found
-    cfg = dict(origin)
-    repo = str(origin["hf_hub_id"]).partition("@")[0]
-    for weights in get_entry(architecture).weights:
-        if weights.hub_id == repo:
-            cfg |= {"tag": weights.tag, "license": weights.license}
-    return architecture, args, cfg
+    return found
 
 
 def _is_published(architecture: str, repo: str | None) -> bool:
