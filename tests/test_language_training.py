@@ -215,19 +215,30 @@ def token_ids(home: Path) -> dict[str, Any]:
     return {"data": data, "tokenizer": {"name": None}, "model": {"args": {"vocab_size": 257}}}
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(launcher: Launcher, home: Path, of_one: Path, tmp_path: Path, parallel: str):
+@pytest.mark.parametrize(("parallel", "accumulated"), [("ddp", 1), ("ddp", 2), ("fsdp", 1)])
+def test_two_processes_learn_what_one_does(
+    launcher: Launcher, home: Path, of_one: Path, tmp_path: Path, parallel: str, accumulated: int
+):
     argv = ["--config", home / "small.yaml", *plain_flags({**MASKED, **token_ids(home)})]
-    flags = ["--data.batch_size", 2, "--train.parallel", parallel, "--output.dir", tmp_path / "two"]
+    flags = ["--data.batch_size", 2 // accumulated, "--train.grad_accum_steps", accumulated]
+    flags += ["--train.parallel", parallel, "--output.dir", tmp_path / "two"]
     said = launcher.run(tmp_path, *argv, *flags, processes=2)
     assert said.count("Best loss") == 1
-    models: list[Any] = [
-        zoo.create_model(f"local-dir:{run / 'last'}", pretrained=True) for run in (of_one, tmp_path / "two")
-    ]
+    assert_learned_alike(of_one, tmp_path / "two")
+
+
+def assert_learned_alike(one: Path, other: Path) -> None:
+    models: list[Any] = [zoo.create_model(f"local-dir:{run / 'last'}", pretrained=True) for run in (one, other)]
     for (name, a), (_, b) in zip(*(model.state_dict().items() for model in models), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
     for key in ("train_loss", "val_loss"):
-        assert float(rows(of_one)[0][key]) == pytest.approx(float(rows(tmp_path / "two")[0][key]), rel=1e-4)
+        assert float(rows(one)[0][key]) == pytest.approx(float(rows(other)[0][key]), rel=1e-4)
+
+
+def test_every_target_of_an_update_weighs_the_same_however_batches_are_cut(home: Path, of_one: Path, tmp_path: Path):
+    changes: dict[str, Any] = {**merged(MASKED, "train", {"grad_accum_steps": 4}), **token_ids(home)}
+    train(configure(home, tmp_path / "parts", **merged(changes, "data", {"batch_size": 1})))
+    assert_learned_alike(of_one, tmp_path / "parts")
 
 
 # ---------------------------------------------------------------------------------------------------- chats, teachers

@@ -39,6 +39,9 @@ class ImageTask:
     def batches(self, epoch: int, start: int) -> Iterator[Any]:
         return self.train_loader.batches(epoch, start)
 
+    def begin_update(self, batches: list[Any]) -> None:
+        pass  # batches have as many images as each other
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         found = self.sums()
         self.add_up(

@@ -115,7 +115,8 @@ class LanguageModeling:
             self.loader = PackedLoader(packed, tokens_per_epoch=data.tokens_per_epoch, **loading)
             counts_differ |= packed.counted is not None
         self._check_tokens(self.eval_data.largest, evaluation)
-        self.weighs_processes = processes > 1 and counts_differ
+        self.counts_differ = counts_differ  # of the targets in batches
+        self.mean_count: Tensor | None = None
         self.batches_per_epoch = self.loader.batches_per_epoch
         self.metric = "loss" if self.eval_data.bytes is None else "bits_per_byte"
         self.flops_per_token = training_flops_per_token(self.model, self.length)
@@ -179,6 +180,13 @@ class LanguageModeling:
     def batches(self, epoch: int, start: int) -> Iterator[TokenBatch]:
         return self.loader.batches(epoch, start)
 
+    def begin_update(self, batches: list[TokenBatch]) -> None:
+        """Count the targets of the update, all of which weigh the same: losses are means over those of a batch."""
+        self.mean_count = None
+        if self.counts_differ and (len(batches) > 1 or self.accelerator.num_processes > 1):
+            count = sum(int((batch.targets != IGNORED).sum()) for batch in batches) / len(batches)
+            self.mean_count = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "mean")
+
     def loss(self, model: nn.Module, batch: TokenBatch, epoch: int) -> Tensor:
         self.epoch = epoch
         tokens, targets, positions = self._to_device(batch)
@@ -186,9 +194,8 @@ class LanguageModeling:
             loss = model(tokens, targets=targets, positions=positions, z_loss=self.config.loss.z_loss)
         else:
             loss = model(tokens, targets, positions, self.teacher.features(tokens, positions), self.teacher.weight)
-        if self.weighs_processes:  # gradients are averaged over processes, which have not the same number of targets
-            count = (targets != IGNORED).sum().float()
-            loss = loss * count / self.accelerator.reduce(count.clone(), "mean").clamp(min=1)
+        if self.mean_count is not None:  # gradients are averaged over batches and processes
+            loss = loss * (targets != IGNORED).sum().float() / self.mean_count.clamp(min=1e-9)
         return loss
 
     def plain_loss(self, model: nn.Module, batch: TokenBatch) -> Tensor:

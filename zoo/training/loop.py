@@ -147,6 +147,9 @@ class Task(Protocol):
         The processes' `i`-th batches together are the `i`-th batch of one process that takes as many samples.
         """
 
+    def begin_update(self, batches: list[Any]) -> None:
+        """These are this process's batches of an update: of each `loss` is asked for, and their mean is learned."""
+
     def loss(self, model: nn.Module, batch: Any, epoch: int) -> Tensor:
         """The mean loss over `batch`, a scalar on the accelerator. `model` is `learner`, prepared."""
 
@@ -463,6 +466,7 @@ class _Loop:
     def _update(self, group: list[Any]) -> Tensor:
         """One optimizer step over the batches of `group`; the sum of their losses."""
         progress, total = self.progress, self._zero()
+        self.task.begin_update(group)
         for i, batch in enumerate(group):
             with self._gradients_stay_here(unless=i == len(group) - 1), self.products():
                 with self.accelerator.autocast():
