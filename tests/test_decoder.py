@@ -122,6 +122,26 @@ def test_padded_rows_compute_what_each_would_alone(form, static_shapes):
     assert without_cache.isfinite().all()
 
 
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("form", ["grouped", "window"])
+def test_tokens_behind_padding_on_the_right(form, static_shapes):
+    """Layers with windows keep the last tokens alone, padding or not: what it took the place of is missed later on."""
+    model = make(form)
+    texts = tokens_of(2, 19)
+    positions = torch.stack([torch.arange(12), torch.arange(12).where(torch.arange(12) < 8, -1)])
+    cache = model.make_cache(2, 19, static_shapes=static_shapes)
+    got = model(texts[:, :12], cache=cache, positions=positions, logits_to_keep=12)
+    assert_close(got[1, :8], model(texts[1:, :8])[0])
+    if form == "window":
+        with pytest.raises(ConfigError, match=r"padding behind tokens, .*: pad on the left"):
+            model(texts[:, 12:13], cache=cache)
+        cache.reset()
+        assert_close(model(texts, cache=cache, logits_to_keep=19), model(texts))
+    else:
+        alone = torch.cat((texts[1:, :8], texts[1:, 12:13]), 1)
+        assert_close(model(texts[:, 12:13], cache=cache)[1], model(alone)[0, -1:])
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 
 

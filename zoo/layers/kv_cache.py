@@ -63,6 +63,10 @@ class LayerCache:
         return chosen
 
 
+def _is_recorded() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 class KVCache:
     """The memory of a decoder for `batch_size` sequences of up to `max_length` tokens. `model.make_cache` makes one.
 
@@ -88,6 +92,7 @@ class KVCache:
             for shape, window in shapes
         ]
         self.positions: Tensor | None = None
+        self.has_gaps = False  # in what rings hold: padding stands behind tokens, in the places of others
         self.index: Tensor | None = None
         self.device = like.device
         if static_shapes:
@@ -101,13 +106,22 @@ class KVCache:
         return self.positions
 
     def begin(self, batch_size: int, tokens: int, positions: Tensor | None) -> None:
-        """Make ready for `tokens` more of each sequence, (B, tokens) `positions` where they do not simply follow."""
+        """Make ready for `tokens` more of each sequence, (B, tokens) `positions` where they do not simply follow.
+
+        Raises ConfigError for another batch, for more tokens than there is room for, and for tokens behind padding that
+        stands behind others, where layers keep a window alone. (Single tokens may be padding: their sequence is over.)
+        """
         if batch_size != self.batch_size:
             raise ConfigError(f"The cache was made for a batch of {self.batch_size}, not {batch_size}.")
         if not self._is_compiled and self.length + tokens > self.max_length:
             raise ConfigError(
                 f"The cache has room for {self.max_length} tokens: it holds {self.length}, and {tokens} more do not "
                 "fit. Make it longer."
+            )
+        if self.has_gaps:
+            raise ConfigError(
+                "The cache holds padding behind tokens, for which layers that see a window forgot some of these: pad "
+                "on the left."
             )
         if positions is not None or self.positions is not None:
             if positions is None:
@@ -118,6 +132,13 @@ class KVCache:
                 kept.index_copy_(1, self.index, positions.to(kept.dtype))
             else:
                 kept[:, self.length : self.length + tokens] = positions
+            if tokens > 1 and self._has_rings and not _is_recorded():
+                held = kept[:, : self.length + tokens]
+                self.has_gaps = bool(((held < 0) & (held.cummax(1).values >= 0)).any())
+
+    @property
+    def _has_rings(self) -> bool:
+        return any(layer.is_ring and layer.length < self.max_length for layer in self.layers)
 
     @property
     def _is_compiled(self) -> bool:
@@ -145,7 +166,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything, and keep the memory."""
-        self.length = 0
+        self.length, self.has_gaps = 0, False
         if self.index is not None:
             self.index.zero_()
         if self.positions is not None:
