@@ -244,6 +244,28 @@ def test_going_on_in_another_folder(recipe: Path, tmp_path: Path):
     assert_same_checkpoint(first.best_checkpoint, again.best_checkpoint)
 
 
+def test_a_run_whose_state_is_gone_is_not_begun_anew(recipe: Path, tmp_path: Path):
+    config = configure(recipe, tmp_path / "run", train={"max_updates": 1})
+    last = train(config).folder / "last"
+    content = (last / "state.pt").read_bytes()
+    for damaged in (b"", content[:20], content[:-200], b"no state"):
+        (last / "state.pt").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"state\.pt cannot be read: .+$"):
+            train(dataclasses.replace(config, resume="auto"))
+    (last / "state.pt").unlink()
+    weights = (last / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match=r"holds a run already, which cannot be resumed: .*last has no state\.pt"):
+        train(dataclasses.replace(config, resume="auto"))
+    assert (last / "model.safetensors").read_bytes() == weights
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(recipe: Path, tmp_path: Path):
+    config = configure(recipe, tmp_path / "run", train={"max_updates": 1}, resume="auto")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    assert len(train(config).history) == 1
+
+
 # ------------------------------------------------------------------------------------------------------ surroundings
 
 

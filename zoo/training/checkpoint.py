@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from zoo.data.streaming import reason
 from zoo.errors import CheckpointError, ConfigError
 
 __all__ = ["STATE", "find_checkpoint", "read_state", "rng_state", "set_rng_state", "write_checkpoint"]
@@ -120,8 +121,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """What `write_checkpoint` was given as `state`. Raises CheckpointError when it cannot be read."""
     try:
         return torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder / STATE} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read: {reason(error)}") from None
 
 
 def rng_state() -> dict[str, Any]:

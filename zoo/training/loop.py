@@ -247,7 +247,7 @@ def _forget_accelerator() -> None:
 
 
 def prepare_folder(config: RunConfig) -> Path:
-    """The run's folder, made if need be. Raises ConfigError when it holds a run that is not being resumed."""
+    """The run's folder, made if need be. Raises ConfigError when it holds a run that is not, or cannot be, resumed."""
     folder = make_folder(config.output.dir)
     recover(folder / "last")
     recover(folder / "best")
@@ -256,9 +256,15 @@ def prepare_folder(config: RunConfig) -> Path:
         config.resume == "auto"
         or Path(config.resume).expanduser().resolve() in (folder.resolve(), *_checkpoints(folder))
     )
-    if not goes_on and any(path.exists() for path in (*_checkpoints(folder), folder / "history.csv")):
+    holds_run = any(path.exists() for path in (*_checkpoints(folder), folder / "history.csv"))
+    if not goes_on and holds_run:
         raise ConfigError(
             f"{str(folder)!r} holds a run already. Go on with it (--resume auto), or choose another --output.dir."
+        )
+    if config.resume == "auto" and holds_run and find_checkpoint("auto", folder) is None:
+        raise ConfigError(
+            f"{str(folder)!r} holds a run already, which cannot be resumed: {folder / 'last'} has no {STATE}. Choose "
+            "another --output.dir, or go on from a checkpoint that has one (--resume PATH)."
         )
     return folder
 
