@@ -194,6 +194,12 @@ def test_going_on_is_exact(
     assert config["optimizer"]["args"]["fallback_list"] == ["*embed_tokens*", "*lm_head*"]
 
 
+def test_samples_fill_the_context_at_most(home: Path, tmp_path: Path):
+    sample = {"prompts": ["a" * 60], "max_new_tokens": 30, "temperature": 0}
+    train(configure(home, tmp_path / "run", sample=sample, train={"max_updates": 1}))
+    assert "a" * 60 in (tmp_path / "run" / "samples.md").read_text()
+
+
 MASKED: dict[str, Any] = {
     "train": {"max_updates": 4, "model_ema": True, "model_ema_decay": 0.9},
     "scheduler": {"epochs": 1, "warmup_epochs": 0},
@@ -345,6 +351,7 @@ def test_a_teacher_of_transformers(home: Path, tmp_path: Path):
         ({"data": {"sequence_length": 100}}, r"data\.sequence_length is 100, and the model's context 64"),
         ({"model": {"args": {"vocab_size": 200}}}, r"bytes has 257 tokens"),
         ({"tokenizer": {"name": None}}, r"The data are texts, and tokenizer\.name is null"),
+        ({"sample": {"prompts": ["The", "a" * 63]}}, r"prompts: 'a{20}'\.\.\. has 64 tokens, which leave no room"),
         ({"distill": {"teacher": "mobilellm_125n"}}, r"Did you mean mobilellm_125m"),
         ({"data": {"path": "nowhere/at/all"}}, r"There are no texts at 'nowhere/at/all'"),
     ],

@@ -83,6 +83,7 @@ class LanguageModeling:
                 f"data.sequence_length is {self.length:,}, and the model's context {context:,}: lower the one or raise "
                 "model.args.context_length."
             )
+        self.prompt_lengths = [self._prompt_length(prompt) for prompt in config.sample.prompts]
         packing: dict[str, Any] = {"cache_dir": data.cache_dir, "strict": data.strict}
         self.eval_data = prepare_tokens(evaluation, self.tokenizer, max_tokens=data.val_tokens, **packing)
         loading: dict[str, Any] = {
@@ -163,6 +164,20 @@ class LanguageModeling:
                 f"{source.name} holds token {largest:,}, and the model's vocabulary has {vocabulary:,}: was it made "
                 "with another tokenizer? Set model.args.vocab_size."
             )
+
+    def _prompt_length(self, prompt: str) -> int:
+        """The tokens of a prompt of samples, which must leave room for others."""
+        assert self.tokenizer is not None
+        length = len(self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos))
+        if not length and self.tokenizer.bos_id is None:
+            raise ConfigError("sample.prompts holds an empty one, and no token of the tokenizer's begins texts.")
+        context = self.model.config.context_length
+        if length >= context:
+            raise ConfigError(
+                f"sample.prompts: {prompt[:20]!r}... has {length:,} tokens, which leave no room for others in the "
+                f"model's context, {context:,}: shorten it."
+            )
+        return max(1, length)
 
     def describe(self) -> str:
         """What is trained on what, in a line or two."""
@@ -252,13 +267,13 @@ class LanguageModeling:
         title = f"## Epoch {self.epoch + 1}\n"
         facts = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in metrics.items())
         parts = [title, f"{facts}; temperature {sample.temperature:g}, top-p {sample.top_p:g}\n"]
-        for prompt in sample.prompts:
+        for prompt, length in zip(sample.prompts, self.prompt_lengths, strict=True):
             with torch.random.fork_rng(), self.accelerator.autocast():
                 written = generate(
                     model,
                     prompt,
                     tokenizer=self.tokenizer,
-                    max_new_tokens=min(sample.max_new_tokens, self.model.config.context_length // 2),
+                    max_new_tokens=min(sample.max_new_tokens, self.model.config.context_length - length),
                     temperature=sample.temperature,
                     top_p=sample.top_p,
                     seed=self.config.train.seed,
