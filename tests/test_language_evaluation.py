@@ -193,6 +193,7 @@ def test_evaluate_is_one_verb(model: Any, tmp_path: Path):
         (lambda m: perplexity(torch.nn.Linear(2, 2), "a", BYTES), "Linear is no language model"),
         (lambda m: zoo.evaluate(m, tokenizer=BYTES), "nothing to evaluate on"),
         (lambda m: zoo.evaluate(m, "a"), "came without a tokenizer: say with tokenizer= which"),
+        (lambda m: zoo.evaluate(m, __file__, tokenizer=BYTES), r"the name of a file.*TextDataConfig\(path='.*\.py'\)"),
         (lambda m: zoo.evaluate(m, zoo.data.DataConfig(name="digits"), tokenizer=BYTES), "not on DataConfig"),
     ],
 )

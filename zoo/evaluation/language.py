@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -167,6 +168,11 @@ def evaluate_language(
     check_language_model(model)
     if data is None and not tasks and suite is None:
         raise ConfigError("There is nothing to evaluate on: give texts, tasks or a suite of tasks.")
+    if isinstance(data, str) and os.path.exists(data):
+        raise ConfigError(
+            f"{data!r} is the name of a file, and a str is a text: pass zoo.data.TextDataConfig(path={data!r}), or the "
+            "text in a list."
+        )
     if data is not None and not isinstance(data, TextDataConfig | Iterable):
         raise ConfigError(f"A language model is evaluated on texts or a TextDataConfig, not on {type(data).__name__}.")
     if tokenizer is None:
