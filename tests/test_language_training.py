@@ -200,6 +200,26 @@ def test_samples_fill_the_context_at_most(home: Path, tmp_path: Path):
     assert "a" * 60 in (tmp_path / "run" / "samples.md").read_text()
 
 
+def test_a_place_in_the_data_is_not_found_in_other_sequences(home: Path, tmp_path: Path):
+    def sequences(length: int, **data: Any) -> dict[str, Any]:
+        return {"data": {"sequence_length": length, **data}, "optimizer": {"opt": "sgd", "lr": 0.1}}
+
+    def stop(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return loss(*args)
+
+    loss = LanguageModeling.loss
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LanguageModeling, "loss", stop)
+        with pytest.raises(Interrupted):
+            train(configure(home, tmp_path / "run", **sequences(32)))
+    with pytest.raises(ConfigError, match=r"in sequences of 32 tokens, and in those of 16 .*sequence_length at 32"):
+        train(configure(home, tmp_path / "run", **sequences(16), resume="auto"))
+    train(configure(home, tmp_path / "run", **sequences(32), scheduler={"epochs": 1}, resume="auto"))
+    more = {"scheduler": {"epochs": 2}, "resume": "auto"}
+    assert len(train(configure(home, tmp_path / "run", **sequences(16), **more)).history) == 2  # between epochs
+
+
 MASKED: dict[str, Any] = {
     "train": {"max_updates": 4, "model_ema": True, "model_ema_decay": 0.9},
     "scheduler": {"epochs": 1, "warmup_epochs": 0},

@@ -62,7 +62,7 @@ class ImageTask:
     def state_dict(self) -> dict[str, Any]:
         return {}  # a batch of images follows from its number
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], in_epoch: bool) -> None:
         pass
 
     def describe_speed(self, batches_per_second: float) -> str:

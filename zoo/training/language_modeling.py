@@ -288,12 +288,20 @@ class LanguageModeling:
         return save_pretrained(self.model, folder, tokenizer=self.tokenizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in a stream some sequences begin."""
+        """The length of sequences, and where in a stream some begin."""
         if isinstance(self.loader, PackedLoader):
-            return {}
-        return {"positions": {number: list(place) for number, place in self.loader.positions.items()}}
+            return {"length": self.length}
+        places = {number: list(place) for number, place in self.loader.positions.items()}
+        return {"length": self.length, "positions": places}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], in_epoch: bool) -> None:
+        before = state.get("length", self.length)
+        if before != self.length and (in_epoch or isinstance(self.loader, StreamLoader)):
+            raise ConfigError(
+                f"The run has read a part of its data in sequences of {before:,} tokens, and in those of "
+                f"{self.length:,} there is no such place: keep data.sequence_length at {before}, or begin a run in "
+                "another output.dir with these weights (model.checkpoint_path)."
+            )
         if isinstance(self.loader, StreamLoader):
             self.loader.positions |= {number: tuple(place) for number, place in state.get("positions", {}).items()}
 

@@ -168,8 +168,11 @@ class Task(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of the task beside the model: numbers, text, lists, dicts."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it back, before the first batch; empty when the checkpoint has none."""
+    def load_state_dict(self, state: dict[str, Any], in_epoch: bool) -> None:
+        """Take it back, before the first batch; empty when the checkpoint has none.
+
+        `in_epoch` says that the run stopped within an epoch. Raises ConfigError where its place cannot be found again.
+        """
 
     def describe_speed(self, batches_per_second: float) -> str:
         """What the device does with so many of each process's batches a second, for the progress bar."""
@@ -768,7 +771,7 @@ class _Loop:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = RunState(**state["progress"])
-        self.task.load_state_dict(state.get("task", {}))
+        self.task.load_state_dict(state.get("task", {}), self.progress.batch > 0)
         before, processes = state["processes"], self.accelerator.num_processes
         if before == processes:
             set_rng_state(state["rng"][self.accelerator.process_index])
