@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -224,6 +225,14 @@ def test_a_seed_is_a_result(plain: Any) -> None:
     assert zoo.generate(plain, prompt, **options) == drawn
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-38, 5e-324])
+def test_the_smallest_temperatures_take_the_most_likely_token(plain: Any, temperature: float) -> None:
+    prompt = some_tokens(6).tolist()
+    assert zoo.generate(plain, prompt, temperature=temperature, max_new_tokens=8) == zoo.generate(
+        plain, prompt, max_new_tokens=8
+    )
+
+
 def test_a_repetition_penalty_counts_prompt_and_answer_but_no_padding(plain: Any) -> None:
     prompts = [some_tokens(9).tolist(), some_tokens(3, seed=4).tolist()]
     options: dict[str, Any] = {"max_new_tokens": 20, "repetition_penalty": 1e6}
@@ -246,6 +255,12 @@ def test_answers_are_as_the_prompts_are(plain: Any) -> None:
     one = zoo.generate(plain, torch.tensor([256, 97, 98]), max_new_tokens=8)
     assert (one.tolist(), one.dtype) == (ids, torch.long)
     assert zoo.generate(plain, torch.tensor([[256, 97, 98]], dtype=torch.int32), max_new_tokens=8).tolist() == [ids]
+    of_bytes = zoo.generate(plain, [97, 98], max_new_tokens=8)
+    small_numbers = zoo.generate(plain, torch.tensor([97, 98], dtype=torch.int8), max_new_tokens=8)
+    assert (small_numbers.tolist(), small_numbers.dtype) == (of_bytes, torch.long)
+    for numbers in (np.array([97, 98]), [np.int64(97), np.int32(98)]):
+        assert zoo.generate(plain, numbers, max_new_tokens=8) == of_bytes
+    assert zoo.generate(plain, [[np.int64(97), 98]], max_new_tokens=8) == [of_bytes]
     assert zoo.generate(plain, "", tokenizer="bytes", max_new_tokens=4) == tokenizer.decode(
         zoo.generate(plain, [256], max_new_tokens=4)
     )
@@ -350,6 +365,8 @@ def test_a_stream_leaves_gradients_as_they_were(plain: Any) -> None:
         ("text", {}, "tokenizer="),
         ([1], {"stop": "x"}, "tokenizer="),
         ([1], {"tokenizer": "bytes", "stop": ""}, "stop"),
+        ([1], {"tokenizer": "bytes", "stop": None}, "stop is a text or several, none of them empty: not None"),
+        ([1], {"tokenizer": "bytes", "stop": 5}, "not 5"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens"),
         ([1], {"temperature": -1.0}, "temperature"),
         ([1], {"temperature": float("nan")}, "temperature"),

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,7 +116,8 @@ def generate(
         fill = run.tokenizer.eos_id if fill is None and run.tokenizer is not None else fill
         longest = max(map(len, run.tokens))
         padded = [row + [fill or 0] * (longest - len(row)) for row in run.tokens]
-        answers = list(torch.tensor(padded, dtype=prompts.dtype, device=prompts.device))
+        dtype = prompts.dtype if prompts.dtype.itemsize >= 4 else torch.int64  # that holds any token
+        answers = list(torch.tensor(padded, dtype=dtype, device=prompts.device))
         return answers[0] if is_one else torch.stack(answers)
     return answers[0] if is_one else answers
 
@@ -129,6 +131,8 @@ def _pieces(run: Generation, is_one: bool, is_text: bool) -> Iterator[Any]:
 
 def _as_rows(prompts: Any) -> tuple[list[str] | list[list[int]], bool, bool]:
     """The prompts as a list, whether they are one that stands alone, and whether they are text."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts], True, True
     if isinstance(prompts, Tensor):
@@ -142,12 +146,17 @@ def _as_rows(prompts: Any) -> tuple[list[str] | list[list[int]], bool, bool]:
     if isinstance(prompts, Sequence) and not isinstance(prompts, bytes) and len(prompts):
         if all(isinstance(prompt, str) for prompt in prompts):
             return list(prompts), False, True
-        if all(type(prompt) is int for prompt in prompts):
-            return [list(prompts)], True, False
+        if all(_is_whole(prompt) for prompt in prompts):
+            return [[int(token) for token in prompts]], True, False
         if all(isinstance(prompt, Sequence) and not isinstance(prompt, str) for prompt in prompts):
-            return [list(prompt) for prompt in prompts], False, False
+            rows = [[int(token) if _is_whole(token) else token for token in prompt] for prompt in prompts]
+            return rows, False, False
     what = "nothing" if isinstance(prompts, Sequence) and not len(prompts) else f"{type(prompts).__name__}"
     raise ConfigError(f"Prompts are a str, token numbers, a list of either, or a tensor: not {what}, nor a mixture.")
+
+
+def _is_whole(token: object) -> bool:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool)
 
 
 def prepare(
@@ -167,7 +176,7 @@ def prepare(
             f"There is no engine {engine!r}: it is {' or '.join(get_args(Engine))}."
             f"{did_you_mean(str(engine), get_args(Engine))}"
         )
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Sequence) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise ConfigError(f"stop is a text or several, none of them empty: not {stop!r}.")
     is_text = any(isinstance(prompt, str) for prompt in prompts)

@@ -12,6 +12,7 @@ from zoo.errors import ConfigError
 
 __all__ = ["Sampling"]
 
+TINY = 1e-6  # temperature, from which down logits divided by it may not be finite
 NUCLEUS = 1024  # tokens among which the nucleus is looked for before all are sorted
 
 
@@ -69,7 +70,10 @@ class Sampling:
             logits = torch.where(seen, penalised, logits)
         if not self.temperature:
             return logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.temperature < TINY:  # quotients are finite but for those of 0, which the largest then is
+            logits = logits - logits.amax(-1, keepdim=True)
+        logits = logits / max(self.temperature, 1e-30)
         if self.top_k:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < least, -math.inf)
