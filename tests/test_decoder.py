@@ -534,11 +534,20 @@ def test_a_configuration_cannot_be_changed_by_accident():
             "room for 2 tokens: it holds 0, and 3 more do not fit",
         ),
         (lambda m: m(tokens_of(1, 3), cache=make("shared").make_cache(1, 9)), "it has 5 layers, and this one runs 3"),
+        (lambda m: m(tokens_of(1, 3), cache=make("latent").make_cache(1, 9)), "another model's: its layers keep other"),
+        (lambda m: m(tokens_of(1, 3), cache=make("window").make_cache(1, 9)), "another model's: its layers keep other"),
+        (lambda m: m(tokens_of(1, 2), logits_to_keep=1.5), r"logits_to_keep must be from 1 up, not 1\.5"),
+        (lambda m: m.make_cache(1, "a"), "A cache for 'a' tokens cannot be"),
     ],
 )
 def test_input_that_cannot_be(call, message):
     with pytest.raises(ConfigError, match=message):
         call(make())
+
+
+def test_targets_of_8_bits_do():
+    model, tokens = make(), tokens_of(2, 7, vocab_size=200)
+    assert torch.equal(model(tokens, tokens.to(torch.uint8)), model(tokens, tokens))
 
 
 @pytest.mark.parametrize("static_shapes", [False, True])

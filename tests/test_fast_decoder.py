@@ -220,6 +220,15 @@ def test_biases_count(name):
         zoo.quantize(model)
 
 
+@torch.inference_mode()
+def test_the_cache_of_another_model_is_refused(native):
+    fast, other = (zoo.optimize_for_inference(randomised("mobilellm_125m", head_dim=dim)) for dim in (16, 32))
+    cache = other.make_cache(1, 16)
+    other(torch.tensor([[1, 2, 3]]), cache=cache)
+    with pytest.raises(ConfigError, match="another model's: its layers keep other shapes"):
+        fast(torch.tensor([[4]]), cache=cache)
+
+
 def test_losses_refuse_what_the_heads_weight_does_not_say():
     tokens = torch.randint(0, 257, (1, 12))
 

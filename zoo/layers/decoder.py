@@ -139,6 +139,11 @@ class DecoderConfig:
         return (self.kv_heads, self.head_dim), (self.kv_heads, self.head_dim)
 
     @property
+    def cache_shapes(self) -> list[tuple[LayerShape, int | None]]:
+        """That of each executed layer, and its window."""
+        return [(self.cache_shape, self.window(i)) for i in range(len(self.executed))]
+
+    @property
     def kv_elements_per_token(self) -> int:
         """Numbers that are remembered of a token, over all executed layers, as long as no window has passed it."""
         return len(self.executed) * sum(heads * width for heads, width in self.cache_shape)
@@ -494,15 +499,14 @@ class Decoder(ZooModelHubMixin, nn.Module):
         if type(batch_size) is not int or batch_size < 1:
             raise ConfigError(f"A cache is for a batch of 1 up, not {batch_size!r}.")
         max_length = self.config.context_length if max_length is None else max_length
-        if not 1 <= max_length <= self.config.context_length:
+        if type(max_length) is not int or not 1 <= max_length <= self.config.context_length:
             raise ConfigError(
-                f"A cache for {max_length} tokens cannot be: the model's context has {self.config.context_length}."
+                f"A cache for {max_length!r} tokens cannot be: the model's context has {self.config.context_length}."
             )
         like = self.model.norm.weight.detach()
         if dtype is not None:
             like = like.new_empty(0, dtype=dtype)
-        shapes = [(self.config.cache_shape, self.config.window(i)) for i in range(len(self.config.executed))]
-        return KVCache(shapes, batch_size, max_length, like, static_shapes)
+        return KVCache(self.config.cache_shapes, batch_size, max_length, like, static_shapes)
 
     def forward_features(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, S) token numbers -> (B, S, dim), normalised. The arguments are those of `forward`."""
@@ -510,11 +514,7 @@ class Decoder(ZooModelHubMixin, nn.Module):
         stack, config = self.model, self.config
         batch_size, count = tokens.shape
         if cache is not None:
-            if len(cache.layers) != len(config.executed):
-                raise ConfigError(
-                    f"The cache is another model's: it has {len(cache.layers)} layers, and this one runs "
-                    f"{len(config.executed)}. Take model.make_cache()."
-                )
+            self._check_cache(cache)
             if positions is None and cache.positions is not None:
                 self._check_room(cache, count)
             cache.begin(batch_size, count, positions)
@@ -582,8 +582,8 @@ class Decoder(ZooModelHubMixin, nn.Module):
         Raises ConfigError for tokens that the vocabulary does not have, for more than the context's length, and for
         shapes that do not go together.
         """
-        if logits_to_keep is not None and logits_to_keep < 1:
-            raise ConfigError(f"logits_to_keep must be from 1 up, not {logits_to_keep}.")
+        if logits_to_keep is not None and (isinstance(logits_to_keep, float | str) or logits_to_keep < 1):
+            raise ConfigError(f"logits_to_keep must be from 1 up, not {logits_to_keep!r}.")
         if targets is not None:
             self._check_targets(targets, tokens)
         features = self.forward_features(tokens, cache, positions)
@@ -618,6 +618,16 @@ class Decoder(ZooModelHubMixin, nn.Module):
         if positions is not None and int(positions.max()) >= self.config.context_length:
             raise ConfigError(_too_long(int(positions.max()) + 1, self.config.context_length))
 
+    def _check_cache(self, cache: KVCache) -> None:
+        wanted = self.config.cache_shapes
+        if cache.shapes == wanted:
+            return
+        if len(cache.shapes) == len(wanted):
+            differ = "its layers keep other shapes or windows than this one's"
+        else:
+            differ = f"it has {len(cache.shapes)} layers, and this one runs {len(wanted)}"
+        raise ConfigError(f"The cache is another model's: {differ}. Take model.make_cache().")
+
     def _check_room(self, cache: KVCache, count: int) -> None:
         """Where sequences began late in their context, it may end before the cache does."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or cache.device.type != "cpu":
@@ -632,6 +642,7 @@ class Decoder(ZooModelHubMixin, nn.Module):
             raise ConfigError(f"targets are {tuple(targets.shape)} and tokens {tuple(tokens.shape)}: they differ.")
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or targets.device.type != "cpu":
             return
+        targets = targets.long()  # of 8 bits, no number of the vocabulary's size is another
         wrong = targets[((targets < 0) & (targets != IGNORED)) | (targets >= self.config.vocab_size)]
         if len(wrong):
             raise ConfigError(

@@ -390,6 +390,7 @@ class FastDecoder(Decoder):
             native = self._library_for(tokens, cache) if logits_to_keep in (None, 1) else None
             if native is not None:
                 self._check(tokens, None)
+                self._check_cache(cache)
                 cache.begin(1, 1, None)
                 step = self._native = self._native or self._native_step()
                 logits = step(native, int(tokens), cache)

@@ -85,7 +85,7 @@ class KVCache:
         like: Tensor,
         static_shapes: bool = False,
     ) -> None:
-        self.batch_size, self.max_length = batch_size, max_length
+        self.shapes, self.batch_size, self.max_length = shapes, batch_size, max_length
         self.length = 0
         self.layers = [
             LayerCache(shape, batch_size, min(window or max_length, max_length), window is not None, like)
