@@ -316,6 +316,7 @@ def test_damaged_documents_are_listed(eval_py: Any, folder: Path, tmp_path: Path
         (["--data.path", "nowhere.txt"], "There are no texts at 'nowhere.txt'"),
         (["--data.path", "{tmp}/latin.txt", "--data.strict", "true"], "is not UTF-8 text: byte 2 is 0xfc"),
         (["--data.path", "{tmp}/latin.txt"], "There is no text to evaluate"),
+        (["--data.path", "{tmp}/latin.txt"], "latin.txt is not UTF-8 text: byte 2 is 0xfc"),
         (["--data.path", "{tmp}/empty.txt"], "There is no text to evaluate"),
         (["--data.name", "pydoc", "--context", "1000"], "context must be from 1 to 128"),
         (["--data.name", "pydoc", "--tokenizer", "byte"], "There is no tokenizer 'byte'"),

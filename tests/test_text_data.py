@@ -133,11 +133,12 @@ def test_a_data_set_in_the_hubs_layout(tmp_path: Path):
         ("latin.txt", "Größe".encode("latin-1"), "is not UTF-8 text: byte 2 is 0xf6"),
         ("line.jsonl", b'{"text": "a"}\n{"text": \n{"text": "b"}\n', "document 1 is not JSON"),
         ("list.jsonl", b'{"text": "a"}\n[1]\n', "document 1 is not a JSON object"),
+        ("column.jsonl", b'{"text": "a"}\n{"texts": "b"}\n', "1 has no column 'text', but texts. Did you mean texts"),
         ("number.jsonl", b'{"text": "a"}\n{"text": 7}\n', "document 1: 'text' is neither text, token numbers nor"),
         ("cut.parquet", b"PAR1 and no more", "cut.parquet cannot be read"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cut.jsonl.gz cannot be read"),
     ],
-    ids=["encoding", "json", "row", "value", "parquet", "gzip"],
+    ids=["encoding", "json", "row", "column", "value", "parquet", "gzip"],
 )
 def test_damage_is_named_or_skipped_and_counted(tmp_path: Path, name: str, content: bytes, problem: str):
     (tmp_path / "good.txt").write_text("good text")

@@ -404,7 +404,11 @@ def _read_jsonl(stream: BinaryIO, file: str, column: str | None, first: int) -> 
             yield Damaged(f"{where} is not a JSON object with a column for the text.")
             continue
         column = column or _choose_column(row, where)
-        yield _document(row.get(column), column, where)
+        if column not in row:
+            names = [*map(str, row)]
+            yield Damaged(f"{where} has no column {column!r}, but {', '.join(names)}.{did_you_mean(column, names)}")
+            continue
+        yield _document(row[column], column, where)
 
 
 def _read_parquet(stream: BinaryIO, file: str, column: str | None, first: int) -> Iterator[Document | Damaged]:

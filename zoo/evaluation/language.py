@@ -265,13 +265,17 @@ def _texts(data: TextDataConfig, damage: DamageReport) -> Iterator[str | list[in
         if data.name != "files" or not data.path or data.val_path or data.val_split:
             raise
         source = FileTexts(find_texts(data.path), data.column)  # a file or folder without splits is read whole
+    is_damaged = True
     for document in source.documents():
         if isinstance(document, Damaged):
             damage.add([document.problem])
         elif isinstance(document, str) or not document or isinstance(document[0], int):
+            is_damaged = False
             yield document  # type: ignore[misc]
         else:
             raise DataError(f"{source.name} holds chats: perplexity is of text. Name its column with data.column.")
+    if is_damaged and damage.names:
+        raise DataError(f"There is no text to evaluate: {next(iter(damage.names))}")
 
 
 @contextlib.contextmanager
