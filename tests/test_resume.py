@@ -348,6 +348,13 @@ def test_the_loss_scale_goes_on(recipe: Path, tmp_path: Path, monkeypatch: pytes
     assert scaler["_growth_tracker"] == 1
 
 
+@pytest.mark.parametrize("opt", ["lamb", "adan"])
+def test_optimizers_that_count_their_steps_as_an_option_go_on(recipe: Path, tmp_path: Path, opt: str):
+    """timm's have no such option before their first step."""
+    assert_goes_on_exactly(recipe, tmp_path, optimizer={"opt": opt}, train={"max_updates": 13})
+    assert int(read_state(tmp_path / "parts" / "last")["optimizer"]["param_groups"][0]["step"]) == 13
+
+
 def test_a_checkpoint_of_another_version(recipe: Path, tmp_path: Path):
     run = train(configure(recipe, tmp_path / "run", train={"max_updates": 1}))
     state = read_state(run.folder / "last")

@@ -974,7 +974,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     kept = {"lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum"}
     options = [{key: group[key] for key in kept if key in group} for group in optimizer.param_groups]
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=False):
-        if group.keys() - kept != saved.keys() - kept:
+        # some of timm's, as LAMB, count their steps here from the first on
+        if (group.keys() ^ saved.keys()) - kept - {"step"}:
             raise ValueError("it was trained with another optimizer.")
     before = sum(len(group["params"]) for group in state["param_groups"])
     after = sum(len(group["params"]) for group in optimizer.param_groups)
