@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
+from tests.launcher import ROOT, Program
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel
 from zoo.layers.exporting import is_exporting
@@ -147,6 +148,29 @@ def test_a_single_image_is_convolved_in_its_layout_whatever_its_batch_stride():
         y = depthwise_conv2d(x, weight)
     assert strides.found == [(3360, 1, 280, 20)]
     torch.testing.assert_close(y, reference(x, weight), rtol=1e-4, atol=1e-4)
+
+
+FEW_CHANNELS = """
+import torch
+from tests.test_large_kernel import error, operands, reference
+from zoo.layers.large_kernel import depthwise_conv2d
+
+torch.set_num_threads(1)
+for shape in ((2, 16, 5, 40, 3, 11), (1, 16, 5, 40, 3, 13), (2, 2, 5, 40, 5, 15), (1, 8, 5, 56, 5, 51)):
+    given = operands(shape, torch.bfloat16, torch.channels_last)
+    found = depthwise_conv2d(*given)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert error(found, reference(*(tensor.double() for tensor in given))) < 3e-2
+    found.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(depthwise_conv2d(*given), found)
+"""
+
+
+def test_wide_kernels_of_few_channels_come_to_an_end():
+    """In bfloat16 and channels_last, where oneDNN's own never does on some processors."""
+    done = Program("-c", FEW_CHANNELS, cwd=ROOT).finish(timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
