@@ -32,6 +32,7 @@ from tests.test_training import EVERYTHING, SMALL, assert_same_checkpoint, confi
 from zoo.cli import main
 from zoo.config import load_config
 from zoo.errors import CheckpointError, ConfigError
+from zoo.loading import load_model, model_task
 from zoo.models import slak
 from zoo.publishing import model_card
 from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of
@@ -733,6 +734,33 @@ def test_a_run_that_was_over_does_not_become_sparse(recipe: Path, tmp_path: Path
     sparsity = {"method": "static", "density": 0.5}
     train(configure(recipe, tmp_path / "run", train=few, sparsity=sparsity, resume="auto"))
     assert not (tmp_path / "run" / "sparsity.json").exists()
+
+
+def test_what_a_sparse_run_of_a_timm_model_leaves(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """Its report, and a folder that commands open, though the zoo has no such model."""
+    monkeypatch.undo()
+    recipe.write_text(recipe.read_text().replace(recipe.read_text().split("data:")[0], ""))
+    changes: dict[str, Any] = {"model": {"name": "timm/test_vit", "args": {"in_chans": 1, "img_size": 16}}}
+    changes["train"] = {"max_updates": 2, "model_ema": True}
+    sparsity = {"method": "static", "density": 0.3}
+    run = train(configure(recipe, tmp_path / "run", sparsity=sparsity, **changes))
+    report = json.loads((run.folder / "sparsity.json").read_text())
+    assert report["density"] == pytest.approx(0.3, abs=1e-3)
+    assert report["input_size"] == [1, 16, 16]
+    for source in (run.folder, run.folder / "last"):
+        assert main(["sparsity", str(source), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == report
+    assert zoo.profile(str(run.folder)).effective == zoo.profile(load_model(str(run.folder / "last"))).effective
+    (measured,) = zoo.benchmark(str(run.folder), warmup=1, repeats=1, memory=False)
+    assert measured.input_size == (1, 16, 16)
+    assert model_task(str(run.folder)) == "vision"
+
+    chase = {"method": "chase", "density": 0.3, "update_interval": 2}
+    with pytest.raises(ConfigError, match=r"a timm/test_vit without some cannot be opened again: set it to 0"):
+        train(configure(recipe, tmp_path / "chase", sparsity=chase, **changes))
+    assert not (tmp_path / "chase" / "history.csv").exists()
 
 
 def test_what_a_sparse_run_of_a_language_model_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,11 +11,12 @@ from zoo.errors import ConfigError, DownloadError, did_you_mean
 from zoo.factory import create_model
 from zoo.files import checkpoint_places
 from zoo.hub import load_config
-from zoo.registry import get_entry, split_name
+from zoo.registry import get_entry, list_models, split_name
 
 __all__ = [
     "checkpoint_folder",
     "create_timm_model",
+    "holds_timm_model",
     "load_model",
     "looks_like_path",
     "model_task",
@@ -36,6 +37,10 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
             source, pretrained=checkpoint_path is None, checkpoint_path=checkpoint_path or "", **model_args
         )
     source = resolve_path(source)
+    if holds_timm_model(source):
+        return create_timm_model(
+            source, pretrained=checkpoint_path is None, checkpoint_path=checkpoint_path or "", **model_args
+        )
     tagged_or_hub = "." in source or ":" in source
     return create_model(
         source,
@@ -90,10 +95,21 @@ def model_task(source: str) -> str:
     if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
         folder = checkpoint_folder(path)
         source = source if folder is None else f"local-dir:{folder}"
+    if holds_timm_model(source):
+        return "vision"
     if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         architecture, args, _ = load_config(source)
         return args.get("task") or get_entry(architecture).task
     return get_entry(split_name(source)[0]).task
+
+
+def holds_timm_model(source: str) -> bool:
+    """Whether this is a folder with a model of timm's that the zoo lacks, as a run of `timm/name` leaves it."""
+    if not source.startswith("local-dir:") or (architecture := load_config(source)[0]) in list_models():
+        return False
+    import timm
+
+    return timm.is_model(architecture)
 
 
 def looks_like_path(source: str) -> bool:

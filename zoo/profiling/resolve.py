@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.errors import ConfigError, UnknownModelError, did_you_mean
 from zoo.factory import create_model
-from zoo.loading import resolve_path
+from zoo.loading import create_timm_model, holds_timm_model, resolve_path
 from zoo.registry import list_models
 
 TIMM_PREFIX = "timm/"
@@ -27,6 +27,9 @@ def build(name: str, device: torch.device | str = "cpu") -> nn.Module:
         return _build_with_timm(name.removeprefix(TIMM_PREFIX), device)
     if name not in list_models():  # a folder of that name in the way is none's
         name = resolve_path(name)
+    if holds_timm_model(name):
+        with torch.device(device):
+            return create_timm_model(name, pretrained=False)
     try:
         return create_model(name, pretrained=False, device=device)
     except UnknownModelError:

@@ -63,6 +63,7 @@ from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependenc
 from zoo.files import make_folder, whole_file
 from zoo.history import FIGURES, SHRUNK, is_better
 from zoo.layers.products import FastProducts
+from zoo.registry import list_models
 from zoo.sparsity import apply_masks, load_masks, save_masks
 from zoo.training.checkpoint import (
     STATE,
@@ -747,6 +748,12 @@ class _Loop:
         if config.train.parallel == "fsdp":
             raise ConfigError(
                 "sparsity does not go with train.parallel fsdp, where no process holds a whole mask: take ddp."
+            )
+        architecture = (getattr(self.task.model, "pretrained_cfg", None) or {}).get("architecture")
+        if config.sparsity.dead_channels and architecture is not None and architecture not in list_models():
+            raise ConfigError(
+                f"sparsity.dead_channels cuts channels off, and a timm/{architecture} without some cannot be opened "
+                "again: set it to 0, or train a model of the zoo's."
             )
         agc = config.optimizer.clip_mode == "agc" and config.optimizer.clip_grad is not None
         if agc and config.sparsity.optimizer_state == "compact":
