@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -459,6 +460,77 @@ def test_without_the_correction_it_would_be():
     ]
     assert expected[11] > 4
     assert steps_after_growth(12, (0.9, 0.999), forget_ages=True) == pytest.approx(expected, rel=1e-3)
+
+
+def moves_of(opt: str, begins: int, updates: int, others: bool = False) -> list[float]:
+    """How far those weights move under a steady slope that appear at update `begins`, or the others, of any optimizer.
+
+    In learning rates; of `begins` 0 those that are there from the start.
+    """
+    torch.manual_seed(0)
+    model, moves = Slope(), []
+    sparse = make(model, 1000, method="rigl", density=0.5, update_interval=begins or 100, update_instead_of_step=False)
+    sparse.start()
+    options = {"nadam": {"eps": 1e-30}, "rmsprop": {"momentum": 0, "alpha": 0.99}}.get(opt, {})
+    optimizer = create_optimizer_v2(model, opt=opt, lr=1e-4, weight_decay=0, **options)
+    sparse.attach(optimizer)
+    first = sparse.masks["layer.weight"].clone()
+    for update in range(1, begins + updates + 1):
+        last = model.layer.weight.detach().clone()
+        model(torch.ones(10, 10)).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+        chosen = sparse.masks["layer.weight"] & (first if others or not begins else ~first)
+        if update > begins:
+            moves.append(float((last - model.layer.weight.detach())[chosen].mean()) / 1e-4)
+    return moves
+
+
+@pytest.mark.parametrize("opt", ["adamw", "lamb", "nadamw", "adabelief", "adamax", "adan"])
+def test_a_weight_that_appears_begins_as_all_do_at_the_start(opt: str):
+    assert moves_of(opt, 200, 12) == pytest.approx(moves_of(opt, 0, 12), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "opt", ["rmsprop", "rmsproptf", "nadam", "adagrad", "adopt", "adafactor", "adafactorbv", "lookahead_adamw"]
+)
+def test_a_weight_that_appears_moves_no_farther_than_the_others(opt: str):
+    """Of optimizers whose first steps are no example."""
+    found, others = (max(map(abs, moves_of(opt, 200, 12, others))) for others in (False, True))
+    assert 0.3 * others < found <= 1.02 * others
+
+
+def test_rmsprop_as_in_tensorflow_begins_with_ones_again():
+    assert moves_of("rmsproptf", 200, 12) == pytest.approx(moves_of("rmsproptf", 0, 12), rel=1e-3)
+
+
+class Unheard(torch.optim.Optimizer):
+    """Moves every weight by its rate."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.sub_(group["lr"])
+
+
+def test_steps_of_weights_that_appear_grow_where_it_is_not_known_how_an_optimizer_begins():
+    for warmup, growing in ((0, 100), (10, 10)):
+        model = Slope()
+        sparse = make(model, 1000, method="set", density=0.5, update_interval=10, regrow_warmup=warmup)
+        sparse.start()
+        sparse.attach(Unheard(model.parameters(), {"lr": 1.0}))
+        first = sparse.masks["layer.weight"].clone()
+        for update in range(1, 15):
+            model(torch.ones(10, 10)).backward()
+            sparse.step(update, sparse.optimizer.step)
+        appeared = sparse.masks["layer.weight"] & ~first
+        expected = -sum(min(age / growing, 1) for age in range(1, 5))
+        assert appeared.any()
+        assert model.layer.weight[appeared].tolist() == pytest.approx([expected] * int(appeared.sum()))
+        note = (
+            "How Unheard begins with a weight is not known here: the steps of weights that appear grow over 100 updates"
+        )
+        assert (note in sparse.describe()) == (warmup == 0)
 
 
 def test_sparse_layers_take_longer_steps_where_that_is_asked_for():

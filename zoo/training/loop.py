@@ -379,9 +379,7 @@ class _Loop:
         # a loss scaler must see whether a step was left out, which a fused one keeps to itself
         optimizer = make_optimizer(learner, config.optimizer, fused=accelerator.scaler is None)
         self.scheduler, self.epochs = make_scheduler(optimizer, config.scheduler, self.updates_per_epoch)
-        self.sparse = self._make_sparse(saved)
-        if self.sparse is not None:
-            self.sparse.attach(optimizer)
+        self.sparse = self._make_sparse(saved, optimizer)
         plainly = device.type == "cpu" and not (train.torchcompile or train.grad_checkpointing)
         self.products = FastProducts if plainly else contextlib.nullcontext
         forward = torch.compile(learner) if train.torchcompile else learner
@@ -695,7 +693,9 @@ class _Loop:
         if unexpected:
             raise CheckpointError(f"{checkpoint} does not fit this configuration: it also holds {unexpected[0]}.")
 
-    def _make_sparse(self, saved: tuple[Path, dict[str, Any]] | None) -> SparseTraining | None:
+    def _make_sparse(
+        self, saved: tuple[Path, dict[str, Any]] | None, optimizer: torch.optim.Optimizer
+    ) -> SparseTraining | None:
         """The masks of a run that has such: a checkpoint's, or new ones where it has none."""
         config = self.config
         rule = config.sparsity.rule()
@@ -724,6 +724,7 @@ class _Loop:
             sparse.start(self._saliency)
             if self.ema is not None:  # of weights that may be at zero now
                 apply_masks(self.ema.module, sparse.masks)
+        sparse.attach(optimizer)
         self._say(sparse.describe())
         limit = config.train.max_updates
         if limit is None:

@@ -19,9 +19,10 @@ In a training loop of one's own:
 Weights that appear start at zero, and so does what the optimizer remembers of them. Adam would then take far too long
 steps: it corrects its averages for their beginning at zero by the number of all updates, so that after k of them a
 weight of steady gradient moves by (1 - beta1**k) / sqrt(1 - beta2**k) of the learning rate, up to 6.6 times of it
-(betas 0.9, 0.999). Here the correction counts a weight's own updates (`optimizer_state` active or compact), and
-`regrow_warmup` shortens its first steps besides: the cold start of Xiao et al. 2026 (SMET), arXiv 2606.00888, whose
-abstract states the remedies; the formulas are ours.
+(betas 0.9, 0.999); RMSprop, which corrects nothing, by 10 times of it (alpha 0.99). Here the correction counts a
+weight's own updates (`optimizer_state` active or compact; `CORRECTIONS` says for which optimizers), and `regrow_warmup`
+shortens its first steps besides: the cold start of Xiao et al. 2026 (SMET), arXiv 2606.00888, whose abstract states the
+remedies; the formulas are ours.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from timm.layers import DropPath
@@ -62,6 +63,14 @@ ELEMENTWISE = (
     *("SGD", "SGDW", "Adam", "AdamW", "AdamWLegacy", "NAdam", "NAdamW", "RAdam", "Adamax", "Lion", "AdaBelief"),
     *("RMSprop", "RMSpropTF"),
 )
+
+# what an optimizer of timm's remembers of a weight that takes its first step, where that is not zero: of the gradient
+BEGINNINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "Adan": ("neg_pre_grad", torch.neg),
+    "Adopt": ("exp_avg_sq", torch.square),
+    "RMSpropTF": ("square_avg", torch.ones_like),
+}
+UNKNOWN_WARMUP = 100  # updates: `regrow_warmup` with optimizers that CORRECTIONS does not know
 
 # what masks, and the number of weights that each keeps, were made by: the rest of a rule may change on the way
 FIXED = ("density", "layers", "distribution", "masks", "dense_from", "pattern", "initial_density", "dead_channels")
@@ -116,6 +125,8 @@ class SparseTraining:
         self.steps = 0  # of the optimizer
         self.born: dict[str, Tensor] = {}  # the step at which a weight appeared; 0: it was there from the start
         self.optimizer: torch.optim.Optimizer | None = None
+        self.kind: str | None = None  # of the optimizer, where its corrections are known
+        self.warmup = rule.regrow_warmup
         self.groups: dict[str, dict[str, Any]] = {}
         self.values: dict[str, nn.Parameter] = {}  # compact: the kept weights alone, in the optimizer's hands
         self.channels: dict[str, ChannelGroup] = {}  # those that may die out
@@ -218,7 +229,12 @@ class SparseTraining:
 
         Raises ConfigError for an optimizer that cannot do what the rule says.
         """
-        self.optimizer, kind = optimizer, type(optimizer).__name__
+        kind = type(optimizer).__name__
+        self.optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        self.kind = next((c.__name__ for c in type(self.optimizer).__mro__ if c.__name__ in CORRECTIONS), None)
+        self.warmup = self.rule.regrow_warmup or (UNKNOWN_WARMUP if self.kind is None else 0)
+        if self.kind in BEGINNINGS:
+            self.optimizer.register_step_pre_hook(self._begin)
         names = {id(self.parameters[name]): name for name in self.masks}
         compact = self.rule.optimizer_state == "compact"
         if compact and kind not in ELEMENTWISE:
@@ -318,20 +334,29 @@ class SparseTraining:
                 born = self.born[name]
                 age = (self.steps - born).to(held.dtype)
                 young = self._bias_correction(name, age)
-                if self.rule.regrow_warmup:
-                    young = young * (age / self.rule.regrow_warmup).clamp(max=1)
+                if self.warmup:
+                    young = young * (age / self.warmup).clamp(max=1)
                 factor = torch.where(born > 0, factor * young, factor)
             held.copy_(torch.lerp(start, held, factor))
 
     def _bias_correction(self, name: str, age: Tensor) -> Tensor:
-        """What Adam's step must be multiplied with so that its averages are corrected for `age` updates of a weight."""
+        """What a step must be multiplied with so that its averages are corrected for `age` updates of a weight."""
         assert self.optimizer is not None
-        state, betas = self.optimizer.state.get(self._held(name), {}), self.groups.get(name, {}).get("betas")
-        if betas is None or not {"exp_avg", "exp_avg_sq"} <= state.keys():
-            return torch.ones_like(age)  # averages that are not corrected begin with short steps of themselves
-        step = torch.full_like(age, float(state.get("step", self.steps)))
-        first, second = (_grown(beta, age) / _grown(beta, step) for beta in betas[:2])
-        return second.sqrt() / first
+        if self.kind is None or name not in self.groups:
+            return torch.ones_like(age)
+        state, group = self.optimizer.state.get(self._held(name), {}), self.groups[name]
+        step = torch.full_like(age, float(state.get("step", group.get("step", self.steps))))
+        return CORRECTIONS[self.kind](group, state, age, step)
+
+    @torch.no_grad()
+    def _begin(self, *args: Any) -> None:
+        """Let the optimizer, about to step, remember what it would of weights that take their first one."""
+        assert self.optimizer is not None
+        key, beginning = BEGINNINGS[str(self.kind)]
+        for name, born in self.born.items():
+            held, state = self._held(name), self.optimizer.state.get(self._held(name), {})
+            if key in state and held.grad is not None:
+                state[key] = torch.where((born > 0) & (born == self.steps), beginning(held.grad), state[key])
 
     # ------------------------------------------------------------------------------------------------------- topologies
 
@@ -590,6 +615,12 @@ class SparseTraining:
                 f" The channels that are to live have room for {room:,} weights, not {kept:,}: they end dense, at "
                 f"{self.density - (kept - room) / total:.2%}."
             )
+        starts_anew = self.rule.growth != "none" and self.rule.optimizer_state != "dense"
+        if starts_anew and self.optimizer is not None and self.kind is None and not self.rule.regrow_warmup:
+            text += (
+                f" How {type(self.optimizer).__name__} begins with a weight is not known here: the steps of weights "
+                f"that appear grow over {self.warmup} updates (sparsity.regrow_warmup)."
+            )
         empty = [name for name, kept in self.final.items() if kept == 0]
         if empty:
             text += f" Nothing is left of {', '.join(empty[:3])}{' and others' * (len(empty) > 3)}: raise the density?"
@@ -662,3 +693,62 @@ def _best(scores: Tensor, among: Tensor | None, count: int) -> Tensor:
 def _grown(beta: float, age: Tensor) -> Tensor:
     """1 - beta ** age, to the last digit."""
     return -torch.expm1(age * math.log(beta)) if beta > 0 else torch.ones_like(age)
+
+
+# ---------------------------------------------------------------------------------------------------------- cold starts
+# What the steps of a weight are multiplied with, by the options of its group, what the optimizer remembers of its
+# tensor, its age, and the number of all steps. Averages that nothing corrects, and that steps are not divided by, begin
+# with short steps of themselves: they stay so.
+
+Correction: TypeAlias = Callable[[Mapping[str, Any], Mapping[str, Any], Tensor, Tensor], Tensor]
+
+
+def _as_adam(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    """Both averages are corrected for all steps; LAMB's on request."""
+    first, second = group["betas"][0], group["betas"][-1]
+    if not group.get("bias_correction", True):
+        return _grown(second, age).sqrt()
+    return (_grown(second, age) / _grown(second, step)).sqrt() / (_grown(first, age) / _grown(first, step))
+
+
+def _as_nadam(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    """The first average is joined by the gradient, so that it does not begin short."""
+    return (_grown(group["betas"][1], age) / _grown(group["betas"][1], step)).sqrt()
+
+
+def _as_adamax(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    """The maximum needs no correction."""
+    return _grown(group["betas"][0], step) / _grown(group["betas"][0], age)
+
+
+def _as_rmsprop(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    return _grown(group["alpha"], age).sqrt()
+
+
+def _as_adagrad(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    """A sum over all steps shortens them."""
+    return (age / step).sqrt()
+
+
+def _as_adafactor(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    """Averages of rows and columns do not start anew, those of tensors too small for that do."""
+    if "exp_avg_sq" not in state:
+        return torch.ones_like(age)
+    beta = 1 - float(step.flatten()[0]) ** -abs(group["decay_rate"])
+    return _grown(min(beta, group.get("beta2_cap", 1.0)), age).sqrt()
+
+
+def _as_it_is(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
+    return torch.ones_like(age)
+
+
+CORRECTIONS: dict[str, Correction] = {
+    **dict.fromkeys(("Adam", "AdamW", "AdamWLegacy", "AdamP", "NAdamW", "RAdam", "RAdamLegacy", "Lamb"), _as_adam),
+    **dict.fromkeys(("AdaBelief", "Adan", "LaProp", "Mars"), _as_adam),
+    **dict.fromkeys(("NAdam", "NAdamLegacy"), _as_nadam),
+    **dict.fromkeys(("Adafactor", "AdafactorBigVision"), _as_adafactor),
+    **dict.fromkeys(("SGD", "SGDW", "SGDP", "Lars", "Lion", "Adopt", "RMSpropTF", "Adadelta", "NvNovoGrad"), _as_it_is),
+    "Adamax": _as_adamax,
+    "RMSprop": _as_rmsprop,
+    "Adagrad": _as_adagrad,
+}
