@@ -108,6 +108,21 @@ def test_features(name):
         close(found, expected)
 
 
+@pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12", "randformer_s12"])
+def test_computes_in_lower_precision_under_autocast(name):
+    """In place, and where gradients flow."""
+    model = randomize(create(name))
+    fast = zoo.optimize_for_inference(model)
+    with torch.no_grad():
+        expected = model(images())
+    for needs_gradients in (False, True):
+        batch = images().requires_grad_(needs_gradients)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = fast(batch)
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).abs().max() <= 3e-2 * expected.abs().max()
+
+
 @pytest.mark.slow
 @models
 @torch.no_grad()

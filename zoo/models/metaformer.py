@@ -741,10 +741,11 @@ class FastPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         share = moments(x, self.eps)[1] * self.weight[:, None, None]
+        share = share.to(x.dtype)  # autocast leaves weights as they are
         pooled = self.pool(x)
         if isinstance(self.res_scale, nn.Identity):
             return x.lerp_(pooled, share) if may_overwrite(x) else x.lerp(pooled, share)
-        kept = cast(Tensor, self.res_scale.scale)[:, None, None] - share
+        kept = cast(Tensor, self.res_scale.scale)[:, None, None].to(x.dtype) - share
         return x.mul_(kept).addcmul_(pooled, share) if may_overwrite(x) else (x * kept).addcmul(pooled, share)
 
 
@@ -804,9 +805,9 @@ class FastRandomMixing(nn.Module):
         normed = self.norm(x)
         if isinstance(self.layer_scale, Scale):  # scaling channels and mixing tokens commute
             normed = normed * self.layer_scale.scale[:, None, None]
-        normed = tokens_of(normed)
+        normed = tokens_of(normed).to(x.dtype)  # autocast leaves weights as they are
         tokens = tokens_of(scale_shortcut(x, self.res_scale))
-        matrix = self.mixer.random_matrix.expand(B, -1, -1)
+        matrix = self.mixer.random_matrix.to(x.dtype).expand(B, -1, -1)
         if may_overwrite(x):
             tokens.baddbmm_(matrix, normed)
             return x
