@@ -549,6 +549,17 @@ def test_sparse_layers_take_longer_steps_where_that_is_asked_for():
         assert float(longer) == pytest.approx(factor * float(moves[0.0][name]), rel=0.02)  # densities are whole weights
 
 
+def test_a_layer_of_which_nothing_is_left_takes_no_steps():
+    model = nn.Sequential(nn.Linear(400, 40), nn.Linear(40, 2))
+    sparse = make(model, method="static", density=0.005, distribution="uniform", lr_density_power=1.0)
+    sparse.start()
+    sparse.attach(adamw(model))
+    model(torch.randn(4, 400)).sum().backward()
+    sparse.step(1, sparse.optimizer.step)
+    assert {name: kept > 0 for name, kept in sparse.kept.items()} == {"0.weight": True, "1.weight": False}
+    assert not model[1].weight.any()
+
+
 def test_dense_states_follow_weights_at_zero():
     """As in SLaK's code: what grows has its momentum already. Else there is none."""
     for kind in ("dense", "active"):

@@ -327,6 +327,8 @@ class SparseTraining:
     def _rescale(self, before: Mapping[str, Tensor]) -> None:
         """Lengthen or shorten the step that was just taken from `before`."""
         for name, start in before.items():
+            if self.kept[name] == 0:
+                continue
             held = self._held(name)
             density = self.kept[name] / self.masks[name].numel()
             factor = torch.full_like(held, density**-self.rule.lr_density_power)
