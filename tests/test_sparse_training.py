@@ -606,6 +606,26 @@ def test_a_step_that_precision_forbids_is_none():
         assert not model.get_parameter(name).detach()[~mask].any()
 
 
+@pytest.mark.parametrize("method", ["granet", "chase"])
+def test_a_last_move_whose_gradients_overflow_reaches_the_target(method: str):
+    model = network() if method == "granet" else metaformer()
+    sparse = make(model, 20, method=method, density=0.2, update_interval=5, stop=1.0)
+    sparse.start()
+    sparse.attach(adamw(model))
+    for update in range(1, 21):
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        overflows = update == 20
+        if overflows:
+            model.get_parameter(next(iter(sparse.masks))).grad.fill_(math.inf)
+        sparse.step(update, (lambda: False) if overflows else sparse.optimizer.step)
+        model.zero_grad()
+    total = sum(parameter.numel() for parameter in sparse.parameters.values())
+    assert abs(sparse.density - 0.2) * total < 1
+    for name, group in sparse.channels.items():
+        assert len(sparse.retired[name]) == int(0.3 * group.size)
+    assert bool(sparse.channels) == (method == "chase")
+
+
 # --------------------------------------------------------------------------------------------------------------- layers
 
 

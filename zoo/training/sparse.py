@@ -111,6 +111,7 @@ class SparseTraining:
         self.interval = updates_per_epoch if rule.update_interval == "epoch" else int(rule.update_interval)
         self.begin, self.end = round(rule.start * updates), round(rule.stop * updates)
         self.falls = rule.initial_density is not None
+        self.has_aim = self.falls or bool(rule.dead_channels)  # that is reached at the end, though no interval is
         self.moves = self.falls or rule.growth != "none"
         if self.moves and -(-max(self.begin, 1) // self.interval) * self.interval > self.end:
             what = "The density would fall all at once" if self.falls else "Masks would never move"
@@ -364,10 +365,10 @@ class SparseTraining:
 
     def is_due(self, update: int) -> bool:
         """Whether masks move at this update."""
-        has_aim = self.falls or bool(self.rule.dead_channels)  # that is reached at the end, though no interval is
-        if not self.begin <= update <= self.end or (update % self.interval and not (has_aim and update == self.end)):
+        aims = self.has_aim and update == self.end
+        if not self.begin <= update <= self.end or (update % self.interval and not aims):
             return False
-        return has_aim or (self.rule.growth != "none" and self.rate(update) > 0)
+        return self.has_aim or (self.rule.growth != "none" and self.rate(update) > 0)
 
     def rate(self, update: int) -> float:
         """The share of kept weights that move at this update."""
@@ -392,14 +393,17 @@ class SparseTraining:
 
     @torch.no_grad()
     def move(self, update: int, gradients: Mapping[str, Tensor]) -> None:
-        """Prune and grow. `gradients` are magnitudes; where they overflowed, masks stay as they are this time."""
+        """Prune and grow. `gradients` are magnitudes; where they overflowed, no weights change places this time."""
+        grows = self.rule.growth != "none"
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
-            return
+            if not self.has_aim:
+                return
+            grows, gradients = False, {}
         targets, rate = self.targets(update), self.rate(update)
         closed = channel_positions(self.model, self.channels, self.retired)
         fresh = {}
         for name, mask in self.masks.items():
-            moving = math.ceil(rate * targets[name]) if self.rule.growth != "none" else 0
+            moving = math.ceil(rate * targets[name]) if grows else 0
             kept = self._prune(name, mask, targets[name] - moving)
             if moving:
                 free = ~(kept | closed[name].to(kept.device)) if name in closed else ~kept
@@ -429,7 +433,7 @@ class SparseTraining:
         self, name: str, kept: Tensor, free: Tensor, count: int, update: int, gradients: Mapping[str, Tensor]
     ) -> Tensor:
         match self.rule.growth:
-            case "gradient":
+            case "gradient" if gradients:
                 scores = gradients[name]
             case "momentum":
                 scores = self._momentum(name)
