@@ -606,18 +606,33 @@ def test_a_step_that_precision_forbids_is_none():
         assert not model.get_parameter(name).detach()[~mask].any()
 
 
+@pytest.mark.parametrize("method", ["set", "rigl", "granet"])
+def test_no_weight_appears_that_would_never_learn(method: str):
+    model = network()
+    sparse = make(model, 30, method=method, density=0.3, update_interval=10, stop=1.0, prune_schedule="constant")
+    sparse.start()
+    sparse.attach(optimizer := adamw(model))
+    masks = {}
+    learn(sparse, model, optimizer, 30, lambda update: masks.update({update: dict(sparse.masks)}))
+    for name, mask in sparse.masks.items():
+        assert (masks[29][name] | ~mask).all()
+        assert method == "granet" or not torch.equal(masks[20][name], masks[19][name])
+    assert sparse.density == pytest.approx(0.3, abs=2e-3)
+
+
 @pytest.mark.parametrize("method", ["granet", "chase"])
 def test_a_last_move_whose_gradients_overflow_reaches_the_target(method: str):
     model = network() if method == "granet" else metaformer()
     sparse = make(model, 20, method=method, density=0.2, update_interval=5, stop=1.0)
     sparse.start()
-    sparse.attach(adamw(model))
+    sparse.attach(optimizer := adamw(model))
     for update in range(1, 21):
         model(torch.randn(2, 3, 32, 32)).square().mean().backward()
         overflows = update == 20
         if overflows:
-            model.get_parameter(next(iter(sparse.masks))).grad.fill_(math.inf)
-        sparse.step(update, (lambda: False) if overflows else sparse.optimizer.step)
+            parameter = model.get_parameter(next(iter(sparse.masks)))
+            parameter.grad = torch.full_like(parameter, math.inf)
+        sparse.step(update, (lambda: False) if overflows else optimizer.step)
         model.zero_grad()
     total = sum(parameter.numel() for parameter in sparse.parameters.values())
     assert abs(sparse.density - 0.2) * total < 1
@@ -697,10 +712,10 @@ def test_configurations_that_make_no_sense(config: dict[str, Any], message: str)
 
 
 def test_masks_that_would_never_move():
-    with pytest.raises(
-        ConfigError, match="update_interval is 2000 updates, and masks may move from update 0 to 100 of"
-    ):
+    with pytest.raises(ConfigError, match="update_interval is 2000 updates, and masks may move from update 0 to 99 of"):
         make(network(), method="slak")
+    with pytest.raises(ConfigError, match=r"Masks would never move: sparsity\.update_interval is 10 updates"):
+        make(network(), 10, method="set", density=0.5)  # at the last update alone
 
 
 @pytest.mark.parametrize(
@@ -804,8 +819,9 @@ def test_what_a_sparse_run_leaves(
 ):
     """Mixed precision keeps zeros; history says the density; a checkpoint is dense with zeros, its masks a bit each."""
     monkeypatch.undo()
-    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "stop": 1.0}  # masks move at the last update
-    run = train(configure(recipe, tmp_path / "run", train={"amp": "bf16"}, sparsity=sparsity))
+    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "stop": 1.0}  # masks move after each epoch
+    cut_off = {"amp": "bf16", "max_updates": 22}  # of 33: after the second
+    run = train(configure(recipe, tmp_path / "run", train=cut_off, scheduler={"epochs": 3}, sparsity=sparsity))
     assert [float(row["density"]) for row in rows(run.folder)] == pytest.approx([0.3, 0.3], abs=1e-3)
     model: Any = zoo.create_model(f"local-dir:{run.folder / 'last'}", pretrained=True)
     masks = load_masks(run.folder / "last" / "masks.safetensors")

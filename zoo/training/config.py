@@ -301,7 +301,8 @@ class SparsityConfig:
             method sets.
         start: share of the run before which masks do not move and the density does not fall. Null: what the method
             sets.
-        stop: share of the run after which they do not. Null: what the method sets.
+        stop: share of the run after which they do not. At its last update no weight appears: it would never learn.
+            Null: what the method sets.
         update_instead_of_step: the gradients of an update that moves masks are not used for the weights. Null: what the
             method sets.
         optimizer_state: "dense": the optimizer follows the gradients of all weights, also of those at zero; "active":

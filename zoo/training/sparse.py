@@ -113,11 +113,13 @@ class SparseTraining:
         self.falls = rule.initial_density is not None
         self.has_aim = self.falls or bool(rule.dead_channels)  # that is reached at the end, though no interval is
         self.moves = self.falls or rule.growth != "none"
-        if self.moves and -(-max(self.begin, 1) // self.interval) * self.interval > self.end:
+        self.updates = updates
+        latest = self.end if self.has_aim else min(self.end, updates - 1)
+        if self.moves and -(-max(self.begin, 1) // self.interval) * self.interval > latest:
             what = "The density would fall all at once" if self.falls else "Masks would never move"
             raise ConfigError(
                 f"{what}: sparsity.update_interval is {self.interval} updates, and masks may move from update "
-                f"{self.begin} to {self.end} of {updates}. Lower it"
+                f"{self.begin} to {latest} of {updates}. Lower it"
                 + ("." if self.falls else ", or set sparsity.growth to none.")
             )
         self.masks: dict[str, Tensor] = {}
@@ -368,7 +370,7 @@ class SparseTraining:
         aims = self.has_aim and update == self.end
         if not self.begin <= update <= self.end or (update % self.interval and not aims):
             return False
-        return self.has_aim or (self.rule.growth != "none" and self.rate(update) > 0)
+        return self.has_aim or (self.rule.growth != "none" and self.rate(update) > 0 and update < self.updates)
 
     def rate(self, update: int) -> float:
         """The share of kept weights that move at this update."""
@@ -393,8 +395,11 @@ class SparseTraining:
 
     @torch.no_grad()
     def move(self, update: int, gradients: Mapping[str, Tensor]) -> None:
-        """Prune and grow. `gradients` are magnitudes; where they overflowed, no weights change places this time."""
-        grows = self.rule.growth != "none"
+        """Prune and grow. `gradients` are magnitudes; where they overflowed, no weights change places this time.
+
+        Nor do they at the last update of all: those that appear would never learn.
+        """
+        grows = self.rule.growth != "none" and update < self.updates
         if not all(bool(gradient.isfinite().all()) for gradient in gradients.values()):
             if not self.has_aim:
                 return
