@@ -11,6 +11,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,33 @@ def test_the_average_is_that_of_the_published_code():
         found = ema.module.get_parameter(name).detach().flatten()
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=1e-7)
         assert torch.equal(found == 0, ~(masks[name] > 0).flatten())
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, partial(torch.compile, backend="eager")], ids=["parallel", "compiled"]
+)
+def test_wrapped_models_are_averaged_scored_and_frozen_as_others(wrap: Callable[[nn.Module], nn.Module]):
+    """Data parallelism and torch.compile add to the names of weights."""
+    outcomes = []
+    for model in (network(), wrap(network())):
+        torch.manual_seed(0)
+        sparse = make(model, method="snip", density=0.3, growth="random", update_interval=2)
+        sparse.start(saliency(model))
+        ema = ModelEmaV3(model, 0.9)
+        sparse.attach(optimizer := adamw(model))
+        for update in (1, 2, 3):
+            learn(sparse, model, optimizer, update, first=update)
+            sparse.average(ema, update)
+        outcomes.append([*sparse.masks.values(), *ema.module.state_dict().values()])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+
+    model = wrap(metaformer())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("stages.3.blocks.0.mlp.fc1.bias" not in name)
+    sparse = make(model, method="chase", density=0.5, update_interval=2)
+    sparse.start()
+    assert "stages.2.blocks.0.mlp.fc1" in sparse.channels
+    assert "stages.3.blocks.0.mlp.fc1" not in sparse.channels
 
 
 @pytest.mark.parametrize("kept", CASES["snip"]["values"])

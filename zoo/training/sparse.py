@@ -53,6 +53,7 @@ from zoo.sparsity import (
     sparse_parameters,
     weakest_channels,
 )
+from zoo.sparsity.densities import plain_name
 from zoo.sparsity.masks import MASKS
 from zoo.training.sparse_methods import SparsityRule
 
@@ -201,7 +202,8 @@ class SparseTraining:
 
     def _may_lose(self, group: ChannelGroup) -> bool:
         """Whether the layers that make and read a group's channels are chosen, and nothing of theirs is frozen."""
-        frozen = {name for name, p in self.model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        every = self.model.named_parameters(remove_duplicate=False)
+        frozen = {plain_name(name) for name, p in every if not p.requires_grad}
         return all(
             part.tensor not in frozen if part.role == "own" else part.tensor in self.parameters for part in group.slices
         )
@@ -291,7 +293,7 @@ class SparseTraining:
 
         A weight that appeared has no past to average: the average takes it as it is.
         """
-        averages = dict(ema.module.named_parameters())
+        averages = {plain_name(name): average for name, average in ema.module.named_parameters()}
         fresh = {name: mask & (averages[name].detach() == 0) for name, mask in self.masks.items()}
         ema.update(self.model, step=update)
         with torch.no_grad():
@@ -669,7 +671,7 @@ def snip_scores(
             module.eval()
     for loss in losses:
         (loss(copied) / len(losses)).backward()
-    parameters, scores = dict(copied.named_parameters()), {}
+    parameters, scores = {plain_name(name): parameter for name, parameter in copied.named_parameters()}, {}
     for name in names:
         weight = parameters[name].detach()
         gradient = parameters[name].grad
