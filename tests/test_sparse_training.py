@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from timm.layers import ScaledStdConv2d
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -684,6 +685,20 @@ def test_frozen_weights_are_left_alone():
 def test_layers_that_are_not_there():
     with pytest.raises(ConfigError, match=r"Nothing in Sequential is called '0.wieght'.* Did you mean 0\.weight"):
         make(network(), method="static", density=0.5, layers=("0.wieght",))
+
+
+def test_layers_that_make_their_weights_of_others_stay_dense():
+    """Weight standardisation fills masked weights again, and a parametrization keeps them elsewhere."""
+    model = network()
+    model[4] = ScaledStdConv2d(8, 16, 1)
+    nn.utils.parametrizations.weight_norm(model[7])
+    sparse = make(model, method="static", density=0.9, distribution="uniform")
+    sparse.start()
+    assert list(sparse.masks) == ["0.weight", "3.weight"]
+    assert " Layers stay dense that make the weights they use of others: 4, 7." in sparse.describe()
+    plain = make(network(), method="static", density=0.9)
+    plain.start()
+    assert "stay dense" not in plain.describe()
 
 
 def test_layers_nearly_dense_stay_dense():

@@ -10,9 +10,10 @@ from torch import nn
 
 from zoo.errors import ConfigError, did_you_mean
 
-__all__ = ["RULES", "counts", "densities", "er", "erk", "sparse_parameters", "uniform"]
+__all__ = ["RULES", "counts", "densities", "er", "erk", "layers_left_out", "sparse_parameters", "uniform"]
 
 Shapes = Mapping[str, Sequence[int]]
+STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")  # timm's
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
@@ -27,8 +28,8 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
             depthwise kernels that are taller than wide or wider than tall, as SLaK's large ones), or patterns: names
             of modules or parameters in which `*` and `?` may stand; a module stands for all below it.
 
-    Vectors (biases, norms, scales) are never sparse. Raises ConfigError for a pattern that matches nothing, and where
-    there is no such weight.
+    Vectors (biases, norms, scales) are never sparse, nor are `layers_left_out`. Raises ConfigError for a pattern that
+    matches nothing, and where there is no such weight.
     """
     modules = {plain_name(name): module for name, module in model.named_modules()}
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
@@ -68,10 +69,25 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
 
 
+def layers_left_out(model: nn.Module) -> list[str]:
+    """Convolutions and linear layers that make the weight they use of others, whose zeros it would not have.
+
+    Such as those with weight standardisation (timm's) or a parametrization (weight norm).
+    """
+    return [
+        plain_name(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and (type(module).__name__ in STANDARDISED or "weight" not in {**module._parameters, **module._buffers})
+    ]
+
+
 def _can_be_sparse(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> bool:
     module, _, last = name.rpartition(".")
     # tables (positions, relative biases, embeddings) have two or four dimensions too, but multiply nothing
-    return last == "weight" and parameter.ndim in (2, 4) and not isinstance(modules.get(module), nn.Embedding)
+    owner = modules.get(module)
+    is_weight = not isinstance(owner, nn.Embedding) and type(owner).__name__ not in STANDARDISED
+    return last == "weight" and parameter.ndim in (2, 4) and is_weight
 
 
 def _some(names: Sequence[str] | Mapping[str, object], most: int = 6) -> str:

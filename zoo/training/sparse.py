@@ -53,7 +53,7 @@ from zoo.sparsity import (
     sparse_parameters,
     weakest_channels,
 )
-from zoo.sparsity.densities import plain_name
+from zoo.sparsity.densities import layers_left_out, plain_name
 from zoo.sparsity.masks import MASKS
 from zoo.training.sparse_methods import SparsityRule
 
@@ -627,6 +627,11 @@ class SparseTraining:
             text += (
                 f" The channels that are to live have room for {room:,} weights, not {kept:,}: they end dense, at "
                 f"{self.density - (kept - room) / total:.2%}."
+            )
+        if self.rule.layers == "all" and (left_out := layers_left_out(self.model)):
+            text += (
+                " Layers stay dense that make the weights they use of others: "
+                f"{', '.join(left_out[:3])}{' and others' * (len(left_out) > 3)}."
             )
         starts_anew = self.rule.growth != "none" and self.rule.optimizer_state != "dense"
         if starts_anew and self.optimizer is not None and self.kind is None and not self.rule.regrow_warmup:
