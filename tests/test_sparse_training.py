@@ -1174,6 +1174,17 @@ def test_channels_of_which_none_may_die_out():
         make(metaformer(), method="chase", density=0.5, update_interval=5, layers=("*.fc1",)).start()
 
 
+def test_channels_of_a_model_that_does_not_say_what_it_takes():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 10))
+    rule = SparsityConfig(method="chase", density=0.5, update_interval=2).rule()
+    assert rule is not None
+    with pytest.raises(ConfigError, match="give input_size"):
+        SparseTraining(model, rule, updates=8).start()
+    sparse = SparseTraining(model, rule, updates=8, input_size=(3, 8, 8))
+    sparse.start()
+    assert {name: group.size for name, group in sparse.channels.items()} == {"0": 8, "2": 4}
+
+
 def hidden_layers(model: nn.Module) -> list[Any]:
     return [module for name, module in model.named_modules() if name.endswith(".fc1")]
 

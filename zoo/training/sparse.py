@@ -88,6 +88,8 @@ class SparseTraining:
         seed: of random masks. They depend on it, the update and the layer's name alone: not on the device, the number
             of processes, or other random numbers.
         agree: overwrites tensors with those of the first process, where there are several.
+        input_size: (channels, height, width) of the images by which channels that may die out are found; by default
+            what the model's `pretrained_cfg` says.
 
     `masks` holds the masks by the names of the weights; chosen layers without one keep all weights. Raises ConfigError
     where no layer is chosen, all chosen are frozen, and masks would never move, or a density not fall step by step,
@@ -103,8 +105,9 @@ class SparseTraining:
         updates_per_epoch: int = 1,
         seed: int = 0,
         agree: Callable[[list[Tensor]], None] = lambda tensors: None,
+        input_size: tuple[int, int, int] | None = None,
     ) -> None:
-        self.model, self.rule, self.seed, self.agree = model, rule, seed, agree
+        self.model, self.rule, self.seed, self.agree, self.input_size = model, rule, seed, agree, input_size
         chosen = sparse_parameters(model, rule.layers)
         self.parameters = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
         if not self.parameters:
@@ -184,7 +187,7 @@ class SparseTraining:
 
     def _find_channels(self) -> None:
         """The groups of channels that may die out, each of whose layers gets a mask. Raises ConfigError for none."""
-        groups = channel_groups(self.model)
+        groups = channel_groups(self.model, self.input_size)
         if not groups:
             raise ConfigError(
                 f"sparsity.dead_channels: {type(self.model).__name__} has no channels that can go: leave it out."
