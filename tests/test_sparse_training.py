@@ -733,6 +733,7 @@ def test_snip_lets_drop_path_rest_and_leaves_the_model_alone():
         ({"method": "rigl"}, r"method rigl needs sparsity\.density"),
         ({"method": "rigl", "density": 0}, r"sparsity\.density must be above 0 and up to 1; it is 0\."),
         ({"method": "rigl", "density": 1.5}, "density must be above 0 and up to 1"),
+        ({"method": "rigl", "density": 1.0}, "density 1 leaves no weight at zero: lower it"),
         ({"method": "rigl", "density": 0.1, "prune_rate": -0.1}, "prune_rate must be from 0 to 1"),
         ({"method": "rigl", "density": 0.1, "start": 0.8}, r"start \(0\.8\) must come before sparsity\.stop \(0\.75\)"),
         ({"method": "rigl", "density": 0.1, "update_interval": 0}, "update_interval must be above zero"),
@@ -1172,6 +1173,19 @@ def test_only_channels_of_layers_that_are_chosen_and_not_frozen_die_out(frozen: 
 def test_channels_of_which_none_may_die_out():
     with pytest.raises(ConfigError, match="dead_channels: all channels that can go touch frozen weights or layers"):
         make(metaformer(), method="chase", density=0.5, update_interval=5, layers=("*.fc1",)).start()
+
+
+def test_channels_die_out_of_a_dense_model():
+    model = metaformer()
+    sparse = make(model, 8, method="chase", density=1.0, update_interval=2, stop=1.0)
+    sparse.start()
+    sparse.attach(adamw(model))
+    for update in range(1, 9):
+        model(torch.randn(2, 3, 32, 32)).square().mean().backward()
+        sparse.step(update, lambda: None)
+        model.zero_grad()
+    assert sparse.cut(model) == sum(map(len, sparse.retired.values())) > 0
+    assert all(weight.all() for name, weight in model.named_parameters() if name in sparse.masks)
 
 
 def test_channels_of_a_model_that_does_not_say_what_it_takes():

@@ -273,8 +273,8 @@ class SparsityConfig:
     Args:
         method: "static", "snip", "set", "rigl", "slak", "gmp", "granet", "nm" or "chase"; null trains all weights. It
             sets what is left null below: zoo/training/sparse_methods.py lists the values of each method.
-        density: share of the chosen layers' weights that is kept, above 0 and up to 1: 1 - sparsity. Null: what the
-            method sets (slak alone does), or what its masks or pattern give.
+        density: share of the chosen layers' weights that is kept, above 0 and below 1: 1 - sparsity; with dead_channels
+            up to 1. Null: what the method sets (slak alone does), or what its masks or pattern give.
         layers: "all" (weights of convolutions and linear layers), "decomposed" (of them SLaK's long depthwise kernels),
             or names of modules and weights, with `*` and `?`. Vectors and frozen weights are never sparse. Null: what
             the method sets.
@@ -395,6 +395,8 @@ class SparsityConfig:
             raise ConfigError(
                 f"sparsity.method {self.method} needs sparsity.density: the share of weights to keep, such as 0.2."
             )
+        elif rule.density == 1 and not rule.dead_channels:
+            raise ConfigError("sparsity.density 1 leaves no weight at zero: lower it.")
         elif rule.initial_density is not None and rule.initial_density < rule.density:
             raise ConfigError(
                 f"sparsity.initial_density ({rule.initial_density:g}) must not be below density ({rule.density:g})."

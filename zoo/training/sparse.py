@@ -171,13 +171,13 @@ class SparseTraining:
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
         self.final = {name: kept for name, kept in self.final.items() if kept < rule.dense_from * sizes[name]}
         self.masks = {name: masks[name] for name in self.final}
+        if rule.dead_channels:
+            self._find_channels()
         if not self.masks:
             raise ConfigError(
                 "No layer would have a weight at zero: "
                 + ("the weights have no zeros." if rule.masks == "weights" else "lower sparsity.density.")
             )
-        if rule.dead_channels:
-            self._find_channels()
         self.agree(list(self.masks.values()))
         self._count()
         self.apply()
