@@ -133,13 +133,65 @@ def test_tokens_behind_padding_on_the_right(form, static_shapes):
     got = model(texts[:, :12], cache=cache, positions=positions, logits_to_keep=12)
     assert_close(got[1, :8], model(texts[1:, :8])[0])
     if form == "window":
-        with pytest.raises(ConfigError, match=r"padding behind tokens, .*: pad on the left"):
+        with pytest.raises(ConfigError, match=r"Padding behind tokens .*: pad on the left"):
             model(texts[:, 12:13], cache=cache)
         cache.reset()
         assert_close(model(texts, cache=cache, logits_to_keep=19), model(texts))
     else:
         alone = torch.cat((texts[1:, :8], texts[1:, 12:13]), 1)
         assert_close(model(texts[:, 12:13], cache=cache)[1], model(alone)[0, -1:])
+
+
+def continued(model, calls, static_shapes):
+    """What a model says of rows whose tokens come in `calls`, lists of positions a row, and of each row alone."""
+    rows, total = len(calls[0]), sum(len(call[0]) for call in calls)
+    texts = tokens_of(rows, total)
+    cache = model.make_cache(rows, total, static_shapes=static_shapes)
+    places = [torch.tensor(call) for call in calls]
+    got = []
+    for place in places:
+        tokens = texts.gather(1, place.clamp(min=0))
+        got.append(model(tokens, cache=cache, positions=place, logits_to_keep=place.shape[1]))
+    whole, real = torch.cat(got, 1), torch.cat(places, 1) >= 0
+    return [(whole[i][real[i]], model(texts[i : i + 1, : int(real[i].sum())])[0]) for i in range(rows)]
+
+
+def places(start, *ends, tokens):
+    """Positions of `tokens` columns: each row goes on from `start`, up to an end of its own, then padding."""
+    return [[i if i < end else -1 for i in range(start, start + tokens)] for end in ends]
+
+
+PADDED_BEHIND = {
+    "nothing overwritten": (32, [[[*range(8)], [*range(5), -1, -1, -1]], [[*range(8, 12)], [*range(5, 9)]]]),
+    "a row that is over": (4, [places(0, 9, 5, tokens=9), places(9, 15, 5, tokens=6), places(15, 19, 5, tokens=4)]),
+    "long before the window": (4, [[[*range(14)], [0, 1, -1, -1, *range(2, 12)]], [[14, 15, 16], [12, 13, 14]]]),
+    "the last place of the window": (4, [[[*range(3)], [0, 1, -1]], [[3], [2]], [[4], [-1]]]),
+}
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("case", PADDED_BEHIND)
+def test_padding_that_takes_no_seen_place_is_no_matter(case, static_shapes):
+    window, calls = PADDED_BEHIND[case]
+    for got, alone in continued(make(sliding_window=window, global_layers=(1,)), calls, static_shapes):
+        assert_close(got, alone)
+
+
+OVERWRITTEN = {
+    "single steps of padding": [places(0, 6, 6, tokens=6), [[6], [-1]], [[7], [-1]], [[8], [-1]], [[9, 10], [6, 7]]],
+    "a single step of padding": [places(0, 6, 6, tokens=6), [[6], [-1]], [[7], [6]]],
+    "a single token behind": [places(0, 5, 3, tokens=5), [[5], [3]]],
+    "later": [[[*range(3)], [0, 1, -1]], [[3], [2]], [[4], [3]]],
+}
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("case", OVERWRITTEN)
+def test_padding_that_took_a_seen_place_is_refused(case, static_shapes):
+    model, calls = make(sliding_window=4, global_layers=(1,)), OVERWRITTEN[case]
+    continued(model, calls[:-1], static_shapes)
+    with pytest.raises(ConfigError, match=r"Padding behind tokens took the place .* keep 4 tokens: pad on the left"):
+        continued(model, calls, static_shapes)
 
 
 # --------------------------------------------------------------------------------------------------------------- memory

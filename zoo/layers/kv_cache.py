@@ -92,7 +92,6 @@ class KVCache:
             for shape, window in shapes
         ]
         self.positions: Tensor | None = None
-        self.has_gaps = False  # in what rings hold: padding stands behind tokens, in the places of others
         self.index: Tensor | None = None
         self.device = like.device
         if static_shapes:
@@ -108,8 +107,8 @@ class KVCache:
     def begin(self, batch_size: int, tokens: int, positions: Tensor | None) -> None:
         """Make ready for `tokens` more of each sequence, (B, tokens) `positions` where they do not simply follow.
 
-        Raises ConfigError for another batch, for more tokens than there is room for, and for tokens behind padding that
-        stands behind others, where layers keep a window alone. (Single tokens may be padding: their sequence is over.)
+        Raises ConfigError for another batch, for more tokens than there is room for, and for tokens that would see
+        others whose place in a ring padding has taken.
         """
         if batch_size != self.batch_size:
             raise ConfigError(f"The cache was made for a batch of {self.batch_size}, not {batch_size}.")
@@ -118,27 +117,29 @@ class KVCache:
                 f"The cache has room for {self.max_length} tokens: it holds {self.length}, and {tokens} more do not "
                 "fit. Make it longer."
             )
-        if self.has_gaps:
-            raise ConfigError(
-                "The cache holds padding behind tokens, for which layers that see a window forgot some of these: pad "
-                "on the left."
-            )
         if positions is not None or self.positions is not None:
-            if positions is None:
-                last = self._keep_positions().amax(1, keepdim=True)
-                positions = last + 1 + torch.arange(tokens, device=self.device)
             kept = self._keep_positions()
+            if positions is None:
+                last = kept.amax(1, keepdim=True)
+                positions = last + 1 + torch.arange(tokens, device=self.device)
+            if not _is_recorded():
+                self._check_rings(kept[:, : self.length], positions)
             if self.index is not None and tokens == 1:
                 kept.index_copy_(1, self.index, positions.to(kept.dtype))
             else:
                 kept[:, self.length : self.length + tokens] = positions
-            if tokens > 1 and self._has_rings and not _is_recorded():
-                held = kept[:, : self.length + tokens]
-                self.has_gaps = bool(((held < 0) & (held.cummax(1).values >= 0)).any())
 
-    @property
-    def _has_rings(self) -> bool:
-        return any(layer.is_ring and layer.length < self.max_length for layer in self.layers)
+    def _check_rings(self, kept: Tensor, new: Tensor) -> None:
+        """Raise ConfigError where tokens at the positions `new`, (B, S), should see some that rings no longer hold."""
+        for ring in {layer.length for layer in self.layers if layer.is_ring}:
+            lost = kept[:, : max(0, kept.shape[1] - ring + (new.shape[1] == 1))]  # one alone takes its place before
+            if lost.shape[1]:
+                first = new.long().where(new >= 0, 1 << 40).amin(1)  # sequences that are over see none
+                if bool((lost.amax(1) > (first - ring).clamp(min=-1)).any()):
+                    raise ConfigError(
+                        f"Padding behind tokens took the place of some that are still seen, in layers that keep {ring} "
+                        "tokens: pad on the left."
+                    )
 
     @property
     def _is_compiled(self) -> bool:
@@ -166,7 +167,7 @@ class KVCache:
 
     def reset(self) -> None:
         """Forget everything, and keep the memory."""
-        self.length, self.has_gaps = 0, False
+        self.length = 0
         if self.index is not None:
             self.index.zero_()
         if self.positions is not None:
