@@ -10,6 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import (
+    AlignDevicesHook,
+    ModelHook,
+    SequentialHook,
+    add_hook_to_module,
+    attach_align_device_hook,
+)
 from huggingface_hub import ModelCard
 
 import zoo
@@ -20,6 +28,7 @@ from zoo import cli
 from zoo.data.text import TextDataConfig
 from zoo.data.tokenizers import create_tokenizer
 from zoo.errors import ConfigError
+from zoo.layers.decoder import Decoder
 from zoo.publishing import model_card, prepare, publish
 from zoo.training import LanguageTrainingConfig, train
 from zoo.training.config import OutputConfig, SchedulerConfig
@@ -200,6 +209,74 @@ def test_mixed_precision_of_accelerate_is_no_change(tmp_path: Path):
     make_accelerator(LanguageTrainConfig(device="cpu", amp="bf16"), OutputConfig(tracker=None)).prepare(model)
     again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
     assert torch.equal(again(tokens()), wanted)
+
+
+def test_a_dispatched_model_is_saved_and_scored_as_it_was(tmp_path: Path):
+    model = small(tie_embeddings=False)
+    wanted, loss = model(tokens()), model(tokens(), tokens())
+    attach_align_device_hook(model, execution_device=torch.device("cpu"))
+    add_hook_to_module(model, SequentialHook(AlignDevicesHook(), AlignDevicesHook()))
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
+    assert torch.equal(again(tokens()), wanted)
+    assert torch.equal(model(tokens(), tokens()), loss)
+
+
+class PlusOne(ModelHook):
+    def post_forward(self, module: torch.nn.Module, output: torch.Tensor) -> torch.Tensor:
+        return output + 1
+
+
+def hook_by_accelerate(module: torch.nn.Module) -> None:
+    add_hook_to_module(module, PlusOne())
+
+
+def hook_twice(module: torch.nn.Module) -> None:
+    add_hook_to_module(module, SequentialHook(AlignDevicesHook(), PlusOne()))
+
+
+def patch_and_dispatch(module: torch.nn.Module) -> None:
+    module.forward = torch.neg
+    add_hook_to_module(module, AlignDevicesHook())
+
+
+@pytest.mark.parametrize("change", [hook_by_accelerate, hook_twice, patch_and_dispatch])
+def test_what_accelerates_hooks_compute_counts(change: Any, tmp_path: Path):
+    model = small(tie_embeddings=False)
+    change(model.model.norm)
+    with pytest.raises(ConfigError, match=r"model\.norm \(RMSNorm\) has .* a forward of its own"):
+        zoo.save_pretrained(model, tmp_path / "model")
+    change(model.lm_head)
+    with pytest.raises(ConfigError, match=r"lm_head \(Linear\) has a forward of its own: .* remove hooks"):
+        model(tokens(), tokens())
+
+
+def test_losses_of_offloaded_heads_are_refused():
+    untied, tied = small(tie_embeddings=False), small()
+    cpu_offload(untied, torch.device("cpu"))
+    cpu_offload(tied, torch.device("cpu"))
+    assert torch.isfinite(untied(tokens())).all()
+    with pytest.raises(ConfigError, match=r"lm_head .* its weight elsewhere: .* keep the weight in memory"):
+        untied(tokens(), tokens())
+    with pytest.raises(ConfigError, match="embedding's, which is offloaded: keep embed_tokens in memory"):
+        tied(tokens())
+
+
+def test_a_subclass_of_a_model_is_saved_as_the_model(tmp_path: Path):
+    class Counting(Decoder):
+        calls = 0
+
+        def forward(self, *args: Any, **options: Any) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(*args, **options)
+
+    model = small()
+    wanted = model(tokens())
+    model.__class__ = Counting
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
+    assert torch.equal(again(tokens()), wanted)
+    model.forward = torch.neg
+    with pytest.raises(ConfigError, match=r"the model .* a forward of its own"):
+        zoo.save_pretrained(model, tmp_path / "other")
 
 
 # ---------------------------------------------------------------------------------------------------------- publishing

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.exporting import is_exporting
-from zoo.layers.folding import has_hooks, is_changed
+from zoo.layers.folding import has_hooks, has_own_forward, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights, on_meta
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
@@ -417,8 +417,8 @@ class Decoder(ZooModelHubMixin, nn.Module):
     def head_weight(self) -> Tensor:
         """(vocab_size, dim): what turns features into logits.
 
-        Raises ConfigError for an lm_head that computes something else than its weight says, and for an embedding that
-        has none.
+        Raises ConfigError for an lm_head that computes something else than its weight says, and for a weight that is
+        not there, or offloaded by accelerate.
         """
         if self.config.tie_embeddings:
             embedding = self.model.embed_tokens
@@ -428,19 +428,26 @@ class Decoder(ZooModelHubMixin, nn.Module):
                     f"The head's matrix is the embedding's, and embed_tokens ({type(embedding).__name__}) has no "
                     "weight: merge what it adds into the embedding, or create the model with tie_embeddings=False."
                 )
+            if _is_offloaded(embedding):
+                raise ConfigError(
+                    "The head's matrix is the embedding's, which is offloaded: keep embed_tokens in memory, or create "
+                    "the model with tie_embeddings=False."
+                )
             return weight
         head = self.lm_head
         own = None
-        if type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+        if type(head).forward is not nn.Linear.forward or has_own_forward(head):
             own = "a forward of its own"
         elif has_hooks(head, but=COUNTERS):
             own = "hooks"
         elif head.bias is not None:
             own = "a bias"
+        elif _is_offloaded(head):
+            own = "its weight elsewhere"
         if own is not None:
             raise ConfigError(
                 f"Losses are computed with the weight of lm_head alone, and lm_head ({type(head).__name__}) has "
-                f"{own}: merge what it adds into the weight, or leave lm_head as it is."
+                f"{own}: merge what it adds into the weight, remove hooks, and keep the weight in memory."
             )
         return head.weight
 
@@ -649,6 +656,10 @@ class Decoder(ZooModelHubMixin, nn.Module):
                 f"Target {int(wrong[0])} is outside the vocabulary, 0 to {self.config.vocab_size - 1}; {IGNORED} is "
                 "for places that do not count."
             )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    return "_hf_hook" in module.__dict__ and bool(module.get_parameter("weight").is_meta)
 
 
 def _too_long(length: int, context_length: int) -> str:

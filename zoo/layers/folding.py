@@ -31,9 +31,24 @@ def has_hooks(*modules: nn.Module, but: tuple[str, ...] = ()) -> bool:
 def is_changed(module: nn.Module, *packages: str) -> bool:
     """Whether `module` may compute something else than its kind does in a known package, or in one of `packages`: it is
     parametrized, or has a `forward` from elsewhere, as adapters have, or of torch's quantised layers."""
+    return "forward" in module.__dict__ or _is_special(module, *packages)
+
+
+def _is_special(module: nn.Module, *packages: str) -> bool:
     forward = getattr(type(module), "forward", None)
     known = package_of(forward) in (*KNOWN, *packages) and not str(forward.__module__).startswith("torch.ao.")
-    return "forward" in module.__dict__ or not known or is_parametrized(module)
+    return not known or is_parametrized(module)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether `module` was given a `forward`, other than those of accelerate that call the class's in mixed precision
+    or on another device."""
+    if "forward" not in module.__dict__:
+        return False
+    hook = module.__dict__.get("_hf_hook", module.__dict__["forward"])
+    by_accelerate = all(package_of(part) == "accelerate" for part in getattr(hook, "hooks", (hook,)))
+    called = module.__dict__.get("_old_forward", module.__dict__.get("_original_forward"))
+    return not by_accelerate or getattr(called, "__func__", None) is not type(module).forward
 
 
 def check_plain(model: nn.Module, purpose: str, *, like: nn.Module | None = None) -> None:
@@ -45,14 +60,18 @@ def check_plain(model: nn.Module, purpose: str, *, like: nn.Module | None = None
 
     for name, part in model.named_modules():
         hooked = has(has_hooks, name, part)
-        # accelerate's forward is the model's own in mixed precision
-        wrapped = package_of(part.__dict__.get("forward")) == "accelerate"
-        if hooked or (has(is_changed, name, part) and not wrapped):
+        # the model itself may be of a user's class, whose weights are those of ours
+        special = has(_is_special, name, part) and not (part is model and like is not None and _extends(model, like))
+        if hooked or special or has(has_own_forward, name, part):
             what = "hooks" if hooked else "a parametrization or a forward of its own"
             raise ConfigError(
                 f"{purpose} holds weights alone, and {name or 'the model'} ({type(part).__name__}) has {what}: first "
                 "merge adapters into the weights, and remove hooks and parametrizations."
             )
+
+
+def _extends(model: nn.Module, like: nn.Module) -> bool:
+    return isinstance(model, type(like)) and not is_parametrized(model)
 
 
 def package_of(function: object) -> str:
