@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,6 +216,7 @@ def test_memory_changes_nothing(form, parts, static_shapes):
 
 def test_a_window_remembers_no_more_than_it_sees():
     model = make("window")
+    assert model.make_cache(np.int64(2), np.int32(100)).nbytes == model.make_cache(2, 100).nbytes
     cache = model.make_cache(2, 100)
     assert [layer.tensors[0].shape for layer in cache.layers] == [(2, 2, 5, 8), (2, 2, 100, 8), (2, 2, 5, 8)]
     assert cache.nbytes == 2 * 8 * model.config.kv_elements(100)

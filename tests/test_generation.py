@@ -317,6 +317,8 @@ def test_texts_that_stop(stop: Any, text: str, ended: str) -> None:
 def test_a_stop_text_that_only_begins_is_told_at_the_end() -> None:
     model = speller("abcd")
     assert zoo.generate(model, "", tokenizer="bytes", stop="cdx", max_new_tokens=100) == "abcd"
+    for stops in ({"cd", "x"}, ("cd",), iter(["cd"])):
+        assert zoo.generate(model, "", tokenizer="bytes", stop=stops, max_new_tokens=100) == "ab"
     assert zoo.generate(model, "", tokenizer="bytes", stop="cdx", max_new_tokens=3) == "abc"
     assert zoo.generate(model, [256], tokenizer="bytes", stop="bc", max_new_tokens=9) == list(b"abc")
 

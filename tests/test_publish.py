@@ -319,6 +319,8 @@ def test_weights_in_half_precision(hub: Hub, model: nn.Module, tmp_path: Path):
 def test_an_option_that_there_is_not(model: nn.Module):
     with pytest.raises(TypeError, match=r"^publish\(\) got .* 'licence'\. Did you mean license"):
         publish(model, "me/model", licence="mit")
+    with pytest.raises(TypeError, match=r"^publish\(\) got .* 'folder'"):
+        publish(model, "me/model", folder="draft")
 
 
 def test_a_broken_model_is_not_published(hub: Hub, model: nn.Module):

@@ -19,6 +19,7 @@ from accelerate.hooks import (
     attach_align_device_hook,
 )
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 
 import zoo
 from tests.hub_stub import Hub
@@ -259,6 +260,14 @@ def test_losses_of_offloaded_heads_are_refused():
         untied(tokens(), tokens())
     with pytest.raises(ConfigError, match="embedding's, which is offloaded: keep embed_tokens in memory"):
         tied(tokens())
+
+
+def test_norms_in_float32_do_not_describe_a_model(tmp_path: Path):
+    model = small().bfloat16()
+    model.model.norm.float()
+    folder = zoo.save_pretrained(model, tmp_path / "model")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == torch.float32
 
 
 def test_a_subclass_of_a_model_is_saved_as_the_model(tmp_path: Path):

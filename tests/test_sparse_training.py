@@ -533,6 +533,40 @@ def test_rmsprop_as_in_tensorflow_begins_with_ones_again():
     assert moves_of("rmsproptf", 200, 12) == pytest.approx(moves_of("rmsproptf", 0, 12), rel=1e-3)
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """Adam as other packages have it, which counts its steps in the group."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state.setdefault(key, torch.zeros_like(parameter))
+                state["exp_avg"].lerp_(parameter.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(parameter.grad**2, 1 - second)
+                size = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt() + 1e-30
+                step = state["exp_avg"] / size / (1 - first ** group["step"])
+                parameter.data.sub_(group["lr"] * step)
+
+
+def test_adam_of_another_package_is_known_by_its_averages():
+    model = Slope()
+    sparse = make(model, 1000, method="set", density=0.5, update_interval=200)
+    sparse.start()
+    optimizer = FusedAdam(model.parameters(), {"lr": 1e-3, "betas": (0.9, 0.999)})
+    sparse.attach(optimizer)
+    first = sparse.masks["layer.weight"].clone()
+    for update in range(1, 206):
+        model(torch.ones(10, 10)).backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+    appeared = sparse.masks["layer.weight"] & ~first
+    assert appeared.any()
+    assert model.layer.weight[appeared].tolist() == pytest.approx([-5e-3] * int(appeared.sum()), rel=1e-3)
+
+
 class Unheard(torch.optim.Optimizer):
     """Moves every weight by its rate."""
 
@@ -557,7 +591,8 @@ def test_steps_of_weights_that_appear_grow_where_it_is_not_known_how_an_optimize
         assert appeared.any()
         assert model.layer.weight[appeared].tolist() == pytest.approx([expected] * int(appeared.sum()))
         note = (
-            "How Unheard begins with a weight is not known here: the steps of weights that appear grow over 100 updates"
+            "How Unheard begins with a weight is not known here: unless it keeps Adam's averages, the steps of weights "
+            "that appear grow over 100 updates"
         )
         assert (note in sparse.describe()) == (warmup == 0)
 

@@ -331,6 +331,18 @@ def test_what_a_full_disk_cut_off_is_not_kept(tmp_path: Path):
     assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
+def test_a_source_that_breaks_off_is_not_told_as_a_full_disk(tmp_path: Path):
+    class Flaky(FileTexts):
+        def documents(self, first: int = 0) -> Iterator[Document | Damaged]:
+            yield from itertools.islice(super().documents(first), 2)
+            raise ConnectionError("the server hung up")
+
+    source = Flaky([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], None)
+    with pytest.raises(DataError, match=r"a\.jsonl.* cannot be read: the server hung up\."):
+        prepare_tokens(source, BYTES, cache_dir=str(tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
 @pytest.mark.parametrize("name", ["tokens.bin", "starts.bin", "facts.json"])
 def test_cached_tokens_that_are_not_whole_are_made_anew(tmp_path: Path, name: str):
     source = FileTexts([str(write_jsonl(tmp_path / "a.jsonl", TEXTS))], None)

@@ -197,9 +197,10 @@ def _language_config(
         raise ConfigError("A language model has no classes: leave out labels.")
     if tokenizer is not None:
         check_fits(tokenizer, model)
-    dtype = dtype or model.model.norm.weight.dtype
     config: dict[str, Any] = {}
     if quantization is None and is_stock(model.config):
+        stack = model.model  # whose norms may be in float32 where the rest is not
+        dtype = dtype or getattr(stack.embed_tokens, "weight", stack.norm.weight).dtype
         config = transformers_config(model.config, dtype=dtype, tokenizer=tokenizer)
     described = {key: cfg[key] for key in ("tag", "license", "origin_url") if cfg.get(key)}
     if cfg.get("tag") and not hasattr(model, "load_report"):  # of published weights, which this model never had

@@ -138,7 +138,8 @@ def publish(
         PublishError: nothing was published, or what was cannot be proved; says which, and what to do.
         ConfigError, CheckpointError, UnknownModelError: as `prepare`.
     """
-    check_keywords("publish", options, inspect.signature(prepare).parameters)
+    known = inspect.signature(prepare).parameters.keys() - {"source", "folder", "repo_id"}
+    check_keywords("publish", options, known)
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="zoo-publish-", ignore_cleanup_errors=True) as scratch:
         draft = prepare(source, Path(scratch) / "repository", repo_id=repo_id, **options)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         segmentation_training_loader,
     )
     from zoo.data.sources import ImageSplit, align_classes, load_split
+    from zoo.data.text import TextDataConfig
     from zoo.data.transforms import Batch, eval_transform, preprocessing, random_transform
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "SegmentationBatch",
     "SegmentationDataConfig",
     "SegmentationSplit",
+    "TextDataConfig",
     "Tokenizer",
     "TrainingLoader",
     "align_classes",
@@ -60,8 +62,8 @@ __all__ = [
     "training_loader",
 ]
 
-# torchvision and timm take seconds to import, and texts need neither
-_IMAGES = {
+# torchvision and timm take seconds to import, and texts need neither; Pillow, and tokenizers do not
+_LATER = {
     "zoo.data.loading": (
         "UNREADABLE",
         "DamageReport",
@@ -81,9 +83,10 @@ _IMAGES = {
         "segmentation_training_loader",
     ),
     "zoo.data.sources": ("ImageSplit", "align_classes", "load_split"),
+    "zoo.data.text": ("TextDataConfig",),
     "zoo.data.transforms": ("Batch", "eval_transform", "preprocessing", "random_transform"),
 }
 __getattr__, __dir__ = on_first_use(
     __name__,
-    {name: home for home, names in _IMAGES.items() for name in (home.rpartition(".")[2], *names)},
+    {name: home for home, names in _LATER.items() for name in (home.rpartition(".")[2], *names)},
 )

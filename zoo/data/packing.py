@@ -229,7 +229,8 @@ def prepare_tokens(
     """Tokenise `source`, or find it tokenised by an earlier run: what it holds and the tokenizer decide, not names.
 
     With `max_tokens` the first documents alone that hold so many. Of several processes one does it, the others wait.
-    Raises DataError where there is no token, no room to keep them, or, when `strict`, something damaged.
+    Raises DataError where there is no token, no room to keep them, a source that cannot be read, or, when `strict`,
+    something damaged.
     """
     home = make_folder(cache_dir or Path(huggingface_hub.constants.HF_HUB_CACHE).parent / "zoo" / "tokens")
     key = f"{FORMAT}\0{source.fingerprint()}\0{_tokenizer_fingerprint(tokenizer)}\0{max_tokens}"
@@ -306,7 +307,7 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizes | None, strict
             largest = max(largest, int(ids.max(initial=0)))
             total += len(ids)
 
-        for group in _in_groups(_sound(source.documents(), damaged, strict)):
+        for group in _in_groups(_sound(_read(source), damaged, strict)):
             for document, encoded in zip(group, _encode(group, tokenizer), strict=True):
                 if max_tokens is not None and total >= max_tokens:
                     break
@@ -341,6 +342,15 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizes | None, strict
     }
     with whole_file(folder / "facts.json") as out:
         out.write(json.dumps(facts, indent=2).encode())
+
+
+def _read(source: TextSource) -> Iterator[Document | Damaged]:
+    try:
+        yield from source.documents()
+    except ZooError:
+        raise
+    except OSError as error:  # no lack of room, as those of what is written here
+        raise DataError(f"{source.name} cannot be read: {error.strerror or error}.") from error
 
 
 def _sound(documents: Iterable[Document | Damaged], damaged: list[str], strict: bool) -> Iterator[Document]:

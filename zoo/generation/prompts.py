@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -57,7 +57,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop: str | Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     seed: int | None = None,
     stream: bool = False,
     engine: Engine = "torch",
@@ -166,7 +166,7 @@ def prepare(
     tokenizer: Tokenizer | str | Path | None = None,
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
-    stop: str | Sequence[str] = (),
+    stop: str | Iterable[str] = (),
     engine: Engine = "torch",
     compile: bool = False,
 ) -> Generation:
@@ -176,7 +176,7 @@ def prepare(
             f"There is no engine {engine!r}: it is {' or '.join(get_args(Engine))}."
             f"{did_you_mean(str(engine), get_args(Engine))}"
         )
-    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Sequence) else tuple(stop)
+    stops = (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
     if not all(isinstance(text, str) and text for text in stops):
         raise ConfigError(f"stop is a text or several, none of them empty: not {stop!r}.")
     is_text = any(isinstance(prompt, str) for prompt in prompts)

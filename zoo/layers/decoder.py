@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -503,17 +504,17 @@ class Decoder(ZooModelHubMixin, nn.Module):
 
         `dtype` is the weights' by default. Raises ConfigError for more tokens than the context has.
         """
-        if type(batch_size) is not int or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ConfigError(f"A cache is for a batch of 1 up, not {batch_size!r}.")
         max_length = self.config.context_length if max_length is None else max_length
-        if type(max_length) is not int or not 1 <= max_length <= self.config.context_length:
+        if not isinstance(max_length, Integral) or not 1 <= max_length <= self.config.context_length:
             raise ConfigError(
                 f"A cache for {max_length!r} tokens cannot be: the model's context has {self.config.context_length}."
             )
         like = self.model.norm.weight.detach()
         if dtype is not None:
             like = like.new_empty(0, dtype=dtype)
-        return KVCache(self.config.cache_shapes, batch_size, max_length, like, static_shapes)
+        return KVCache(self.config.cache_shapes, int(batch_size), int(max_length), like, static_shapes)
 
     def forward_features(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
         """(B, S) token numbers -> (B, S, dim), normalised. The arguments are those of `forward`."""

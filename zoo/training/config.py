@@ -310,7 +310,7 @@ class SparsityConfig:
             "compact": the same, stored for the kept weights alone, which takes memory as the density does (optimizers
             that treat each weight by itself). Null: what the method sets.
         regrow_warmup: updates over which the steps of a weight that appeared grow to their full length; 0 means 100
-            with optimizers of which it is not known how they begin. Null: what the method sets.
+            with optimizers that are not known here and keep other averages than Adam. Null: what the method sets.
         lr_density_power: a layer of density d takes steps d ** -power as long: 0 as they are, 1 as muP asks for sparse
             layers (Dey et al. 2024, arXiv 2405.15743). Null: what the method sets.
         dead_channels: share of each inner layer's channels, those with the fewest weights, that dies out by `stop`; at

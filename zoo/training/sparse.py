@@ -71,7 +71,7 @@ BEGINNINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Adopt": ("exp_avg_sq", torch.square),
     "RMSpropTF": ("square_avg", torch.ones_like),
 }
-UNKNOWN_WARMUP = 100  # updates: `regrow_warmup` with optimizers that CORRECTIONS does not know
+UNKNOWN_WARMUP = 100  # updates: `regrow_warmup` with optimizers that CORRECTIONS does not know, and no Adam
 
 # what masks, and the number of weights that each keeps, were made by: the rest of a rule may change on the way
 FIXED = ("density", "layers", "distribution", "masks", "dense_from", "pattern", "initial_density", "dead_channels")
@@ -133,7 +133,6 @@ class SparseTraining:
         self.born: dict[str, Tensor] = {}  # the step at which a weight appeared; 0: it was there from the start
         self.optimizer: torch.optim.Optimizer | None = None
         self.kind: str | None = None  # of the optimizer, where its corrections are known
-        self.warmup = rule.regrow_warmup
         self.groups: dict[str, dict[str, Any]] = {}
         self.values: dict[str, nn.Parameter] = {}  # compact: the kept weights alone, in the optimizer's hands
         self.channels: dict[str, ChannelGroup] = {}  # those that may die out
@@ -240,7 +239,6 @@ class SparseTraining:
         kind = type(optimizer).__name__
         self.optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
         self.kind = next((c.__name__ for c in type(self.optimizer).__mro__ if c.__name__ in CORRECTIONS), None)
-        self.warmup = self.rule.regrow_warmup or (UNKNOWN_WARMUP if self.kind is None else 0)
         if self.kind in BEGINNINGS:
             self.optimizer.register_step_pre_hook(self._begin)
         names = {id(self.parameters[name]): name for name in self.masks}
@@ -343,20 +341,25 @@ class SparseTraining:
             if name in self.born:
                 born = self.born[name]
                 age = (self.steps - born).to(held.dtype)
-                young = self._bias_correction(name, age)
-                if self.warmup:
-                    young = young * (age / self.warmup).clamp(max=1)
-                factor = torch.where(born > 0, factor * young, factor)
+                factor = torch.where(born > 0, factor * self._cold_start(name, age), factor)
             held.copy_(torch.lerp(start, held, factor))
 
-    def _bias_correction(self, name: str, age: Tensor) -> Tensor:
-        """What a step must be multiplied with so that its averages are corrected for `age` updates of a weight."""
+    def _cold_start(self, name: str, age: Tensor) -> Tensor:
+        """What a step must be multiplied with so that its averages are corrected for `age` updates of a weight, and
+        that it is warmed up."""
         assert self.optimizer is not None
-        if self.kind is None or name not in self.groups:
-            return torch.ones_like(age)
-        state, group = self.optimizer.state.get(self._held(name), {}), self.groups[name]
-        step = torch.full_like(age, float(state.get("step", group.get("step", self.steps))))
-        return CORRECTIONS[self.kind](group, state, age, step)
+        young, warmup = torch.ones_like(age), self.rule.regrow_warmup
+        if name in self.groups:
+            state, group = self.optimizer.state.get(self._held(name), {}), self.groups[name]
+            correction = CORRECTIONS.get(self.kind or "")
+            if correction is None and state.keys() >= {"exp_avg", "exp_avg_sq"} and len(group.get("betas", ())) == 2:
+                correction = _as_adam  # one of another package
+            if correction is not None:
+                step = torch.full_like(age, float(state.get("step", group.get("step", self.steps))))
+                young = correction(group, state, age, step)
+            else:
+                warmup = warmup or UNKNOWN_WARMUP
+        return young * (age / warmup).clamp(max=1) if warmup else young
 
     @torch.no_grad()
     def _begin(self, *args: Any) -> None:
@@ -639,8 +642,9 @@ class SparseTraining:
         starts_anew = self.rule.growth != "none" and self.rule.optimizer_state != "dense"
         if starts_anew and self.optimizer is not None and self.kind is None and not self.rule.regrow_warmup:
             text += (
-                f" How {type(self.optimizer).__name__} begins with a weight is not known here: the steps of weights "
-                f"that appear grow over {self.warmup} updates (sparsity.regrow_warmup)."
+                f" How {type(self.optimizer).__name__} begins with a weight is not known here: unless it keeps Adam's "
+                f"averages, the steps of weights that appear grow over {UNKNOWN_WARMUP} updates "
+                "(sparsity.regrow_warmup)."
             )
         empty = [name for name, kept in self.final.items() if kept == 0]
         if empty:
