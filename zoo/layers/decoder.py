@@ -429,7 +429,7 @@ class Decoder(ZooModelHubMixin, nn.Module):
                     f"The head's matrix is the embedding's, and embed_tokens ({type(embedding).__name__}) has no "
                     "weight: merge what it adds into the embedding, or create the model with tie_embeddings=False."
                 )
-            if _is_offloaded(embedding):
+            if _is_offloaded(embedding, weight):
                 raise ConfigError(
                     "The head's matrix is the embedding's, which is offloaded: keep embed_tokens in memory, or create "
                     "the model with tie_embeddings=False."
@@ -443,7 +443,7 @@ class Decoder(ZooModelHubMixin, nn.Module):
             own = "hooks"
         elif head.bias is not None:
             own = "a bias"
-        elif _is_offloaded(head):
+        elif _is_offloaded(head, head.weight):
             own = "its weight elsewhere"
         if own is not None:
             raise ConfigError(
@@ -659,8 +659,8 @@ class Decoder(ZooModelHubMixin, nn.Module):
             )
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    return "_hf_hook" in module.__dict__ and bool(module.get_parameter("weight").is_meta)
+def _is_offloaded(module: nn.Module, weight: Tensor) -> bool:
+    return weight.is_meta and "_hf_hook" in module.__dict__  # of a model that is all on the meta device it is not
 
 
 def _too_long(length: int, context_length: int) -> str:
