@@ -17,6 +17,7 @@ from accelerate.hooks import (
     SequentialHook,
     add_hook_to_module,
     attach_align_device_hook,
+    remove_hook_from_module,
 )
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -207,9 +208,11 @@ def test_a_model_that_would_open_as_another_is_not_saved(change: Any, message: s
 def test_mixed_precision_of_accelerate_is_no_change(tmp_path: Path):
     model = small()
     wanted = model(tokens())
-    make_accelerator(LanguageTrainConfig(device="cpu", amp="bf16"), OutputConfig(tracker=None)).prepare(model)
+    accelerator = make_accelerator(LanguageTrainConfig(device="cpu", amp="bf16"), OutputConfig(tracker=None))
+    accelerator.prepare(model)
     again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
     assert torch.equal(again(tokens()), wanted)
+    assert zoo.save_pretrained(accelerator.unwrap_model(model, keep_fp32_wrapper=False), tmp_path / "unwrapped")
 
 
 def test_a_dispatched_model_is_saved_and_scored_as_it_was(tmp_path: Path):
@@ -220,6 +223,10 @@ def test_a_dispatched_model_is_saved_and_scored_as_it_was(tmp_path: Path):
     again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
     assert torch.equal(again(tokens()), wanted)
     assert torch.equal(model(tokens(), tokens()), loss)
+    remove_hook_from_module(model, recurse=True)
+    assert zoo.save_pretrained(model, tmp_path / "removed")
+    assert torch.equal(model(tokens(), tokens()), loss)
+    assert zoo.optimize_for_inference(model) is not model
 
 
 class PlusOne(ModelHook):

@@ -7,7 +7,7 @@ once. All of it is exact in real arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ def has_hooks(*modules: nn.Module, but: tuple[str, ...] = ()) -> bool:
 def is_changed(module: nn.Module, *packages: str) -> bool:
     """Whether `module` may compute something else than its kind does in a known package, or in one of `packages`: it is
     parametrized, or has a `forward` from elsewhere, as adapters have, or of torch's quantised layers."""
-    return "forward" in module.__dict__ or _is_special(module, *packages)
+    return _given_forward(module) is not None or _is_special(module, *packages)
 
 
 def _is_special(module: nn.Module, *packages: str) -> bool:
@@ -40,12 +40,20 @@ def _is_special(module: nn.Module, *packages: str) -> bool:
     return not known or is_parametrized(module)
 
 
+def _given_forward(module: nn.Module) -> Any:
+    """What `module` calls in place of its class's `forward`; None where that is it, also where it was put back."""
+    given = module.__dict__.get("forward")
+    is_back = getattr(given, "__func__", None) is type(module).forward and getattr(given, "__self__", None) is module
+    return None if is_back else given
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether `module` was given a `forward`, other than those of accelerate that call the class's in mixed precision
     or on another device."""
-    if "forward" not in module.__dict__:
+    given = _given_forward(module)
+    if given is None:
         return False
-    hook = module.__dict__.get("_hf_hook", module.__dict__["forward"])
+    hook = module.__dict__.get("_hf_hook", given)
     by_accelerate = all(package_of(part) == "accelerate" for part in getattr(hook, "hooks", (hook,)))
     called = module.__dict__.get("_old_forward", module.__dict__.get("_original_forward"))
     return not by_accelerate or getattr(called, "__func__", None) is not type(module).forward
