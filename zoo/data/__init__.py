@@ -62,7 +62,7 @@ __all__ = [
     "training_loader",
 ]
 
-# torchvision and timm take seconds to import, and texts need neither; Pillow, and tokenizers do not
+# torchvision and timm take seconds to import, and texts need neither; tokenizers need no Pillow either
 _LATER = {
     "zoo.data.loading": (
         "UNREADABLE",

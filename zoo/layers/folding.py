@@ -62,24 +62,21 @@ def has_own_forward(module: nn.Module) -> bool:
 def check_plain(model: nn.Module, purpose: str, *, like: nn.Module | None = None) -> None:
     """Raise ConfigError where a part computes more than its weights say, and that of the model `like` does not."""
     usual = {} if like is None else dict(like.named_modules())
+    # the model itself may be of a user's class, whose weights are those of ours
+    is_subclass = like is not None and isinstance(model, type(like)) and not is_parametrized(model)
 
     def has(test: Callable[[nn.Module], bool], name: str, part: nn.Module) -> bool:
         return test(part) and not (name in usual and test(usual[name]))
 
     for name, part in model.named_modules():
         hooked = has(has_hooks, name, part)
-        # the model itself may be of a user's class, whose weights are those of ours
-        special = has(_is_special, name, part) and not (part is model and like is not None and _extends(model, like))
+        special = has(_is_special, name, part) and not (part is model and is_subclass)
         if hooked or special or has(has_own_forward, name, part):
             what = "hooks" if hooked else "a parametrization or a forward of its own"
             raise ConfigError(
                 f"{purpose} holds weights alone, and {name or 'the model'} ({type(part).__name__}) has {what}: first "
                 "merge adapters into the weights, and remove hooks and parametrizations."
             )
-
-
-def _extends(model: nn.Module, like: nn.Module) -> bool:
-    return isinstance(model, type(like)) and not is_parametrized(model)
 
 
 def package_of(function: object) -> str:
