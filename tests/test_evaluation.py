@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import multiprocessing
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 import zoo
 from tests.known import Known, known_cfg, known_folder, random_logits, softmax
 from tests.test_data import make_parquet
-from zoo.data import DataConfig
+from zoo.data import DataConfig, EvaluationLoader
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation import evaluate, load_model, predict
 from zoo.evaluation.targets import class_names
@@ -68,6 +72,43 @@ def test_figures_worked_out_by_hand(tmp_path: Path):
     with Image.open(tmp_path / "out" / "confusion.png") as picture:
         assert picture.width > 400
     assert "top-1 80.00%, loss" in str(results)
+
+
+def test_a_process_that_loads_data_dies(tmp_path: Path):
+    """torch's error comes at any line, here in the model; of one that dies in the middle of a batch, before that."""
+    data = shades(tmp_path, ["0", "1", "2"], [("0", 0), ("0", 51), ("1", 153), ("1", 255), ("2", 255)])
+
+    class Fatal(Shade):
+        def forward(self, images: Tensor) -> Tensor:
+            for child in multiprocessing.active_children():
+                child.kill()
+            time.sleep(10)  # the signal of the death ends it
+            return super().forward(images)
+
+    message = r"^A process that loads data died, perhaps for want of memory: lower data\.workers or data\.batch_size\. "
+    with pytest.raises(DataError, match=message + "DataLoader worker .* is killed by signal: Killed"):
+        evaluate(Fatal(3), dataclasses.replace(data, workers=1))
+
+    class Lost:
+        def __init__(self, error: Exception, workers: int) -> None:
+            self.error, self.num_workers = error, workers
+
+        def __iter__(self) -> Iterator[Any]:
+            raise self.error
+            yield
+
+    def load(error: Exception, workers: int) -> None:
+        lost: dict[str, Any] = {"loader": Lost(error, workers), "check": None, "prepare": None}
+        list(EvaluationLoader(**lost))
+
+    for error, told in (ConnectionResetError(104, "Connection reset by peer"), "Connection reset"), (EOFError(), "EOF"):
+        with pytest.raises(DataError, match=message + f".*{told}"):
+            load(error, 1)
+    # of the data: nothing died
+    with pytest.raises(OSError, match=r"^Caught OSError in DataLoader worker process 0$"):
+        load(OSError("Caught OSError in DataLoader worker process 0"), 1)
+    with pytest.raises(OSError, match=r"^it is gone$"):
+        load(OSError("it is gone"), 0)
 
 
 def test_calibration_and_standard_error(tmp_path: Path):

@@ -39,6 +39,7 @@ from zoo.data.transforms import (
     random_transform,
     to_tensor,
 )
+from zoo.data.workers import next_batch
 from zoo.errors import ConfigError, DataError, ZooError
 
 __all__ = [
@@ -172,7 +173,7 @@ class TrainingLoader:
         return self._whole(iter(self.loader))
 
     def _whole(self, batches: Iterator[Batch | ZooError]) -> Iterator[Batch]:
-        for batch in _sound(batches, self.check):
+        for batch in _sound(batches, self.check, self.loader.num_workers):
             if len(batch.images) < self.batch_size:
                 raise DataError(f"Too many images in a row cannot be read: {batch.damaged[0]}.")
             yield batch
@@ -188,12 +189,16 @@ class EvaluationLoader:
         self.loader, self.check, self.prepare = loader, check, prepare
 
     def __iter__(self) -> Iterator[Batch]:
-        return _sound(iter(self.loader), self.check)
+        return _sound(iter(self.loader), self.check, self.loader.num_workers)
 
 
-def _sound(batches: Iterator[Batch | ZooError], check: Callable[[], None]) -> Iterator[Batch]:
+def _sound(batches: Iterator[Batch | ZooError], check: Callable[[], None], workers: int) -> Iterator[Batch]:
     """What workers hand over, as long as they hand over batches and the data is still there."""
-    for batch in batches:
+    while True:
+        try:
+            batch = next_batch(batches, workers)
+        except StopIteration:
+            return
         if isinstance(batch, ZooError):
             raise batch
         if batch.damaged:

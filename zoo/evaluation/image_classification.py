@@ -25,6 +25,7 @@ from zoo.data import (
     load_split,
     preprocessing,
 )
+from zoo.data.workers import dead_workers_told
 from zoo.devices import choose_device
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.metrics import Counts
@@ -324,7 +325,7 @@ def run_over(
     training, first_damaged = model.training, None
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), dead_workers_told():
             for batch in loader:
                 damage.add(batch.damaged)
                 if batch.damaged and first_damaged is None:

@@ -58,6 +58,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from zoo.config import to_plain, to_yaml
+from zoo.data.workers import dead_workers_told
 from zoo.devices import device_name
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.files import make_folder, whole_file
@@ -287,7 +288,8 @@ def fit(task: Task, config: RunConfig, accelerator: Accelerator, console: Consol
     """
     console = console or Console(stderr=True)
     try:
-        run = _Loop(task, config, accelerator, console).run()
+        with dead_workers_told():
+            run = _Loop(task, config, accelerator, console).run()
     except (RuntimeError, MemoryError) as error:
         explanation = None if isinstance(error, ZooError) else explain(error)
         if explanation is None:
@@ -1021,10 +1023,6 @@ def explain(error: BaseException) -> ZooError | None:
         return TrainingError(
             "There is not enough memory: lower data.batch_size (and set train.global_batch_size to what it was, which "
             f"accumulates gradients), or set train.grad_checkpointing. {line}"
-        )
-    if "DataLoader worker" in line:
-        return DataError(
-            f"A process that loads data died, perhaps for want of memory: lower data.workers or data.batch_size. {line}"
         )
     if is_broken_connection(error):
         return TrainingError(f"Another process of the run is gone, or out of reach. {line}")
