@@ -336,7 +336,8 @@ def test_other_classes_are_refused_but_for_features(recipe: Path, tmp_path: Path
         ({"alpha": -0.1}, r"distill\.alpha must be from 0 to 1"),
         ({"tau": 0}, r"distill\.tau must be above zero, not 0"),
         ({"stages": [1]}, r"distill\.stages belongs to distill\.kind feature, not soft"),
-        ({"checkpoint_path": "x.pth"}, r"name it as distill\.teacher"),
+        ({"checkpoint_path": "x.pth"}, r"distill\.checkpoint_path belongs to a distill\.teacher: name one"),
+        ({"kind": "feature", "stages": [1]}, r"distill\.kind belongs to a distill\.teacher: name one, or leave"),
         ({"kind": "softer"}, r"distill\.kind: Expected one of 'soft', 'hard', 'feature'"),
         ({"teacher": "poolformer_s13"}, r"There is no model called 'poolformer_s13'\. Did you mean poolformer_s"),
         (

@@ -266,6 +266,7 @@ def test_a_process_that_cannot_reach_the_others(launcher: Launcher, home: Path, 
         ({"global_batch_size": 256, "grad_accum_steps": 2}, "follows from train.global_batch_size: set one of the two"),
         ({"grad_accum_steps": 12}, "holds 11 batches for each process, and one update takes 12"),
         ({"parallel": "fsdp", "amp": "fp16"}, "fsdp does not go with train.amp fp16"),
+        ({"amp": "fp16"}, "train.amp fp16 scales losses, which is for GPUs: on a CPU take bf16 or no"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "-".join(value),
 )

@@ -1,6 +1,7 @@
 """`optimize_for_inference`: every registered model computes the same, faster; what it folds and what it leaves."""
 
 import copy
+import types
 
 import pytest
 import timm
@@ -152,6 +153,38 @@ def test_timms_convnexts(name, options, stages):
         fast.forward_intermediates(images())[1], model.forward_intermediates(images())[1], strict=True
     ):
         close(found, expected)
+
+
+@torch.no_grad()
+def test_maps_before_a_norm_are_as_they_were():
+    """timm's GhostNet hands out what its first convolution gives, before the batch norm."""
+    model = randomize(timm.create_model("ghostnet_050", num_classes=5).eval())
+    fast = zoo.optimize_for_inference(model)
+    close(fast(images()), model(images()))
+    for found, expected in zip(
+        fast.forward_intermediates(images())[1], model.forward_intermediates(images())[1], strict=True
+    ):
+        close(found, expected)
+    norms = [sum(isinstance(module, nn.BatchNorm2d) for module in form.modules()) for form in (fast, model)]
+    assert norms[0] == 1 < norms[1]
+
+
+@torch.no_grad()
+def test_a_forward_of_one_module_is_not_taken_for_that_of_its_class():
+    model = randomize(nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4)}).eval())
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = model["conv"], model["norm"]
+
+        def forward(self, x):
+            return self.norm(self.conv(x))
+
+    normed = Normed().eval()
+    close(zoo.optimize_for_inference(normed)(images()), normed(images()))
+    normed.forward = types.MethodType(lambda self, x: self.conv(x), normed)
+    close(zoo.optimize_for_inference(normed)(images()), normed.conv(images()))
 
 
 @pytest.mark.parametrize("name", ["slak_test", "caformer_test", "eupe_convnext_tiny"])

@@ -372,6 +372,7 @@ def test_a_teacher_of_transformers(home: Path, tmp_path: Path):
         ({"model": {"args": {"vocab_size": 200}}}, r"bytes has 257 tokens"),
         ({"tokenizer": {"name": None}}, r"The data are texts, and tokenizer\.name is null"),
         ({"sample": {"prompts": ["The", "a" * 63]}}, r"prompts: 'a{20}'\.\.\. has 64 tokens, which leave no room"),
+        ({"distill": {"top_k": 4}}, r"distill\.top_k belongs to a distill\.teacher: name one, or leave"),
         ({"distill": {"teacher": "mobilellm_125n"}}, r"Did you mean mobilellm_125m"),
         ({"data": {"path": "nowhere/at/all"}}, r"There are no texts at 'nowhere/at/all'"),
     ],

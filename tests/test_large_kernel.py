@@ -359,3 +359,21 @@ def test_costs_are_those_of_the_whole_kernels():
 def test_complex_maps_are_convolved_where_an_fft_would_win():
     x, weight = torch.randn(1, 2, 56, 56, dtype=torch.complex64), torch.randn(2, 1, 51, 51, dtype=torch.complex64)
     torch.testing.assert_close(depthwise_conv2d(x, weight), torch.conv2d(x, weight, padding=25, groups=2))
+
+
+def test_complex_maps_and_kernels_learn_as_conv2d_has_it():
+    x, weight, grad = (
+        torch.randn(shape, dtype=torch.complex128) for shape in [(2, 3, 9, 8), (3, 1, 7, 5), (2, 3, 9, 8)]
+    )
+    x.requires_grad_()
+    weight.requires_grad_()
+    found = torch.autograd.grad(depthwise_conv2d(x, weight), (x, weight), grad)
+    expected = torch.autograd.grad(torch.conv2d(x, weight, padding=(3, 2), groups=3), (x, weight), grad)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("scripted", [False, True])
+def test_whole_numbers_stay_exact_where_an_fft_would_win(scripted):
+    x, weight = torch.randint(-9, 9, (1, 2, 56, 56)), torch.randint(-9, 9, (2, 1, 51, 51))
+    convolve = torch.jit.script(depthwise_conv2d) if scripted else depthwise_conv2d
+    assert torch.equal(convolve(x, weight), torch.conv2d(x, weight, padding=25, groups=2))

@@ -174,6 +174,23 @@ def test_drawing_activation_maps(exported: str, image: str, tmp_path: Path, caps
     assert all(Path(answer["cam"]).is_file() for answer in answers)
 
 
+def test_activation_maps_are_not_written_over_images(exported: str, image: str, tmp_path: Path, capsys: Any):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    photos = [folder / "a.png", folder / "b.png"]
+    for photo in photos:
+        photo.write_bytes(Path(image).read_bytes())
+    (tmp_path / "link.png").symlink_to(photos[0])
+    for arguments in (
+        [*map(str, photos), "--cam-dir", str(folder)],
+        [str(photos[0]), "--cam", str(tmp_path / "link.png")],
+    ):
+        assert main(["predict", *arguments, "--model", exported]) == 1
+        assert "would be written over an image: choose another place" in capsys.readouterr().err
+    assert all(photo.read_bytes() == Path(image).read_bytes() for photo in photos)
+    assert sorted(folder.iterdir()) == photos
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

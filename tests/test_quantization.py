@@ -168,6 +168,26 @@ def test_command_states_the_perplexity_before_and_after(tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
 
 
+def test_the_source_is_not_written_over(tmp_path, capsys):
+    """Its weights cannot be had back from 8 bits."""
+    best = tmp_path / "run" / "best"
+    best.parent.mkdir()
+    for folder in (best, tmp_path / "model"):
+        zoo.save_pretrained(small(), folder, tokenizer=zoo.create_tokenizer("bytes"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "link").symlink_to(best)
+    for source, out in (
+        (tmp_path / "model", tmp_path / "model"),
+        (best.parent, best.parent),
+        (best.parent, best),
+        (best / "model.safetensors", tmp_path / "link"),
+        (f"local-dir:{best}", best),
+    ):
+        assert main(["quantize", str(source), str(out), "--overwrite"]) == 1
+        assert "holds the model that is quantised, which would be lost" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @torch.inference_mode()
 def test_what_cannot_be(tmp_path):
     model = small()

@@ -130,6 +130,15 @@ def test_golden_arguments_are_read_from_the_shapes(form):
     assert arguments_of(model.state_dict()) == arguments_of(tensors)
 
 
+def test_branches_are_merged_with_the_epsilon_of_their_norms():
+    model = randomized(small()).double().eval()
+    for norm in filter(lambda module: isinstance(module, nn.BatchNorm2d), model.modules()):
+        norm.eps = 0.1
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(zoo.optimize_for_inference(model)(x), model(x), rtol=1e-10, atol=1e-10)
+
+
 @forms
 def test_golden_parity_of_the_fast_form(form):
     reference = golden.load("slak", form)

@@ -368,6 +368,21 @@ def test_density_falls_along_a_cubic_curve():
         assert 1 - density == pytest.approx(0.8 + (0.1 - 0.8) * (1 - progress) ** 3, abs=1e-3)
 
 
+def test_nothing_that_was_pruned_appears_while_the_density_falls():
+    """With largest remainders, the share of a small layer would rise by one now and then."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 7), nn.Linear(7, 11), nn.Linear(11, 5))
+    sparse = make(model, 200, method="gmp", density=0.3, update_interval=1, stop=1.0)
+    sparse.start()
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    for update in range(1, 201):
+        sparse.step(update, lambda: None)
+        for name, mask in sparse.masks.items():
+            assert not (mask & ~before[name]).any(), (update, name)
+            before[name] = mask.clone()
+    assert sparse.kept == sparse.final
+
+
 def test_the_fall_ends_where_it_shall_though_no_interval_does():
     model = network()
     sparse = make(model, 50, method="gmp", density=0.1, update_interval=7, stop=0.5)

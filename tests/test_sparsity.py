@@ -28,6 +28,7 @@ from zoo.sparsity import (
     sparse_parameters,
     uniform,
 )
+from zoo.sparsity.densities import apportion
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (16, 16, 24, 32), "num_classes": 10}
 
@@ -126,6 +127,18 @@ def test_densities_keep_the_share_that_was_asked_for(rule, density):
     whole = counts(shapes, found)
     assert sum(whole.values()) == round(density * total)
     assert all(abs(whole[name] - found[name] * math.prod(shape)) < 1 for name, shape in shapes.items())
+
+
+def test_shares_never_shrink_when_the_total_grows():
+    weights = {"a": 700, "none": 0, "b": 31, "c": 31, "d": 1, "e": 3, "f": 100_000}
+    total, before = sum(weights.values()), dict.fromkeys(weights, 0)
+    for places in [*range(3_000), *range(3_000, total - 3_000, 997), *range(total - 3_000, total + 1)]:
+        shares = apportion(places, weights)
+        assert sum(shares.values()) == places
+        assert all(shares[name] >= before[name] for name in weights), places
+        assert all(abs(shares[name] - places * weight / total) < 3 for name, weight in weights.items()), places
+        before = shares
+    assert before == weights
 
 
 def test_er_looks_at_channels_and_erk_at_the_kernel_too():

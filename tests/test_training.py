@@ -613,6 +613,11 @@ def test_layer_decay_asks_for_layers():
         make_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(layer_decay=0.5))
 
 
+def test_layer_decay_does_not_raise_the_learning_rate():
+    with pytest.raises(ConfigError, match=r"optimizer\.layer_decay must be above 0 and at most 1 .* it is 2"):
+        OptimizerConfig(layer_decay=2)
+
+
 def test_a_configuration_survives_its_own_yaml(recipe: Path, tmp_path: Path):
     config = configure(recipe, tmp_path / "run", **EVERYTHING)
     path = tmp_path / "again.yaml"

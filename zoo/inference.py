@@ -19,6 +19,7 @@ from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear, is_gelu
 
 Model = TypeVar("Model", bound=nn.Module)
+METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")  # that users of timm's models call
 PACKED_CONV2D, PACKED_LINEAR = 2**15, 2**17  # elements of a weight from which on packing saves more than calling costs
 
 
@@ -92,7 +93,11 @@ def _fast_form(module: nn.Module) -> nn.Module | None:
 
 
 class _Children(fx.Tracer):
-    """Follows one module's own forward; its children are black boxes."""
+    """Follows one of a module's own methods; its children are black boxes."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.traced_func_name = method
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return True
@@ -148,18 +153,41 @@ def _join(
         id(child) for module in model.modules() for child in module._modules.values() if child is not None
     )  # `modules` gives each once
     for module in model.modules():
-        if isinstance(module, fx.GraphModule):
-            _join_along(module.graph, module, uses, is_first, is_second, join)
-            continue
         children = [child for child in module._modules.values() if child is not None]
-        if any(map(is_first, children)) and any(map(is_second, children)):
-            try:
-                parameters = list(inspect.signature(module.forward).parameters.values())
-                defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-                graph = _Children().trace(module, concrete_args=defaults)
-            except Exception:  # a forward that fx cannot follow: it stays as it is
-                continue
-            _join_along(graph, module, uses, is_first, is_second, join)
+        if not (isinstance(module, fx.GraphModule) or (any(map(is_first, children)) and any(map(is_second, children)))):
+            continue
+        methods = [(_called(graph), _pairs(graph, module, uses, is_first, is_second)) for graph in _graphs(module)]
+        for pair in methods[0][1] if methods else ():
+            # a method that calls one of them alone, or hands out what lies between, sees a difference
+            if all(pair in pairs or called.isdisjoint(pair) for called, pairs in methods):
+                for place, made in zip(pair, join(*map(module.get_submodule, pair)), strict=True):
+                    module.set_submodule(place, made)
+
+
+def _graphs(module: nn.Module) -> list[fx.Graph]:
+    """What a module's forward and timm's other methods do, of those that fx can follow; none where forward is not."""
+    if isinstance(module, fx.GraphModule):
+        return [module.graph]
+    graphs: list[fx.Graph] = []
+    for name in METHODS:
+        method = getattr(type(module), name, None)
+        if name in vars(module):  # exchanged in this very module: nothing is known of the others either
+            return []
+        if method is None:
+            continue
+        try:
+            parameters = list(inspect.signature(method).parameters.values())
+            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+            graphs.append(_Children(name).trace(module, concrete_args=defaults))
+        except Exception:  # fx cannot follow it
+            if not graphs:
+                return graphs
+    return graphs
+
+
+def _called(graph: fx.Graph) -> set[str]:
+    """The names of the modules that a method calls."""
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
 def _is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
@@ -172,19 +200,18 @@ def _is_norm(module: nn.Module | None) -> bool:
     return module.track_running_stats and module.running_mean is not None
 
 
-def _join_along(
+def _pairs(
     graph: fx.Graph,
     owner: nn.Module,
     uses: Counter[int],
     is_first: Callable[[nn.Module], bool],
     is_second: Callable[[nn.Module], Any],
-    join: Callable[[Any, Any], tuple[nn.Module, nn.Module]],
-) -> None:
-    """Join what `graph`, the forward of `owner`, shows to follow one the other, with nothing between that does a thing.
+) -> list[tuple[str, str]]:
+    """What `graph`, a method of `owner`, shows to follow one the other, with nothing between that does a thing.
 
     Modules that are used elsewhere, too, or have hooks, are left alone.
     """
-    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     attributes = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
 
     def called(node: Any) -> nn.Module | None:
@@ -194,6 +221,7 @@ def _join_along(
         name = str(node.target)
         return calls[name] == 1 and name not in attributes and uses[id(part)] == 1 and not has_hooks(part)
 
+    pairs = []
     for node in graph.nodes:
         second = called(node)
         if second is None or not is_second(second) or not node.args:
@@ -205,8 +233,8 @@ def _join_along(
         if first is None or not is_first(first) or len(before.users) != 1:
             continue
         if is_alone(before, first) and is_alone(node, second):
-            for place, made in zip((before, node), join(first, second), strict=True):
-                owner.set_submodule(str(place.target), made)
+            pairs.append((str(before.target), str(node.target)))
+    return pairs
 
 
 def _does_nothing(module: nn.Module | None) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.errors import ConfigError, ZooError
 from zoo.exporting.layout import check_built
-from zoo.files import check_folder
+from zoo.files import check_folder, checkpoint_places
 from zoo.layers.decoder import Decoder
 from zoo.layers.fast_decoder import FastDecoder, Quantization
 from zoo.layers.folding import check_plain
@@ -63,7 +63,8 @@ def quantize_checkpoint(
 
     With `text`, a file, folder or pattern of texts, the perplexity on its first `max_tokens` tokens before and after is
     measured, and kept in `config.json`. The tokenizer is that of `source`, unless `tokenizer` names another; without
-    `text` it may be missing. Raises what `quantize`, `create_tokenizer` and `save_pretrained` raise.
+    `text` it may be missing. Raises ConfigError for a `folder` that holds `source` itself, whose weights cannot be had
+    back from fewer bits, and what `quantize`, `create_tokenizer` and `save_pretrained` raise.
     """
     from zoo.data.text import iterate_texts
     from zoo.data.tokenizers import create_tokenizer
@@ -72,7 +73,13 @@ def quantize_checkpoint(
     from zoo.loading import load_model
 
     Quantization(to, group_size)
-    check_folder(Path(folder).expanduser().absolute(), overwrite)
+    out = Path(folder).expanduser().absolute()
+    check_folder(out, overwrite)
+    given = Path(source.removeprefix("local-dir:")).expanduser()
+    if out.exists() and any(place.exists() and place.samefile(out) for place in (given, *checkpoint_places(given))):
+        raise ConfigError(
+            f"{str(folder)!r} holds the model that is quantised, which would be lost: choose another folder."
+        )
     model = load_model(source, checkpoint).eval()
     reader = None
     try:

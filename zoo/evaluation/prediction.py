@@ -111,6 +111,7 @@ def predict_files(
         pictures = [check_picture_path(cam)]
     elif cam_dir is not None:
         pictures = _picture_names(images, make_folder(cam_dir))
+    _check_not_inputs(pictures, images)
     model = load_model(source, checkpoint_path)
     model.to(choose_device(model, device))
     index = None if class_name is None else find_class(model, class_name)
@@ -138,6 +139,16 @@ def _picture_names(images: Sequence[str], folder: Path) -> list[Path | None]:
         taken.add(name)
         names.append(folder / f"{name}.png")
     return names
+
+
+def _check_not_inputs(pictures: Sequence[Path | None], images: Sequence[str]) -> None:
+    """Raise ConfigError where a map would be written over one of the images, under whatever name."""
+    for image in filter(os.path.exists, images):
+        for picture in pictures:
+            if picture is not None and picture.exists() and picture.samefile(image):
+                raise ConfigError(
+                    f"The activation map {str(picture)!r} would be written over an image: choose another place."
+                )
 
 
 # ------------------------------------------------------------------------------------------------------ activation maps

@@ -74,6 +74,8 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     """The sum of the convolutions of `x` with `weights`, by the way that suits the device and who is looking."""
     if torch.jit.is_tracing() or x.is_meta:  # costs are those of the convolutions as they stand
         return _plain(x, weights, bias)
+    if x.is_complex():  # whose derivatives are other ones
+        return _plain(x, weights, bias)
     if not torch.compiler.is_compiling() and _is_transformed():
         return _plain(x, weights, bias)
     for weight in weights:
@@ -201,7 +203,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool) -> Ten
     channels_last = _in_channels_last(x)
     if channels_last and len(x) == 1 and x.stride(0) == 0:  # as compiled code holds one image: PyTorch would take NCHW
         x = x.as_strided(x.shape, [x[0].numel(), 1, x.stride(2), x.stride(3)])
-    if not x.is_complex() and _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
+    if x.is_floating_point() and _fourier_wins(x.shape[2], x.shape[3], weight.shape[2], weight.shape[3]):
         y = _convolve_by_fourier(x, weight, bias)
     elif not fast:  # PyTorch's own convolution takes 2 to 10 times as long in channels_last
         y = _conv2d(x.contiguous(), weight, bias)

@@ -101,7 +101,8 @@ class LargeKernelConv(nn.ModuleDict):
 
     def merge(self) -> "MergedLargeKernelConv":
         """The same function at inference with all branches in one or two kernels."""
-        return MergedLargeKernelConv.of(merge_branches(self.state_dict()))
+        eps = {name: branch.bn.eps for name, branch in self.items() if isinstance(branch.bn, nn.BatchNorm2d)}
+        return MergedLargeKernelConv.of(merge_branches(self.state_dict(), eps))
 
 
 class MergedLargeKernelConv(nn.Module):
@@ -136,11 +137,11 @@ class MergedLargeKernelConv(nn.Module):
         return self
 
 
-def merge_branches(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_branches(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | None = None) -> dict[str, Tensor]:
     """The tensors of a `LargeKernelConv` as those of a `MergedLargeKernelConv`. Exact; computed in float64.
 
     A batch norm scales its kernel and adds to the bias; the small kernel joins the middle of the tall one or of the
-    whole one, since all are centred on the same pixel.
+    whole one, since all are centred on the same pixel. `eps`: of each branch's norm where it is not the authors' 1e-5.
     """
     kernels, bias = {}, None
     for name in ("LoRA1", "LoRA2", "lkb_origin", "small_conv"):
@@ -152,7 +153,7 @@ def merge_branches(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             weight, offset, mean, variance = (
                 tensors[f"{name}.bn.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
             )
-            scale = weight / (variance + BN_EPS).sqrt()
+            scale = weight / (variance + (eps or {}).get(name, BN_EPS)).sqrt()
             kernel, shift = kernel * scale.view(-1, 1, 1, 1), offset - scale * mean
         kernels[name] = kernel
         bias = shift if bias is None else bias + shift

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from zoo.errors import ConfigError, did_you_mean
 
-__all__ = ["RULES", "counts", "densities", "er", "erk", "layers_left_out", "sparse_parameters", "uniform"]
+__all__ = ["RULES", "apportion", "counts", "densities", "er", "erk", "layers_left_out", "sparse_parameters", "uniform"]
 
 Shapes = Mapping[str, Sequence[int]]
 STANDARDISED = ("StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame")  # timm's
@@ -162,6 +163,25 @@ def counts(shapes: Shapes, layer_densities: Mapping[str, float]) -> dict[str, in
     for name in by_remainder[: max(left, 0)]:
         whole[name] += 1
     return whole
+
+
+def apportion(total: int, weights: Mapping[str, int]) -> dict[str, int]:
+    """Whole shares of `total` in proportion to `weights`, of which none becomes smaller when `total` grows.
+
+    Webster's method: each place goes to whoever's share, with half a place more, is the smallest against its weight.
+    With the largest remainders of `counts` a share would shrink now and then.
+    """
+    weighty = [name for name, weight in weights.items() if weight > 0]
+    # what everybody has at this point of the order is not more than the total: rounding adds a half each at most
+    scale = max(total - len(weighty) / 2, 0) / max(sum(weights.values()), 1)
+    shares = {name: math.floor(scale * weight + 0.5) for name, weight in weights.items()}
+    turns = [((shares[name] + 0.5) / weights[name], place, name) for place, name in enumerate(weighty)]
+    heapq.heapify(turns)
+    for _ in range(total - sum(shares.values()) if turns else 0):
+        _, place, name = turns[0]
+        shares[name] += 1
+        heapq.heapreplace(turns, ((shares[name] + 0.5) / weights[name], place, name))
+    return shares
 
 
 def _checked(density: float) -> float:

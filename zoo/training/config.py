@@ -29,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "TrainingConfig",
     "check_above_zero",
+    "check_has_teacher",
     "check_not_negative",
     "check_schedule",
 ]
@@ -115,8 +116,7 @@ class DistillConfig:
         check_above_zero("distill", self, "tau")
         if self.stages and self.kind != "feature":
             raise ConfigError(f"distill.stages belongs to distill.kind feature, not {self.kind}.")
-        if self.checkpoint_path is not None and self.teacher is None:
-            raise ConfigError("distill.checkpoint_path needs a model to hold the weights: name it as distill.teacher.")
+        check_has_teacher(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,6 +149,11 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_above_zero("optimizer", self, "lr", "eps", "clip_grad", "layer_decay")
+        if self.layer_decay is not None and self.layer_decay > 1:
+            raise ConfigError(
+                f"optimizer.layer_decay must be above 0 and at most 1 (lower layers learn slower); it is "
+                f"{self.layer_decay:g}."
+            )
         check_not_negative("optimizer", self, "weight_decay", "momentum")
         twice = sorted(self.args.keys() & {field.name for field in dataclasses.fields(self)})
         if twice:
@@ -502,6 +507,15 @@ def check_schedule(scheduler: SchedulerConfig, optimizer: OptimizerConfig) -> No
         raise ConfigError(
             f"scheduler.min_lr ({scheduler.min_lr:g}) is above optimizer.lr ({optimizer.lr:g}): the rate would rise. "
             "Lower it."
+        )
+
+
+def check_has_teacher(distill: Any) -> None:
+    """Raise ConfigError where options of a distillation stand without the teacher that they are about."""
+    given = [f.name for f in dataclasses.fields(distill) if getattr(distill, f.name) != f.default]
+    if distill.teacher is None and given:
+        raise ConfigError(
+            f"distill.{given[0]} belongs to a distill.teacher: name one, or leave distill.{given[0]} out."
         )
 
 

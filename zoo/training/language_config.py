@@ -14,6 +14,7 @@ from zoo.training.config import (
     SparsityConfig,
     TrainConfig,
     check_above_zero,
+    check_has_teacher,
     check_not_negative,
     check_schedule,
 )
@@ -108,6 +109,7 @@ class LanguageDistillConfig:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"distill.alpha must be from 0 to 1; it is {self.alpha}.")
         check_above_zero("distill", self, "tau", "top_k")
+        check_has_teacher(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -240,6 +240,8 @@ def make_accelerator(train: TrainConfig, output: OutputConfig) -> Accelerator:
         if is_broken_connection(error):
             raise TrainingError(f"The processes of the run did not find each other: {_first_line(error)}") from None
         raise
+    if train.amp == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 instead
+        raise ConfigError("train.amp fp16 scales losses, which is for GPUs: on a CPU take bf16 or no.")
     accelerator.gradient_accumulation_steps = 1  # the loop divides; accelerate's own may be set from outside
     set_seed(train.seed, device_specific=True)
     return accelerator

@@ -53,7 +53,7 @@ from zoo.sparsity import (
     sparse_parameters,
     weakest_channels,
 )
-from zoo.sparsity.densities import layers_left_out, plain_name
+from zoo.sparsity.densities import apportion, layers_left_out, plain_name
 from zoo.sparsity.masks import MASKS
 from zoo.training.sparse_methods import SparsityRule
 
@@ -398,8 +398,10 @@ class SparseTraining:
         if initial is None or final is None or final == 1 or update >= self.end:
             return self.final
         factor = 1 + ((1 - initial) / (1 - final) - 1) * (1 - self._progress(update)) ** 3
-        shapes = {name: self.parameters[name].shape for name in self.final}
-        return counts(shapes, {n: 1 - (1 - kept / shapes[n].numel()) * factor for n, kept in self.final.items()})
+        sizes = {name: self.parameters[name].numel() for name in self.final}
+        in_the_end = {name: sizes[name] - kept for name, kept in self.final.items()}
+        pruned = apportion(round(sum(in_the_end.values()) * factor), in_the_end)
+        return {name: size - pruned[name] for name, size in sizes.items()}
 
     @torch.no_grad()
     def move(self, update: int, gradients: Mapping[str, Tensor]) -> None:
