@@ -17,6 +17,7 @@ import torch
 
 from tests.launcher import Launcher, free_port
 from tests.test_data import make_folder
+from tests.test_resume import saved_updates
 from tests.test_training import SMALL, assert_same_checkpoint, configure, rows
 from zoo.config import plain_flags
 from zoo.errors import ConfigError
@@ -113,20 +114,16 @@ def test_going_on_with_another_number_of_processes(launcher: Launcher, home: Pat
     for changes, processes in ((ONE, 1), (FSDP, 2)):
         argv = [*flags(home, **changes), "--output.dir", output, "--resume", "auto"]
         job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=processes, pause=0.2)
-        before = updates(output)
-        while updates(output) == before:
+        before = saved_updates(output)
+        while saved_updates(output) == before:
             assert job.is_running(), job.text()
             time.sleep(0.01)
         job.kill(signal.SIGTERM)
         assert job.wait() == [128 + signal.SIGTERM] * processes, job.text()
-    assert updates(output) < 10
+    assert saved_updates(output) < 10
     said = launcher.run(home, *flags(home, **ONE), "--output.dir", output, "--resume", "auto")
     assert "The run went on with 2 processes, and goes on with 1: random numbers differ." in said
     assert_alike(output, runs["one"])
-
-
-def updates(run: Path) -> int:
-    return read_state(run / "last")["progress"]["updates"] if (run / "last" / "state.pt").exists() else 0
 
 
 @pytest.mark.slow  # seven processes, where test_sparse_training.py has its own two
@@ -146,13 +143,13 @@ def test_sparse_training(launcher: Launcher, home: Path):
     output = home / "sparse_killed"
     argv = [*flags(home, **TWO, **sparse), "--output.dir", output, "--resume", "auto"]
     job = launcher.start(home, *argv, "--train.save_interval_updates", "1", processes=2, pause=0.2)
-    while updates(output) < 6:  # after masks have moved, in the middle of an epoch
+    while saved_updates(output) < 6:  # after masks have moved, in the middle of an epoch
         assert job.is_running(), job.text()
         time.sleep(0.01)
     for rank in (0, 1):
         job.kill(signal.SIGKILL, rank)
     job.wait()
-    assert updates(output) < 10
+    assert saved_updates(output) < 10
     launcher.run(home, *argv, processes=2)
     assert_same_checkpoint(output / "last", home / "sparse_two" / "last")
 
