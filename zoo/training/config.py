@@ -130,7 +130,7 @@ class OptimizerConfig:
         momentum: of optimizers that have it.
         betas: of Adam and its kin; by default the optimizer's.
         eps: of Adam and its kin; by default the optimizer's.
-        layer_decay: factor on the learning rate from each layer to the one below it; null for none.
+        layer_decay: factor, up to 1, on the learning rate from each layer to the one below it; null for none.
         clip_grad: bound on the gradient; null for none.
         clip_mode: what is bound: the "norm" of all gradients, each "value", or ("agc") each unit's norm.
         args: what else the optimizer takes, such as {ns_steps: 6, fallback_list: ["head.*"]} for "muon".
