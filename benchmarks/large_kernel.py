@@ -8,16 +8,20 @@ as training has it, with an output of each branch. Models: slak_tiny at 224x224,
 ("plain"; in NCHW the large kernels meet contiguous maps, as in the authors' code), with our operator, and as
 `zoo.optimize_for_inference` makes it; a training step is forward, loss, backward and AdamW, and of "ours" it is as
 `train.py` takes it on a CPU, within `zoo.layers.products.FastProducts` ("ours_kernels_alone": without). On a GPU
-PyTorch's side is cuDNN's, or what PyTorch prefers to it.
+PyTorch's side is cuDNN's, or what PyTorch prefers to it, and models run under autocast to `--dtype`.
 
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. On a GPU `ms` is the time
-between two events, and operators are replayed from CUDA graphs after its cache was emptied: what Python takes to launch
-them is left out, of ours as of cuDNN's. `limit_ms` is the larger
-of arithmetic (taps that meet a pixel, not the padding, two operations each) over the fastest matrix product measured
-here and traffic (every map read or written once by each of forward, input and weight gradient) over the fastest copy;
-an FFT, which whole kernels get on large maps, needs less arithmetic than that. `share_of_bandwidth` is the traffic's
-time over ours. The models have first shown that they give the same logits.
+between two events, and operators are replayed from CUDA graphs, each time after its cache was emptied: what Python
+takes to launch them is left out, of ours as of cuDNN's. `limit_ms` is the larger of arithmetic (taps that meet a pixel,
+not the padding, two operations each) over the fastest matrix product measured here (on a GPU of 16 bits, since tensor
+cores do this work, whatever the maps are) and traffic (every map read or written once by each of forward, input and
+weight gradient) over the fastest copy; an FFT, which whole kernels get on large maps, needs less arithmetic than that.
+`share_of_bandwidth` is the traffic's time over ours.
+
+`error` is what each side is off from float64, of the largest value, the worst of output and gradients, for two images:
+on a GPU ours rounds float32 to TF32 where PyTorch lets cuDNN do so, and F.conv2d may not; `--ieee` forbids it. A kernel
+or model that fails, or computes something else, is told and left out of the picture; the others are measured.
 """
 
 from __future__ import annotations
@@ -26,12 +30,14 @@ import argparse
 import contextlib
 import copy
 import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +57,14 @@ from zoo.models.slak import DepthwiseConv2d
 from zoo.plots import check_picture
 
 RESULTS = Path(__file__).parent / "results" / "large_kernel.json"
-TOLERANCE = 1e-4  # of the largest logit, between the forms of slak_tiny
+TOLERANCE = 1e-4  # of the largest logit, between the forms of slak_tiny, without TF32
+TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 3e-3}  # of operators; float32 may be TF32
 STAGES = ((124, 56), (249, 28), (499, 14), (998, 7))  # channels and side of slak_tiny's maps at 224x224
 KERNELS = {"k51": (51, 49, 47, 13), "k31": (31, 29, 27, 13), "k61": (61, 59, 57, 13)}
 SMALL = 5
+FORMS = ("decomposed", "whole")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+REPLAYS = 8  # of an operator in a CUDA graph
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Step = Callable[[], object]
@@ -67,7 +76,7 @@ class Clock:
     def __init__(self, device: torch.device, seconds: float, turns: int) -> None:
         self.device, self.seconds, self.turns = device, seconds, turns
         self.on_gpu = device.type == "cuda"
-        self.flush = torch.zeros(64 * 2**20 if self.on_gpu else 0, device=device)
+        self.flush = torch.zeros(32 * 2**20 if self.on_gpu else 0, device=device)  # 128 MiB, more than caches hold
 
     def measure(self, step: Step) -> tuple[float, float]:
         """Milliseconds of the wall clock (on a GPU: between events) and of CPU time."""
@@ -83,18 +92,18 @@ class Clock:
         return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
 
     def captured(self, step: Step | None = None) -> Step:
-        """A CUDA graph that fills the GPU's cache with other things, by reading them, and then does `step`."""
+        """A CUDA graph that REPLAYS times fills the GPU's cache with other things, by reading them, and does `step`."""
 
         def run() -> None:
-            self.flush.sum()
-            if step is not None:
-                step()
+            for _ in range(REPLAYS):
+                self.flush.sum()
+                if step is not None:
+                    step()
 
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
+            run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -118,8 +127,12 @@ class Clock:
                 times[name].append(self.measure(step))
             turns += 1
         medians = {name: statistics.median(wall for wall, _ in pairs) for name, pairs in times.items()}
-        nothing = medians.pop("nothing") if capture else 0.0
-        found = {name: {"ms": round(ms - nothing, 4 if self.on_gpu else 3)} for name, ms in medians.items()}
+        if capture:
+            nothing = medians.pop("nothing")
+            medians = {name: (ms - nothing) / REPLAYS for name, ms in medians.items()}
+            if not min(medians.values()) > 0:
+                raise ZooError("Too short to be told from emptying the cache: take a larger --batch-size.")
+        found = {name: {"ms": round(ms, 5 if self.on_gpu else 3)} for name, ms in medians.items()}
         if not self.on_gpu:
             for name in found:
                 found[name]["cpu_ms"] = round(statistics.median(cpu for _, cpu in times[name]), 3)
@@ -128,7 +141,8 @@ class Clock:
     def peaks(self, dtype: torch.dtype) -> dict[str, float]:
         """The machine's best here: operations of a matrix product, bytes read and written by a copy, each second."""
         side = 8192 if self.on_gpu else 2048
-        matrix = torch.randn(side, side, device=self.device).to(dtype)
+        factor = torch.float16 if self.on_gpu and dtype == torch.float32 else dtype
+        matrix = torch.randn(side, side, device=self.device).to(factor)
         source = torch.empty((1024 if self.on_gpu else 256) * 2**20, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         steps: dict[str, Step] = {"product": lambda: matrix @ matrix, "copy": lambda: target.copy_(source)}
@@ -153,22 +167,64 @@ def conv2d(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x, weight, padding=padding, groups=len(weight))
 
 
-def compare_operators(clock: Clock, arguments: argparse.Namespace, dtype: torch.dtype, peaks: dict) -> list[dict]:
-    rows = []
-    for form in ("decomposed", "whole"):
+def compare_operators(
+    clock: Clock, arguments: argparse.Namespace, dtype: torch.dtype, peaks: dict
+) -> Iterator[dict[str, Any]]:
+    """A row for each kernel, with `failed` for what went wrong."""
+    for form in arguments.forms:
         for kernels in arguments.kernels:
             for stage, ((channels, side), edge) in enumerate(zip(STAGES, KERNELS[kernels], strict=True), start=1):
                 edges = [(edge, SMALL), (SMALL, edge), (SMALL, SMALL)] if form == "decomposed" else [(edge, edge)]
                 shape = (arguments.batch_size, channels, side, side)
                 row = {"form": form, "kernels": kernels, "stage": stage, "shape": shape, "edges": edges}
-                row |= compare_operator(clock, shape, edges, dtype, peaks)
-                rows.append(row)
-                print(
-                    f"{form:<10} {kernels} stage {stage}: "
-                    + "; ".join(f"{name} {row[name]['speedup']}" for name in ("forward", "forward_backward")),
-                    flush=True,
-                )
-    return rows
+                label = f"{form:<10} {kernels} stage {stage}"
+                try:
+                    row |= {"error": errors(clock.device, shape, edges, dtype)}
+                    row |= compare_operator(clock, shape, edges, dtype, peaks)
+                except Exception as error:  # what went before is kept, and what follows may do
+                    row["failed"] = tell_failure(label, error)
+                else:
+                    speedups = (f"{name} {row[name]['speedup']}" for name in ("forward", "forward_backward"))
+                    print(f"{label}: " + "; ".join(speedups), flush=True)
+                yield row
+
+
+def tell_failure(label: str, error: Exception) -> str:
+    message = str(error).strip().split("\n")[0]
+    failure = message if isinstance(error, ZooError) else f"{type(error).__name__}: {message}"
+    print(f"{label}: failed: {failure}", file=sys.stderr, flush=True)
+    return failure
+
+
+def errors(
+    device: torch.device, shape: tuple[int, ...], edges: list[tuple[int, int]], dtype: torch.dtype
+) -> dict[str, float]:
+    """How far ours and F.conv2d are off from float64, two images of `shape`: of output, or of a gradient, the largest.
+
+    Raises ZooError where ours is further off than its type explains.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, device=device, generator=generator).to(dtype)
+
+    x, grad = draw(2, *shape[1:]), draw(2, *shape[1:])
+    weights = [draw(shape[1], 1, *edge) for edge in edges]
+
+    def results(convolve: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (x, *weights)]
+        outputs = [convolve(leaves[0], weight) for weight in leaves[1:]]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [grad.to(dtype)] * len(outputs))]
+
+    exact = results(conv2d, torch.float64)
+    found = {}
+    for name, convolve in (("ours", depthwise_conv2d), ("conv2d", conv2d)):
+        pairs = zip(results(convolve, dtype), exact, strict=True)
+        found[name] = max(((ours.double() - true).abs().max() / true.abs().max()).item() for ours, true in pairs)
+    kind = str(dtype).removeprefix("torch.")
+    if not found["ours"] < TOLERANCES[kind]:
+        raise ZooError(f"Ours is off by {found['ours']:.1e} of the largest value, more than {kind} explains.")
+    return {name: float(f"{error:.2g}") for name, error in found.items()}
 
 
 def compare_operator(
@@ -229,6 +285,19 @@ def compare_operator(
 # --------------------------------------------------------------------------------------------------------------- models
 
 
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    settings: list[Any] = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
+
+
 class NchwConv2d(nn.Conv2d):
     """A convolution of contiguous maps."""
 
@@ -245,7 +314,9 @@ def with_convolutions(model: nn.Module, kind: type[nn.Conv2d]) -> nn.Module:
     return model
 
 
-def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str]) -> dict[str, Any]:
+def compare_models(
+    clock: Clock, batch_size: int, training: bool, skip: list[str], dtype: torch.dtype
+) -> dict[str, Any]:
     torch.manual_seed(0)
     model = wake_layer_scales(zoo.create_model("slak_tiny", pretrained=False)).to(clock.device).train(training)
     models = {
@@ -255,15 +326,19 @@ def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str
     }
     if not training:
         models["ours_optimized"] = zoo.optimize_for_inference(model)
-    elif clock.device.type == "cpu":
+    elif not clock.on_gpu:
         models["ours_kernels_alone"] = copy.deepcopy(model)
     models = {name: model for name, model in models.items() if name not in skip}
     images = torch.randn(batch_size, 3, 224, 224, device=clock.device)
     labels = torch.randint(1000, (batch_size,), device=clock.device)
+    lowered = dtype if clock.on_gpu and dtype != torch.float32 else None
 
-    def infer(name: str) -> Tensor:
+    def autocast() -> torch.autocast:
+        return torch.autocast(clock.device.type, lowered, enabled=lowered is not None)
+
+    def infer(name: str, exactly: bool = False) -> Tensor:
         x = images.contiguous(memory_format=torch.channels_last) if name == "plain_channels_last" else images
-        with torch.inference_mode():
+        with torch.inference_mode(), contextlib.nullcontext() if exactly else autocast():
             return models[name](x)
 
     optimizers = {}
@@ -272,14 +347,17 @@ def compare_models(clock: Clock, batch_size: int, training: bool, skip: list[str
 
     def train(name: str) -> object:
         x = images.contiguous(memory_format=torch.channels_last) if name == "plain_channels_last" else images
-        with FastProducts() if name == "ours" else contextlib.nullcontext():
-            F.cross_entropy(models[name](x), labels).backward()
+        with FastProducts() if name == "ours" and not clock.on_gpu else contextlib.nullcontext():
+            with autocast():
+                loss = F.cross_entropy(models[name](x), labels)
+            loss.backward()
         optimizers[name].step()
         return optimizers[name].zero_grad()
 
     step = train if training else infer
     if not training:
-        expected, *others = (infer(name) for name in models)
+        with without_tf32():
+            expected, *others = (infer(name, exactly=True) for name in models)
         for name, found in zip(list(models)[1:], others, strict=True):
             error = ((found - expected).abs().max() / expected.abs().max()).item()
             if not error < TOLERANCE:
@@ -299,7 +377,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Milliseconds of every operator beside the limit, and of the models."""
     from matplotlib.figure import Figure
 
-    rows = report["operators"]
+    rows = [row for row in report["operators"] if "failed" not in row]
     names = ["conv2d_nchw", "conv2d_channels_last", "ours_nchw", "ours_channels_last"]
     colors = ["0.75", "0.5", "C0", "C2"]
     figure = Figure(figsize=(13, 11), layout="constrained")
@@ -317,8 +395,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(rows)), labels, fontsize=7)
         axes.set_axisbelow(True)
         axes.grid(True, axis="y", color="0.9")
+    title = f"{report['device']}, {report['settings']['dtype']}, batch {report['settings']['batch_size']}"
     top.legend(ncols=5, frameon=False, fontsize=8)
-    top.set_title(f"Large depthwise kernels: {report['device']}, batch {report['settings']['batch_size']}")
+    top.set_title(f"Large depthwise kernels: {title}")
     shades = {"plain_nchw": "0.75", "plain_channels_last": "0.5", "ours": "C0", "ours_optimized": "C2"}
     shades |= {"ours_kernels_alone": "C9"}
     entries = [
@@ -326,7 +405,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         for kind, batches in report.get("models", {}).items()
         for batch, found in batches.items()
         for name in shades
-        if name in found
+        if name in found and "failed" not in found
     ]
     bottom.barh(
         [label for label, _, _ in entries], [ms for _, ms, _ in entries], color=[shades[n] for *_, n in entries]
@@ -343,9 +422,11 @@ def main() -> None:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the operators")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the operators, on a GPU of all")
+    parser.add_argument("--ieee", action="store_true", help="on a GPU: all 24 bits of float32, in place of TF32")
     parser.add_argument("--batch-size", type=int, help="of the operators; 64 on a GPU, 2 on a CPU")
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--seconds", type=float, default=1.0, help="spent on each comparison, at least")
     parser.add_argument("--turns", type=int, default=3, help="that each side takes, at least")
     parser.add_argument("--only", choices=("operators", "models"), help="measure one part, keep the other's figures")
@@ -354,13 +435,14 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", default=[], metavar="MODEL", help="models to leave out")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    check_picture(arguments.results.with_suffix(".png"))
     device = torch.device("cuda" if gpu and arguments.device == "auto" else "cpu")
+    key = "cpu" if device.type == "cpu" else f"gpu_{arguments.dtype}{'_ieee' * arguments.ieee}"
+    picture = arguments.results.with_suffix(".png")
+    picture = check_picture(picture if key == "cpu" else picture.with_stem(f"{picture.stem}_{key}"))
     arguments.batch_size = arguments.batch_size or (64 if device.type == "cuda" else 2)
     arguments.model_batches = arguments.model_batches or ([64] if device.type == "cuda" else [1, 8])
     clock, dtype = Clock(device, arguments.seconds, arguments.turns), DTYPES[arguments.dtype]
 
-    key = "cpu" if device.type == "cpu" else f"gpu_{arguments.dtype}"
     everything = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     report = everything.setdefault(key, {})
     environment = [f"{n}={os.environ[n]}" for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ]
@@ -368,27 +450,42 @@ def main() -> None:
     command = " ".join([*environment, "python", "benchmarks/large_kernel.py", *sys.argv[1:]])
     report["device"] = device_and_threads(device)
     report["versions"] = {"zoo": zoo.__version__, "torch": torch.__version__}
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        report["versions"]["triton"] = importlib.metadata.version("triton")
+    failures = 0
 
     def save() -> None:
         with whole_file(arguments.results) as file:
             file.write((json.dumps(everything, indent=1) + "\n").encode())
 
-    if arguments.only != "models":
-        report["commands"]["operators"] = command
-        report["settings"] = {"batch_size": arguments.batch_size, "dtype": arguments.dtype}
-        report["peaks"] = clock.peaks(dtype)
-        report["operators"] = compare_operators(clock, arguments, dtype, report["peaks"])
-        save()
-    if arguments.only != "operators":
-        for mode in (arguments.mode,) if arguments.mode else ("inference", "training_step"):
-            for batch_size in arguments.model_batches:
-                found = compare_models(clock, batch_size, mode == "training_step", arguments.skip)
-                report.setdefault("models", {}).setdefault(mode, {})[str(batch_size)] = {**found, "command": command}
-                print(f"slak_tiny {mode}, batch {batch_size}: {found['speedup_of']} against {found['speedup']}")
+    with without_tf32() if arguments.ieee else contextlib.nullcontext():
+        if arguments.only != "models":
+            report["commands"]["operators"] = command
+            report["settings"] = {"batch_size": arguments.batch_size, "dtype": arguments.dtype}
+            report["peaks"] = clock.peaks(dtype)
+            report["operators"] = []
+            for row in compare_operators(clock, arguments, dtype, report["peaks"]):
+                report["operators"].append(row)
+                failures += "failed" in row
                 save()
+        if arguments.only != "operators":
+            for mode in (arguments.mode,) if arguments.mode else ("inference", "training_step"):
+                for batch_size in arguments.model_batches:
+                    label = f"slak_tiny {mode}, batch {batch_size}"
+                    try:
+                        found = compare_models(clock, batch_size, mode == "training_step", arguments.skip, dtype)
+                        print(f"{label}: {found['speedup_of']} against {found['speedup']}", flush=True)
+                    except Exception as error:
+                        found = {"failed": tell_failure(label, error)}
+                        failures += 1
+                    modes = report.setdefault("models", {}).setdefault(mode, {})
+                    modes[str(batch_size)] = {**found, "command": command}
+                    save()
     if "operators" in report:
-        plot(report, arguments.results.with_suffix(".png"))
+        plot(report, picture)
     print(f"Written to {arguments.results}")
+    if failures:
+        raise ZooError(f"{failures} of the comparisons failed, as said above and under 'failed' in the results.")
 
 
 if __name__ == "__main__":
