@@ -340,6 +340,57 @@ def test_an_optional_argument_keeps_its_meaning():
 
 
 @torch.no_grad()
+def test_an_option_that_is_switched_keeps_its_meaning():
+    class Optional(Odd):
+        def forward(self, x, normed=True):
+            y = self.conv(x)
+            return self.norm(y) if normed else y
+
+    model = randomize(Optional("plain"))
+    fast = zoo.optimize_for_inference(model)
+    for normed in (True, False):
+        close(fast(torch.ones(1, 4, 8, 8), normed=normed), model(torch.ones(1, 4, 8, 8), normed=normed))
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12", "slak_test", "timm resnet18"])
+def test_forward_mode_and_function_transforms(name):
+    """Packed weights know no derivatives but the plain layers' do."""
+    model = timm.create_model(name[5:]) if name.startswith("timm") else zoo.create_model(name, pretrained=False)
+    fast = zoo.optimize_for_inference(randomize(model))
+    model.requires_grad_(False)
+    batch, tangent = images(), images().flip(0)
+    fast(batch)  # with packed weights, which must not be taken again
+    found, expected = (torch.func.jvp(module, (batch,), (tangent,)) for module in (fast, model))
+    assert expected[1].abs().max() > 0
+    for ours, plain in zip(found, expected, strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
+
+
+@torch.no_grad()
+def test_vmap():
+    model = randomize(create("caformer_test"))
+    fast, batch = zoo.optimize_for_inference(model), images()
+    close(torch.func.vmap(fast)(batch[:, None]), model(batch)[:, None])
+
+
+def test_a_wrong_width_is_told_by_pytorch():
+    fast = zoo.optimize_for_inference(nn.Sequential(nn.Linear(512, 512)))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fast(torch.ones(2, 256))
+    fast = zoo.optimize_for_inference(nn.Sequential(nn.Conv2d(64, 64, 3)))
+    with pytest.raises(RuntimeError, match="64 channels"):
+        fast(torch.ones(2, 32, 8, 8))
+
+
+@torch.no_grad()
+def test_a_fast_forms_state_is_all_of_it():
+    model, other = (randomize(create("caformer_test"), seed) for seed in (0, 1))
+    fast = zoo.optimize_for_inference(other)
+    fast.load_state_dict(zoo.optimize_for_inference(model).state_dict())
+    close(fast(images()), model(images()))
+
+
+@torch.no_grad()
 def test_layers_shared_between_parts_stay():
     conv = nn.Conv2d(4, 4, 1)
     model = randomize(nn.Sequential(nn.Sequential(conv, nn.BatchNorm2d(4)), nn.Sequential(conv, nn.BatchNorm2d(4))))

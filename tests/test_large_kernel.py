@@ -10,8 +10,8 @@ import zoo
 from tests.launcher import ROOT, Program
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel
-from zoo.layers.exporting import is_exporting
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
+from zoo.layers.observers import is_exporting
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float64: 1e-13}
@@ -110,6 +110,9 @@ def test_forward_mode_and_function_transforms():
     torch.testing.assert_close(tangent, reference(x, weight))
     many = torch.stack([x, 2 * x])
     torch.testing.assert_close(torch.func.vmap(depthwise_conv2d, (0, None))(many, weight)[1], reference(2 * x, weight))
+    weight.requires_grad_(False)
+    jvp = torch.compile(lambda x: torch.func.jvp(lambda x: depthwise_conv2d(x, weight), (x,), (x,))[1], backend="eager")
+    torch.testing.assert_close(jvp(x), reference(x, weight))
 
 
 @pytest.mark.parametrize("stride", ["transposed", "strided", "expanded"])

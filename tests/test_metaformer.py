@@ -287,3 +287,11 @@ def test_fused_and_plain_attention_agree():
     plain.load_state_dict(model.state_dict())
     assert plain.stages[2].blocks[0].token_mixer.fused_attn != model.stages[2].blocks[0].token_mixer.fused_attn
     torch.testing.assert_close(plain(images), model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_star_relu_is_transformed_as_other_functions_are():
+    act, x = StarReLU(), torch.linspace(-1, 1, 8)
+    each = torch.func.vmap(torch.func.grad(lambda x: act(x).sum()))(x[:, None])
+    torch.testing.assert_close(each[:, 0], 2 * x.relu())
+    twice = torch.func.jvp(torch.func.grad(lambda x: act(x).sum()), (x,), (torch.ones(8),))[1]
+    torch.testing.assert_close(twice, 2 * (x > 0).float())

@@ -124,6 +124,30 @@ def test_what_it_leaves_alone():
     assert not by_onednn(layer(rows))
 
 
+def test_transformed_and_impossible_layers_are_pytorchs(onednn):
+    layer, rows = nn.Linear(256, 256), tensor(64, 256)
+    with FastProducts():
+        tangent = torch.func.jvp(layer, (rows,), (rows,))[1]
+        each = torch.func.vmap(layer)(rows)
+        of_rows = torch.func.vmap(torch.func.grad(lambda row: layer(row).square().sum()))(rows)
+        assert nn.Linear(0, 8)(torch.ones(2, 0)).shape == (2, 8)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            layer(tensor(64, 128))
+    torch.testing.assert_close(tangent, rows @ layer.weight.t())
+    torch.testing.assert_close(each, layer(rows))
+    torch.testing.assert_close(of_rows, 2 * layer(rows) @ layer.weight)
+
+
+def test_a_weight_may_change_before_the_backward_pass_where_only_it_learns(onednn):
+    layer, rows = nn.Linear(256, 256), tensor(64, 256)
+    with FastProducts():
+        y = layer(rows)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    y.sum().backward()
+    torch.testing.assert_close(layer.weight.grad, rows.sum(0).expand(256, 256))
+
+
 def test_of_any_number_of_images_where_mkl_is_faster(monkeypatch):
     monkeypatch.setattr(products, "_MKL_IS_FASTER", True)
     image, wide = tensor(16, 256, 16, 16).to(memory_format=torch.channels_last), nn.Conv2d(256, 256, 1)

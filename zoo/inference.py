@@ -36,8 +36,10 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     torch's nor timm's nor the zoo's, keeps its form, but for batch norms, which are folded into the convolutions before
     them, and for convolutions, which work in channels_last. Large convolutions and linear layers run on a CPU with
     their weights as oneDNN wants them (kept beside the weights, from the first call on), and with the ReLU or GELU
-    behind them. Weights that are changed in place behind PyTorch's back, through `.data` or NumPy, are not noticed:
-    optimise the model again.
+    behind them. That is exact for `forward` and timm's methods; where a model of your own has others, or calls a layer
+    of a part past that part's `forward`, these may find a batch norm or an activation joined to the layer before it.
+    Weights that are changed in place behind PyTorch's back, through `.data` or NumPy, are not noticed: optimise the
+    model again.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.
@@ -165,7 +167,8 @@ def _join(
 
 
 def _graphs(module: nn.Module) -> list[fx.Graph]:
-    """What a module's forward and timm's other methods do, of those that fx can follow; none where forward is not."""
+    """What a module's forward and timm's other methods do, as called without options and with each of those that are
+    on or off the other way, of what fx can follow; none where forward is not."""
     if isinstance(module, fx.GraphModule):
         return [module.graph]
     graphs: list[fx.Graph] = []
@@ -175,13 +178,15 @@ def _graphs(module: nn.Module) -> list[fx.Graph]:
             return []
         if method is None:
             continue
-        try:
-            parameters = list(inspect.signature(method).parameters.values())
-            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-            graphs.append(_Children(name).trace(module, concrete_args=defaults))
-        except Exception:  # fx cannot follow it
-            if not graphs:
-                return graphs
+        parameters = list(inspect.signature(method).parameters.values())
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        switched = [defaults | {name: not default} for name, default in defaults.items() if isinstance(default, bool)]
+        for arguments in (defaults, *switched):
+            try:
+                graphs.append(_Children(name).trace(module, concrete_args=arguments))
+            except Exception:  # fx cannot follow it
+                if not graphs:
+                    return graphs
     return graphs
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.layers.exporting import is_exporting
 from zoo.layers.folding import has_hooks, has_own_forward, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights, on_meta
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
+from zoo.layers.observers import is_exporting
 from zoo.layers.token_loss import IGNORED, mean_token_loss
 
 __all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "reorder_rotary"]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel_triton
-from zoo.layers.exporting import is_exporting
+from zoo.layers.observers import is_exporting, is_transformed
 
 
 @torch.fx.wrap
@@ -76,7 +76,7 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
         return _plain(x, weights, bias)
     if x.is_complex():  # whose derivatives are other ones
         return _plain(x, weights, bias)
-    if not torch.compiler.is_compiling() and _is_transformed():
+    if is_transformed():
         return _plain(x, weights, bias)
     for weight in weights:
         _check(x, weight, bias)
@@ -108,11 +108,6 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     for weight in weights[1:]:
         total = total + _convolve(x, weight, None, fast)
     return total
-
-
-def _is_transformed() -> bool:
-    """Within `torch.func` or forward-mode differentiation, of which the operators below know nothing."""
-    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _lowered(tensor: Tensor) -> Tensor:

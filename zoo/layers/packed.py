@@ -3,7 +3,7 @@ sum included.
 
 `F.conv2d` brings the weights into that layout at every call, which for small maps and batches takes longer than the
 convolution; `F.linear` computes without. Where that layout is not to be had (on a GPU, in an exported graph, where
-gradients are asked for, in dtypes that oneDNN lacks) these are plain layers.
+derivatives are asked for, in dtypes that oneDNN lacks) these are plain layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zoo.layers.exporting import is_exporting
+from zoo.layers.observers import is_exporting, is_transformed
 
 Activation = Literal["none", "relu", "gelu"]
 _OPERATORS = torch.ops.mkldnn
@@ -39,8 +39,8 @@ if _ONEDNN:  # looked up at each call they take a third longer to call
 
 
 def may_overwrite(x: Tensor) -> bool:
-    """Whether work in place is both allowed and of use: not where it is recorded, nor where gradients flow."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    """Whether work in place is both allowed and of use: not where it is recorded, nor where derivatives flow."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return False
     return not needs_gradients(x)
 
@@ -98,6 +98,7 @@ class PackedConv2d(nn.Conv2d):
             and self.padding_mode == "zeros"
             and not isinstance(self.padding, str)
             and x.ndim == 4
+            and x.shape[1] == self.in_channels
             and _takes_packed(x, self.weight)
         )
 
@@ -114,7 +115,7 @@ class PackedLinear(nn.Linear):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (_ONEDNN and x.ndim > 1 and _takes_packed(x, self.weight)):
+        if not (_ONEDNN and x.ndim > 1 and x.shape[-1] == self.in_features and _takes_packed(x, self.weight)):
             return _activate(super().forward(x), self.act)
         multiply = torch.ops.zoo.packed_linear if torch.compiler.is_compiling() else _packed_linear
         return multiply(x, self.weight, self.bias, self.act)
@@ -140,7 +141,7 @@ def _takes_packed(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (needs_gradients(x) or needs_gradients(weight))
-        and not (is_exporting() or torch.jit.is_tracing())
+        and not (is_exporting() or is_transformed() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled("cpu")
     )
 

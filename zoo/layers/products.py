@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from zoo.layers.observers import is_transformed
+
 __all__ = ["FastProducts"]
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -41,8 +43,9 @@ class FastProducts(TorchFunctionMode):
     That is oneDNN; on Intel's processors `F.linear` stays what it is, and 1x1 `F.conv2d` of any number of images
     becomes it.
 
-    Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled or traced
-    code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run again outside.
+    Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled, traced or
+    transformed code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run
+    again outside.
     """
 
     def __torch_function__(
@@ -53,17 +56,19 @@ class FastProducts(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if not kwargs:
-            if func is F.linear and not _MKL_IS_FASTER and _suits(*args[:2]):
+            if func is F.linear and not _MKL_IS_FASTER and _suits(args[0], args[1], -1):
                 return linear(*args)
-            if func is F.conv2d and _is_pointwise(*args) and _suits(*args[:2]):
+            if func is F.conv2d and _is_pointwise(*args) and _suits(args[0], args[1], 1):
                 return pointwise_conv2d(*args[:3])
         return func(*args, **(kwargs or {}))
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
+def _suits(x: Tensor, weight: Tensor, axis: int) -> bool:
     return (
         _AVAILABLE
         and weight.ndim > 1
+        and x.ndim > 0
+        and x.shape[axis] == weight.shape[1] > 0
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.dtype == weight.dtype == torch.float32
@@ -72,7 +77,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and torch.is_grad_enabled()
         and x.numel() // weight.shape[1] * weight.numel() >= SMALLEST
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
     )
 
 
@@ -113,16 +118,21 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        x, weight, _ = inputs
+        # as PyTorch does: what no gradient needs may change before the backward pass
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        grads, rows = _rows(grad), _rows(x)
+        grads = _rows(grad)
         again = torch.is_grad_enabled()  # to be differentiated once more, which oneDNN's product cannot be
-        to_x = (grads @ weight if again else _multiply(grads, weight.t())).unflatten(0, x.shape[:-1]) if of_x else None
-        to_weight = (grads.t() @ rows if again else _multiply_long(grads, rows)) if of_weight else None
+        to_x = to_weight = None
+        if of_x:
+            to_x = (grads @ weight if again else _multiply(grads, weight.t())).unflatten(0, grad.shape[:-1])
+        if of_weight:
+            to_weight = grads.t() @ _rows(x) if again else _multiply_long(grads, _rows(x))
         return to_x, to_weight, grads.sum(dim=0) if of_bias else None
 
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, image_sides, per_stage
-from zoo.layers.exporting import is_exporting
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
+from zoo.layers.observers import is_exporting, is_transformed
 from zoo.layers.packed import Activation, PackedConv2d, may_overwrite, needs_gradients
 from zoo.layers.staged import Head, StagedNet
 from zoo.layers.stochastic_depth import is_per_sample, stochastic_add, trains_eagerly
@@ -117,7 +117,7 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """`scale * relu(x)**2 + bias`."""
     if torch.jit.is_scripting():
         return scale * F.relu(x).square() + bias
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
     if recorded or x.dtype != scale.dtype or not (torch.is_grad_enabled() and x.requires_grad):
         return scale * F.relu(x).square() + bias
     return _StarReLU.apply(x, scale, bias)
@@ -758,7 +758,7 @@ class FastSepConv(nn.Module):
         assert isinstance(mixer, SepConv)
         self.norm, self.res_scale = MapNorm(block.norm1), block.res_scale1
         self.pwconv1 = PackedConv2d(mixer.pwconv1, "relu")
-        self.scale, self.shift = float(mixer.act1.scale), mixer.act1.bias
+        self.scale, self.shift = float(mixer.act1.scale), mixer.act1.bias  # addcmul takes a number
         self.dwconv = PackedConv2d(mixer.dwconv)
         self.pwconv2 = PackedConv2d(scaled(mixer.pwconv2, block.layer_scale1))
 
@@ -767,6 +767,12 @@ class FastSepConv(nn.Module):
         out = h if may_overwrite(h) else None
         h = torch.addcmul(self.shift[:, None, None], h, h, value=self.scale, out=out)
         return self.pwconv2.add_to(scale_shortcut(x, self.res_scale), self.dwconv(h))
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.scale, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scale = float(state)
 
 
 class FastAttention(nn.Module):

@@ -1,0 +1,19 @@
+"""Who besides the caller wants something of a computation: an exporter its graph, or a transform its derivatives."""
+
+import torch
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, also in what `torch.compile` traces."""
+    return torch.compiler.is_exporting()
+
+
+def is_transformed() -> bool:
+    """Within `torch.func` or forward-mode differentiation, of which operators made for speed know nothing."""
+    return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+# run, not traced: torch 2.11 traces the first as True in compiled code, too. This is all that
+# `torch.compiler.assume_constant_result` does, but it imports the compiler for that, which takes seconds.
+for asked in (is_exporting, is_transformed):
+    asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
