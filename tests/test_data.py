@@ -6,6 +6,7 @@ import io
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def picture(seed: int, size: int = 24) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
-def make_folder(root: Path, classes: str = "ab", per_class: int = 3) -> Path:
+def make_folder(root: Path, classes: Sequence[str] = "ab", per_class: int = 3) -> Path:
     for number, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for i in range(per_class):

@@ -366,13 +366,6 @@ def test_forward_mode_and_function_transforms(name):
         assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
 
 
-@torch.no_grad()
-def test_vmap():
-    model = randomize(create("caformer_test"))
-    fast, batch = zoo.optimize_for_inference(model), images()
-    close(torch.func.vmap(fast)(batch[:, None]), model(batch)[:, None])
-
-
 def test_a_wrong_width_is_told_by_pytorch():
     fast = zoo.optimize_for_inference(nn.Sequential(nn.Linear(512, 512)))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):

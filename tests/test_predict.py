@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import zoo
 from tests.known import Known, known_cfg
 from zoo.cli import main
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, ZooError
 from zoo.evaluation import class_activation_map
 
 
@@ -157,6 +157,32 @@ def test_one_bad_image_does_not_stop_the_others(exported: str, image: str, tmp_p
     assert "text.png' cannot be read as an image" in errors
     assert "There is no image" in errors
     assert "2 of 4 images cannot be read" in errors
+
+
+def test_greyscale_of_16_bits_is_what_8_bits_are(exported: str, tmp_path: Path, capsys: Any):
+    grey = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) // 16
+    Image.fromarray(grey.astype(np.uint8)).save(tmp_path / "8.png")
+    Image.fromarray(grey * 257).save(tmp_path / "16.png")
+    Image.fromarray(grey * 257).save(tmp_path / "16.tif")
+    Image.fromarray(grey / np.float32(255)).save(tmp_path / "float.tif")
+    names = [str(tmp_path / name) for name in ("8.png", "16.png", "16.tif", "float.tif")]
+    assert main(["predict", *names, "--model", exported, "--json"]) == 1
+    out, errors = capsys.readouterr()
+    of_8_bits, *of_16_bits = json.loads(out)
+    assert [answer["predictions"] for answer in of_16_bits] == [of_8_bits["predictions"]] * 2
+    assert "float.tif' cannot be read as an image: its pixels have 32 bits (mode F)" in errors
+
+
+def test_a_folder_for_an_image(exported: str, tmp_path: Path, capsys: Any):
+    assert main(["predict", str(tmp_path), "--model", exported]) == 1
+    assert f"is a folder: name the images in it, as {tmp_path}/*.jpg" in capsys.readouterr().err
+
+
+def test_a_model_whose_outputs_are_not_finite(exported: str, image: str):
+    model = zoo.create_model(f"local-dir:{exported}")
+    next(model.parameters()).data.fill_(float("nan"))
+    with pytest.raises(ZooError, match="outputs are not finite"):
+        zoo.predict(model, image)
 
 
 def test_drawing_activation_maps(exported: str, image: str, tmp_path: Path, capsys: Any):

@@ -14,7 +14,7 @@ import zoo
 from tests.launcher import python
 from tests.models import each_model
 from zoo import index, registry
-from zoo.errors import ConfigError, UnknownModelError
+from zoo.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.layers.decoder import build_decoder
 from zoo.registry import Entry, ModelInfo, Weights, get_entry, register, split_name
 
@@ -166,6 +166,20 @@ def test_an_unknown_name_raises_with_the_nearest(ask, name, near):
 def test_an_unknown_name_that_is_near_nothing_still_says_so(name):
     with pytest.raises(UnknownModelError, match="There is no model called"):
         zoo.model_info(name)
+
+
+def test_a_path_for_a_name_is_told_how_it_is_written(tmp_path):
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "config.json").write_text("{}")
+    for name, advice in {
+        f"{tmp_path}/run/best": f"For the model in that folder, write local-dir:{tmp_path}/run/best",
+        "me/net": "for a repository on the Hub, hf-hub:me/net",
+        "timm/resnet18": "timm.create_model.'resnet18'. makes timm's",
+    }.items():
+        with pytest.raises(UnknownModelError, match=f"There is no model called '{name}'.*{advice}"):
+            zoo.create_model(name)
+    with pytest.raises(CheckpointError, match=f"it is a run, whose model is local-dir:{tmp_path}/run/best"):
+        zoo.create_model(f"local-dir:{tmp_path}/run")
 
 
 @pytest.mark.parametrize("name", [None, 12, ["poolformer_s12"], b"poolformer_s12"])

@@ -244,6 +244,26 @@ def test_going_on_in_another_folder(recipe: Path, tmp_path: Path):
     assert_same_checkpoint(first.best_checkpoint, again.best_checkpoint)
 
 
+def test_a_run_with_other_classes_or_channels_is_not_gone_on_with(recipe: Path, tmp_path: Path):
+    for folder, classes in {"first": "ab", "renamed": "ac", "more": "abc"}.items():
+        for split in ("train", "val"):
+            make_folder(tmp_path / folder / split, classes, 4)
+
+    def go(folder: str, **changes: Any) -> None:
+        data = {"name": "folder", "path": str(tmp_path / folder), "batch_size": 4, "mean": None, "std": None}
+        train(configure(recipe, tmp_path / "run", data=data | changes.pop("data", {}), **changes))
+
+    go("first")
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match=r"learned 2 classes, and the data have 2, not the same .*: b, c\. Begin"):
+        go("renamed", resume="auto", scheduler={"epochs": 3})
+    with pytest.raises(CheckpointError, match=r"learned 2 classes, and the data have 3, not the same .*: c\. Begin"):
+        go("more", resume="auto", scheduler={"epochs": 3})
+    with pytest.raises(CheckpointError, match=r"last is of another model: .*stem"):
+        go("first", resume="auto", scheduler={"epochs": 3}, data={"input_size": [3, 16, 16]})
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+
+
 def test_a_run_whose_state_is_gone_is_not_begun_anew(recipe: Path, tmp_path: Path):
     config = configure(recipe, tmp_path / "run", train={"max_updates": 1})
     last = train(config).folder / "last"
@@ -452,6 +472,7 @@ def test_classes_without_images_are_named(train_py: Any, recipe: Path, tmp_path:
     for split in ("train", "val"):
         make_folder(tmp_path / "data" / split, "ab", 4)
         (tmp_path / "data" / split / "empty").mkdir()
+        make_folder(tmp_path / "data" / split, [".ipynb_checkpoints"], 1)  # Jupyter's, and no class
     flags = ["--data.name", "folder", "--data.path", tmp_path / "data", "--data.batch_size", "4"]
     status, errors = train_py("--config", recipe, *flags, "--output.dir", tmp_path / "run", "--train.max_updates", "1")
     assert status == 0

@@ -534,7 +534,9 @@ def test_locate_what_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "module", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize(
+    "wrapper", [None, "state_dict", "model_state_dict", "model", "module", "state_dict_ema", "model_ema"]
+)
 def test_read_what_training_scripts_write(
     trained: nn.Module, tmp_path: Path, wrapper: str | None, legacy: bool
 ) -> None:
@@ -543,6 +545,23 @@ def test_read_what_training_scripts_write(
     content = wrapped if wrapper is None else {wrapper: wrapped, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(content, tmp_path / "last.pth.tar", _use_new_zipfile_serialization=not legacy)
     assert equal(read_state_dict(tmp_path / "last.pth.tar"), tensors)
+
+
+def test_weights_of_compiled_and_parallel_models(trained: nn.Module, tmp_path: Path) -> None:
+    wrappers: list[Any] = [torch.compile, nn.DataParallel]
+    for wrap in wrappers:
+        model = small(num_classes=10)
+        report = zoo.load_checkpoint(wrap(model), trained.state_dict())
+        assert not report.fresh
+        assert equal(model.state_dict(), trained.state_dict())
+    with pytest.raises(ConfigError, match="the model that was compiled, which lies in its _orig_mod"):
+        zoo.save_pretrained(wrappers[0](trained), tmp_path / "compiled")
+
+
+def test_the_state_of_a_run_is_no_checkpoint(trained: nn.Module, tmp_path: Path) -> None:
+    torch.save({"progress": {}}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint .* It holds state\.pt"):
+        zoo.load_checkpoint(trained, tmp_path)
 
 
 def test_averaged_weights_are_preferred(trained: nn.Module, tmp_path: Path) -> None:
@@ -625,6 +644,7 @@ def test_the_content_decides_and_not_the_suffix(trained: nn.Module, tmp_path: Pa
         ([1, 2], "holds a list and no state dict"),
         ({}, "holds no tensors, but nothing at all"),
         ({"epoch": 3, "lr": 0.1}, "holds no tensors, but epoch, lr"),
+        ({"epoch": 3, "student": {"w": torch.ones(1)}}, "holds no tensors, but .* Tensors lie in 'student': save"),
         ({"w": torch.zeros(1), "epoch": 3}, "not tensors among its tensors: epoch"),
     ],
 )

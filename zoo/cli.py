@@ -408,7 +408,7 @@ zoo quantize smollm_135m smollm-int4 --to int4 --text corpus.parquet --max-token
     sub.add_argument("--to", choices=("int8", "int4"), default="int8", help="bits of a weight (default: int8)")
     sub.add_argument("--group-size", type=int, default=32, metavar="N", help="weights that share a scale (default: 32)")
     sub.add_argument("--text", metavar="PATH", help="measure the perplexity on it before and after: a file or folder")
-    sub.add_argument("--max-tokens", type=int, metavar="N", help="read no more of it")
+    sub.add_argument("--max-tokens", type=int, metavar="N", help="read no more documents of it after so many tokens")
     sub.add_argument("--tokenizer", metavar="NAME", help="where SOURCE has none: bytes, a folder, hf-hub:owner/name")
     sub.add_argument("--checkpoint", metavar="FILE", help="weights for a model that is given by its name")
     sub.add_argument("--overwrite", action="store_true", help="replace the model in OUT")

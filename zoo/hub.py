@@ -303,10 +303,11 @@ def load_config(
             raise CheckpointError(f"There is no folder {str(folder)!r}.")
         path = folder / CONFIG
         if not path.is_file():
-            raise CheckpointError(
-                f"The folder {str(folder)!r} has no {CONFIG}: name the architecture, "
-                "and give the folder as checkpoint_path=."
-            )
+            found = next((place for place in checkpoint_places(folder) if (place / CONFIG).is_file()), None)
+            advice = "name the architecture, and give the folder as checkpoint_path="
+            if found is not None:
+                advice = f"it is a run, whose model is local-dir:{found}"
+            raise CheckpointError(f"The folder {str(folder)!r} has no {CONFIG}: {advice}.")
         origin |= {"source": "local-dir", "file": str(folder)}
     return _parse_config(read_json(path), source, origin)
 

@@ -61,10 +61,11 @@ def quantize_checkpoint(
 ) -> Quantization:
     """Write the model that `source` names (a name, a run, a folder, `hf-hub:owner/name`) to `folder`, quantised.
 
-    With `text`, a file, folder or pattern of texts, the perplexity on its first `max_tokens` tokens before and after is
-    measured, and kept in `config.json`. The tokenizer is that of `source`, unless `tokenizer` names another; without
-    `text` it may be missing. Raises ConfigError for a `folder` that holds `source` itself, whose weights cannot be had
-    back from fewer bits, and what `quantize`, `create_tokenizer` and `save_pretrained` raise.
+    With `text`, a file, folder or pattern of texts, the perplexity on it before and after is measured, and kept in
+    `config.json`; no more documents are read after `max_tokens` tokens. The tokenizer is that of `source`, unless
+    `tokenizer` names another; without `text` it may be missing. Raises ConfigError for a `folder` that holds `source`
+    itself, whose weights cannot be had back from fewer bits, and what `quantize`, `create_tokenizer` and
+    `save_pretrained` raise.
     """
     from zoo.data.text import iterate_texts
     from zoo.data.tokenizers import create_tokenizer

@@ -471,8 +471,18 @@ def get_entry(name: str) -> Entry:
     if base not in _entries and base in _index():
         importlib.import_module(_index()[base].module)
     if base not in _entries:
+        if "/" in name or "\\" in name:
+            raise UnknownModelError(f"There is no model called {name!r}.{_meant_by_path(name)}")
         raise UnknownModelError(f"There is no model called {base!r}.{did_you_mean(base, _all_names())}")
     return _entries[base]
+
+
+def _meant_by_path(name: str) -> str:
+    if name.startswith("timm/"):
+        return f" timm.create_model({name[5:]!r}) makes timm's; zoo.loading.load_model takes both."
+    if Path(name).expanduser().is_dir():
+        return f" For the model in that folder, write local-dir:{name}."
+    return f" For a folder, write local-dir:{name}; for a repository on the Hub, hf-hub:{name}."
 
 
 def model_info(name: str) -> ModelInfo:

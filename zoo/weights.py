@@ -27,7 +27,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias, cast
 from urllib.parse import quote, urlsplit
 
 import huggingface_hub
@@ -412,6 +412,7 @@ def _checkpoint_in(folder: Path) -> Path:
         if (folder / name).is_file():
             return folder / name
     found = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
+    found = [path for path in found if path.name != "state.pt"]  # what a run goes on with, which holds no weights
     if len(found) == 1:
         return found[0]
     names = [path.name for path in found or sorted(folder.iterdir())]
@@ -424,7 +425,7 @@ def _checkpoint_in(folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 EMA_KEYS = ("state_dict_ema", "model_ema", "net_E")
-WRAPPER_KEYS = ("state_dict", "model", "module", "net")
+WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "module", "net")
 
 
 def read_state_dict(path: str | Path, *, use_ema: bool = True) -> StateDict:
@@ -545,13 +546,20 @@ def unwrap(loaded: Any, name: str, use_ema: bool = True) -> StateDict:
     tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
     others = [str(key) for key in loaded if key not in tensors]
     if not tensors:
-        raise CheckpointError(f"{name} holds no tensors, but {_some(others) if others else 'nothing at all'}.")
+        held = f"holds no tensors, but {_some(others) if others else 'nothing at all'}"
+        inner = [key for key, value in loaded.items() if isinstance(value, Mapping) and _holds_tensors(value)]
+        hint = f" Tensors lie in {_some(map(repr, inner))}: save what you mean of it alone." if inner else ""
+        raise CheckpointError(f"{name} {held}.{hint}")
     if others:
         raise CheckpointError(f"{name} holds things that are not tensors among its tensors: {_some(others)}.")
     tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}  # torch.compile
     while all(key.startswith("module.") for key in tensors):  # DataParallel and its kin
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     return tensors
+
+
+def _holds_tensors(value: Mapping[Any, Any]) -> bool:
+    return any(isinstance(tensor, Tensor) for tensor in value.values())
 
 
 def _wrapper_keys(loaded: Any, use_ema: bool) -> tuple[str | None, str | None]:
@@ -650,6 +658,8 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"load_checkpoint takes a torch.nn.Module as its model, not {type(model).__name__}.")
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel):  # compiled, or in parallel
+        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)
     path, name, loaded = None, "the state dict", source
     if not isinstance(source, Mapping):
         path = locate(source, cache_dir=cache_dir, token=token, refresh=refresh)

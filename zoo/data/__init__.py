@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         TrainingLoader,
         evaluation_loader,
         make_loader,
+        to_channels,
         training_loader,
     )
     from zoo.data.segmentation import (
@@ -58,6 +59,7 @@ __all__ = [
     "random_transform",
     "segmentation_evaluation_loader",
     "segmentation_training_loader",
+    "to_channels",
     "train_tokenizer",
     "training_loader",
 ]
@@ -73,6 +75,7 @@ _LATER = {
         "TrainingLoader",
         "evaluation_loader",
         "make_loader",
+        "to_channels",
         "training_loader",
     ),
     "zoo.data.segmentation": (

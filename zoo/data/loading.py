@@ -302,7 +302,20 @@ def decode(file: Image.Image, channels: int) -> Tensor:
             return decode_jpeg(data, ImageReadMode.RGB)  # the same pixels as Pillow's, straight into a tensor
         except RuntimeError:
             pass  # Pillow says what is wrong
-    return to_tensor(file.convert("L" if channels == 1 else "RGB"))
+    return to_tensor(to_channels(file, channels))
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode as greyscale (1 channel) or RGB (3), of 8 bits.
+
+    Grey values of 16 bits are scaled to 8, which Pillow would cut off at 255. Raises ValueError for those of 32 bits
+    and for floats, of which nobody knows what black and white are.
+    """
+    if image.mode in ("I", "F") and image.format != "PNG":  # an "I" of a PNG has 16 bits
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}): save it with 8 or 16 of them")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def digit_scans(config: SplitNames, training: bool) -> tuple[np.ndarray, np.ndar
 
 
 def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
     root = Path(config.path or "").expanduser()
     if not root.is_dir():
@@ -212,10 +212,11 @@ def _load_folder(config: DataConfig, training: bool) -> ImageSplit:
             f"{str(root)!r} has no folder {' or '.join(map(repr, wanted))}.{did_you_mean(wanted[0], there)} "
             f"Images are looked for in {str(root / wanted[0] / '<class>')!r}."
         )
-    try:
-        classes, index_of = find_classes(str(folder))
-    except FileNotFoundError:
-        raise DataError(f"There is no folder of images for each class in {str(folder)!r}.") from None
+    # no hidden ones, as Jupyter's .ipynb_checkpoints
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise DataError(f"There is no folder of images for each class in {str(folder)!r}.")
+    index_of = {name: index for index, name in enumerate(classes)}
     samples = make_dataset(str(folder), index_of, IMG_EXTENSIONS, allow_empty=True)
     if not samples:
         raise DataError(f"There are no images in {str(folder)!r}. Looked for {', '.join(IMG_EXTENSIONS)}.")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from zoo.errors import DataError, ZooError
 
-__all__ = ["CALIBRATION_BINS", "Counts"]
+__all__ = ["CALIBRATION_BINS", "NOT_FINITE", "Counts"]
 
 CALIBRATION_BINS = 15
+NOT_FINITE = "The model's outputs are not finite (NaN or infinite): its weights are damaged."
 
 
 class Counts:
@@ -66,7 +67,7 @@ class Counts:
             raise DataError(f"None of the images can be read.{example}")
         loss = float(self.loss) / images
         if not math.isfinite(loss):
-            raise ZooError("The model's outputs are not finite (NaN or infinite): its weights are damaged.")
+            raise ZooError(NOT_FINITE)
         metrics = {"loss": loss, "top1": 100 * int(self.confusion.trace()) / images}
         return metrics | ({"top5": 100 * int(self.in_top5) / images} if self.num_classes > 5 else {})
 

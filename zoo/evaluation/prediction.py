@@ -16,10 +16,11 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
-from zoo.data import UNREADABLE, eval_transform, preprocessing
+from zoo.data import UNREADABLE, eval_transform, preprocessing, to_channels
 from zoo.devices import choose_device
-from zoo.errors import ConfigError, DataError, MissingDependencyError, did_you_mean
+from zoo.errors import ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
 from zoo.evaluation.image_classification import num_classes
+from zoo.evaluation.metrics import NOT_FINITE
 from zoo.evaluation.predictions import check_topk
 from zoo.evaluation.targets import class_names
 from zoo.files import check_writable, make_folder, whole_file
@@ -44,13 +45,16 @@ def predict(model: nn.Module, image: str | Path | Image.Image, topk: int = 5) ->
     """The `topk` most probable classes of an image (a path or a PIL image), most probable first.
 
     The image is prepared as the model's `pretrained_cfg` says. Raises DataError for a file that is no image, and
-    ConfigError for a model that is no image classifier and for arguments that make no sense.
+    ConfigError for a model that is no image classifier and for arguments that make no sense, ZooError for a model whose
+    outputs are not finite.
     """
     num_classes(model)
     check_topk(topk)
     tensor = _prepare(model, image)
     with _evaluating(model):
         probabilities = model(tensor).float().softmax(-1)[0]
+    if not probabilities.isfinite().all():
+        raise ZooError(NOT_FINITE)
     labels = class_labels(model)
     best = probabilities.topk(min(topk, len(probabilities)))
     return [
@@ -271,17 +275,16 @@ def _prepare(model: nn.Module, image: str | Path | Image.Image) -> Tensor:
             "PIL.Image.fromarray makes an image of an array."
         )
     preprocess = preprocessing(model)
-    mode = "L" if preprocess["input_size"][0] == 1 else "RGB"
-    if isinstance(image, Image.Image):
-        converted = image.convert(mode)
-    else:
-        try:
-            with Image.open(image) as file:
-                converted = file.convert(mode)
-        except FileNotFoundError:
-            raise DataError(f"There is no image {str(image)!r}.") from None
-        except UNREADABLE as error:
-            raise DataError(f"{str(image)!r} cannot be read as an image: {error}") from None
+    try:
+        with contextlib.nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as file:
+            converted = to_channels(file, preprocess["input_size"][0])
+    except FileNotFoundError:
+        raise DataError(f"There is no image {str(image)!r}.") from None
+    except IsADirectoryError:
+        raise DataError(f"{str(image)!r} is a folder: name the images in it, as {image}/*.jpg.") from None
+    except UNREADABLE as error:
+        name = "The image" if isinstance(image, Image.Image) else repr(str(image))
+        raise DataError(f"{name} cannot be read as an image: {error}") from None
     return eval_transform(preprocess)(converted)[None].to(next(model.parameters()))
 
 

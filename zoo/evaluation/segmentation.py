@@ -28,6 +28,7 @@ from zoo.data import (
 )
 from zoo.errors import ConfigError, DataError, ZooError, did_you_mean
 from zoo.evaluation.image_classification import Amp, Setting, check_takes_images, run_over
+from zoo.evaluation.metrics import NOT_FINITE
 from zoo.evaluation.segmentation_results import Sample, SegmentationResults, class_figures
 from zoo.evaluation.targets import label_names
 
@@ -150,7 +151,7 @@ class PixelCounts:
             raise DataError(f"None of the images has a pixel with a class.{example}")
         loss = float(self.loss) / pixels
         if not math.isfinite(loss):
-            raise ZooError("The model's outputs are not finite (NaN or infinite): its weights are damaged.")
+            raise ZooError(NOT_FINITE)
         iou, accuracy = class_figures(self.confusion.cpu().numpy())
         return {
             "loss": loss,

@@ -44,6 +44,8 @@ def check_whole(model: nn.Module, purpose: str) -> None:
             f"{purpose} takes a model as create_model makes it, and this is its fast form: give the model that it was "
             "made from."
         )
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError(f"{purpose} takes the model that was compiled, which lies in its _orig_mod.")
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     if "architecture" not in cfg or not hasattr(model, "num_features"):
         advice = ": leave out features_only=True" if hasattr(model, "feature_info") else ""

@@ -686,7 +686,18 @@ class _Loop:
     def _load_averaged(self, checkpoint: Path, state: dict[str, Any]) -> None:
         from zoo.weights import load_checkpoint
 
-        load_checkpoint(self.task.model, checkpoint)
+        advice = "Begin a run in another output.dir, which may start from these weights (model.checkpoint_path)."
+        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("label_names")
+        now = (getattr(self.task.model, "pretrained_cfg", None) or {}).get("label_names")
+        if saved is not None and now is not None and list(saved) != list(now):
+            others = [name for name in (*saved, *now) if (name in saved) != (name in now)] or saved
+            raise CheckpointError(
+                f"{checkpoint} learned {len(saved)} classes, and the data have {len(now)}, not the same in the same "
+                f"order: {', '.join(map(str, others[:5]))}{', ...' * (len(others) > 5)}. {advice}"
+            )
+        report = load_checkpoint(self.task.model, checkpoint)
+        if report.dropped or report.adapted or report.fresh:
+            raise CheckpointError(f"{checkpoint} is of another model: {'. '.join(report.notes)}. {advice}")
 
     def _load_learner(self, checkpoint: Path, state: dict[str, Any]) -> None:
         """What is learned, where that is not what is saved as the model, which is loaded already."""
@@ -993,6 +1004,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     after = sum(len(group["params"]) for group in optimizer.param_groups)
     if before != after:
         raise ValueError(f"it trained {before} tensors, this one trains {after}: is model.freeze another?")
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    for number, shape in zip(numbers, shapes, strict=True):
+        averages = state["state"].get(number, {}).get("exp_avg")
+        if averages is not None and averages.shape != shape:  # which no optimizer looks at, but writes over
+            raise ValueError(f"it trained a tensor {tuple(averages.shape)}, which is {tuple(shape)} now.")
     optimizer.load_state_dict(shard_optimizer_state(optimizer, state))
     for group, now in zip(optimizer.param_groups, options, strict=True):
         group.update(now)
