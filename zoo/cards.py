@@ -20,6 +20,7 @@ from zoo.registry import ModelInfo, Paper, Weights, list_models, model_info
 from zoo.units import humanize
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_GROUPS = 6  # of a family's models that the table of families names; its card has them all
 FAMILIES_BEGIN, FAMILIES_END = "<!-- families: begin -->", "<!-- families: end -->"
 
 
@@ -51,11 +52,12 @@ def render_families() -> str:
     rows = []
     for family in families():
         infos = [model_info(name) for name in list_models(family=family)]
+        names = groups(info.name for info in infos)
         rows.append(
             (
                 f"[{family}](model_cards/{family}.md)",
                 ", ".join(dict.fromkeys(info.task for info in infos)),
-                f"{len(infos)}: {code(groups(info.name for info in infos))}",
+                f"{len(infos)}: {code(names[:MOST_GROUPS])}{', ...' * (len(names) > MOST_GROUPS)}",
                 span([info.params for info in infos]),
                 span([info.macs for info in infos]) + (" a token" if infos[0].language else ""),
                 ", ".join(f"[{paper.arxiv}]({paper.url})" for paper in papers(infos)),
