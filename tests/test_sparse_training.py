@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torch.distributed as dist
 from timm.layers import ScaledStdConv2d
@@ -38,7 +39,7 @@ from zoo.errors import CheckpointError, ConfigError
 from zoo.loading import load_model, model_task
 from zoo.models import slak
 from zoo.publishing import model_card
-from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of
+from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of, sparse_parameters
 from zoo.training import (
     ImageClassification,
     Interrupted,
@@ -745,10 +746,55 @@ def test_layers_that_make_their_weights_of_others_stay_dense():
     sparse = make(model, method="static", density=0.9, distribution="uniform")
     sparse.start()
     assert list(sparse.masks) == ["0.weight", "3.weight"]
-    assert " Layers stay dense that make the weights they use of others: 4, 7." in sparse.describe()
+    assert " Layers stay dense whose weights are made of others, or hold those of several: 4, 7." in sparse.describe()
     plain = make(network(), method="static", density=0.9)
     plain.start()
     assert "stay dense" not in plain.describe()
+
+
+class Mixed(nn.Module):
+    """Convolutions of every kind, and much that holds a `weight` which multiplies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(32, 8)
+        self.norm = nn.LayerNorm((8, 8))
+        self.signal, self.volume = nn.Conv1d(4, 8, 5), nn.Conv3d(4, 8, 3)
+        self.up = nn.ConvTranspose2d(8, 12, 2)
+        self.attention, self.memory, self.head = nn.MultiheadAttention(8, 2), nn.LSTM(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 4, 9)
+        signal = self.signal(x).mean(-1)
+        volume = self.volume(x[..., :3, None, None].expand(-1, -1, -1, 3, 3)).flatten(1)
+        return self.head(signal + volume) + self.up(signal[..., None, None]).mean()
+
+
+def test_layers_of_every_kind_and_no_others():
+    torch.manual_seed(0)
+    model = Mixed()
+    sparse = make(model, method="rigl", density=0.2, distribution="uniform", update_interval=3)
+    sparse.start()
+    layers = ["signal", "volume", "up", "attention.out_proj", "head"]
+    assert list(sparse.masks) == [f"{name}.weight" for name in layers]
+    assert "several: attention, memory" in sparse.describe()
+    optimizer = adamw(model)
+    sparse.attach(optimizer)
+    for update in range(1, 31):
+        model(torch.randn(2, 4, 9)).square().sum().backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+        for name, mask in sparse.masks.items():
+            assert int(mask.count_nonzero()) == sparse.final[name] == pytest.approx(0.2 * mask.numel(), abs=1)
+            assert not sparse.parameters[name][~mask].any()
+    assert list(make(model, method="static", density=0.5, layers=["all"]).parameters) == list(sparse.parameters)
+
+
+def test_n_m_runs_along_the_inputs_of_transposed_convolutions_too():
+    model = nn.Sequential(nn.ConvTranspose2d(8, 12, 2))
+    sparse = make(model, method="nm")
+    sparse.start()
+    kept = sparse.masks["0.weight"].float()  # (inputs, outputs, 2, 2)
+    assert (kept.unflatten(0, (2, 4)).sum(1) == 2).all()
 
 
 def test_layers_nearly_dense_stay_dense():
@@ -1272,6 +1318,71 @@ def test_sparsity_may_begin_on_the_way_and_end_in_another_run(recipe: Path, tmp_
     weights = safetensors.torch.load_file(other.folder / "last" / "model.safetensors")
     assert all(weights[name][~mask].all() for name, mask in masks.items())  # all weights learn again
     assert not (other.folder / "last" / "masks.safetensors").exists()
+
+
+def test_a_density_that_fell_does_not_rise_when_the_run_becomes_longer():
+    model = network()
+    sparse = make(model, 20, method="gmp", density=0.2, update_interval=2)
+    sparse.start()
+    sparse.attach(optimizer := adamw(model))
+    learn(sparse, model, optimizer, 20)
+    state, before = sparse.state_dict(), {name: mask.clone() for name, mask in sparse.masks.items()}
+    longer = make(model, 60, method="gmp", density=0.2, update_interval=2)
+    longer.load_state_dict(state, before)
+    longer.attach(optimizer)
+    learn(longer, model, optimizer, 60, first=21, after=lambda update: None)
+    for name, mask in longer.masks.items():
+        assert torch.equal(mask, before[name])
+
+
+def test_masks_that_move_at_every_update_leave_none_to_learn_in():
+    with pytest.raises(ConfigError, match="update_interval 1 nothing is learned"):
+        make(network(), method="rigl", density=0.2, update_interval=1)
+    make(network(), method="rigl", density=0.2, update_interval=1, update_instead_of_step=False)
+
+
+def test_masks_come_before_the_optimizer():
+    with pytest.raises(ConfigError, match="There are no masks yet"):
+        make(network(), method="static", density=0.2).attach(adamw(network()))
+
+
+def test_cautious_optimizers_ask_for_a_state_that_zeros_do_not_shrink():
+    for opt in ("cadamw", "clion"):
+        steps = {}
+        for state in ("dense", "compact"):
+            model = network()
+            before = model[7].weight.detach().clone()
+            sparse = make(model, method="static", density=0.1, distribution="uniform", optimizer_state=state)
+            sparse.start()
+            sparse.attach(optimizer := create_optimizer_v2(model, opt=opt, lr=1e-3, weight_decay=0.0))
+            learn(sparse, model, optimizer, 3)
+            mask = sparse.masks["7.weight"]
+            steps[state] = float((model[7].weight.detach() - before)[mask].abs().mean())
+        assert steps["compact"] == pytest.approx(steps["dense"], rel=0.5)
+        sparse = make(network(), method="static", density=0.1, distribution="uniform")
+        sparse.start()
+        with pytest.raises(ConfigError, match=r"with caution .* sparsity.optimizer_state dense"):
+            sparse.attach(create_optimizer_v2(sparse.model, opt=opt, lr=1e-3))
+
+
+def test_masks_that_are_not_whole_are_an_error():
+    sparse = make(network(), method="static", density=0.5)
+    sparse.start()
+    masks = dict(sparse.masks)
+    del masks["4.weight"]
+    with pytest.raises(CheckpointError, match=r"not whole: there is none of 4\.weight"):
+        make(network(), method="static", density=0.5).load_state_dict(sparse.state_dict(), masks)
+
+
+def test_attention_drops_nothing_while_snip_scores():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=10, attn_drop_rate=0.5)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    names = list(sparse_parameters(model))
+    first, second = (
+        snip_scores(model, names, [lambda m: nn.functional.cross_entropy(m(images), labels)]) for _ in range(2)
+    )
+    for name in names:
+        assert torch.equal(first[name], second[name])
 
 
 def test_a_run_that_ends_before_masks_move_says_so(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -276,6 +276,18 @@ def test_a_report_sees_n_m_patterns_and_dense_models():
     assert "2:4 in every layer that has zeros" in found.summary()
 
 
+def test_empty_channels_of_grouped_and_transposed_convolutions():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.ConvTranspose2d(8, 12, 2, groups=2), nn.Conv2d(12, 4, 1))
+    with torch.no_grad():
+        model[0].weight[:4, 1] = 0  # input 1 of 8
+        model[1].weight[4:, 3] = 0  # output 9 of 12
+        model[1].weight[2] = 0  # input 2 of 8
+    grouped, transposed, plain = zoo.sparsity.report(model, (8, 4, 4)).layers
+    assert (grouped.empty_outputs, grouped.empty_inputs) == (0, 1)
+    assert (transposed.empty_outputs, transposed.empty_inputs) == (1, 1)
+    assert (plain.empty_outputs, plain.empty_inputs) == (0, 0)
+
+
 def test_a_shared_weight_counts_once():
     class Twice(nn.Module):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def check_above_zero(**arguments: Any) -> None:
     """Numbers above zero, or sequences of such."""
     for what, value in arguments.items():
         values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and v > 0 for v in values):
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):
             raise ConfigError(f"{what} must be numbers above zero, not {value!r}.")
 
 

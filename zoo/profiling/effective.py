@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.sparsity.densities import RULES, densities
+from zoo.sparsity.densities import RULES, densities, has_weight
 
 if TYPE_CHECKING:
     from zoo.profiling.report import ModuleCost
@@ -111,10 +111,10 @@ def sparse_weights(model: nn.Module) -> dict[str, Tensor]:
     """What can be sparse, by the name of its module; as it is used, where it is pruned or parametrized."""
     weights = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding):
+        if not has_weight(module):
             continue
         with torch.no_grad():
             weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim in (2, 4):
+        if isinstance(weight, Tensor):
             weights[name] = weight
     return weights

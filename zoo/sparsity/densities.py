@@ -7,7 +7,8 @@ import heapq
 import math
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from zoo.errors import ConfigError, did_you_mean
 
@@ -29,13 +30,15 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
             depthwise kernels that are taller than wide or wider than tall, as SLaK's large ones), or patterns: names
             of modules or parameters in which `*` and `?` may stand; a module stands for all below it.
 
-    Vectors (biases, norms, scales) are never sparse, nor are `layers_left_out`. Raises ConfigError for a pattern that
+    Biases, norms, scales and tables are never sparse, nor are `layers_left_out`. Raises ConfigError for a pattern that
     matches nothing, and where there is no such weight.
     """
     modules = {plain_name(name): module for name, module in model.named_modules()}
     parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
-    able = {name: p for name, p in parameters.items() if _can_be_sparse(name, p, modules)}
+    able = {name: p for name, p in parameters.items() if _can_be_sparse(name, modules)}
     what = type(model).__name__
+    if not isinstance(layers, str) and len(layers) == 1 and layers[0] in ("all", "decomposed"):
+        layers = layers[0]
     if layers == "all":
         if not able:
             raise ConfigError(f"{what} has no weights of convolutions or linear layers to make sparse.")
@@ -71,24 +74,37 @@ def plain_name(name: str) -> str:
 
 
 def layers_left_out(model: nn.Module) -> list[str]:
-    """Convolutions and linear layers that make the weight they use of others, whose zeros it would not have.
+    """Layers that multiply by weights and stay dense.
 
-    Such as those with weight standardisation (timm's) or a parametrization (weight norm).
+    Convolutions and linear layers that make the weight they use of others, whose zeros it would not have (timm's with
+    weight standardisation, those with weight norm); torch's attention and recurrent layers, which hold several in one.
     """
     return [
         plain_name(name)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-        and (type(module).__name__ in STANDARDISED or "weight" not in {**module._parameters, **module._buffers})
+        if isinstance(module, nn.RNNBase)
+        or (isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None)
+        or (has_weight(module) and not _has_own_weight(module))
     ]
 
 
-def _can_be_sparse(name: str, parameter: nn.Parameter, modules: Mapping[str, nn.Module]) -> bool:
-    module, _, last = name.rpartition(".")
-    # tables (positions, relative biases, embeddings) have two or four dimensions too, but multiply nothing
-    owner = modules.get(module)
-    is_weight = not isinstance(owner, nn.Embedding) and type(owner).__name__ not in STANDARDISED
-    return last == "weight" and parameter.ndim in (2, 4) and is_weight
+def has_weight(module: nn.Module | None) -> bool:
+    """Whether it is a convolution or linear layer: no other multiplies by what is called its weight."""
+    return isinstance(module, nn.Linear | _ConvNd)
+
+
+def channels_first(tensor: Tensor, module: nn.Module | None) -> Tensor:
+    """A weight or mask with outputs before inputs, as all have it but transposed convolutions: a view."""
+    return tensor.transpose(0, 1) if isinstance(module, _ConvNd) and module.transposed else tensor
+
+
+def _has_own_weight(module: nn.Module) -> bool:
+    return type(module).__name__ not in STANDARDISED and "weight" in {**module._parameters, **module._buffers}
+
+
+def _can_be_sparse(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    owner = modules.get(name.rpartition(".")[0])
+    return name.rpartition(".")[2] == "weight" and owner is not None and has_weight(owner) and _has_own_weight(owner)
 
 
 def _some(names: Sequence[str] | Mapping[str, object], most: int = 6) -> str:

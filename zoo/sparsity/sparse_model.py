@@ -20,6 +20,7 @@ from zoo.files import whole_file
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
+from zoo.sparsity.densities import channels_first
 from zoo.sparsity.masks import check_masks, follows_n_m
 from zoo.units import humanize
 
@@ -163,8 +164,7 @@ class SparseModel:
                 panel.set_axis_off()
             for panel, layer in zip(panels, chosen, strict=False):
                 mask = self.masks[layer.name]
-                depthwise = mask.ndim == 4 and mask.shape[1] == 1
-                height, width = mask.shape[2:] if depthwise else mask.shape[:2]
+                height, width = _image(mask, most=max(mask.shape)).shape
                 shown = panel.imshow(
                     _image(mask),
                     cmap="Blues",
@@ -241,7 +241,9 @@ def report(
         seen.add(id(weight))
         key = f"{name}.weight" if name else "weight"
         mask = found[key] = (weight.detach() != 0).cpu()
-        depthwise = mask.ndim == 4 and mask.shape[1] == 1
+        depthwise = mask.ndim > 2 and mask.shape[1] == 1
+        layer = model.get_submodule(name)
+        pairs = _pairs(mask, layer)
         layers.append(
             SparseLayer(
                 name=key,
@@ -249,9 +251,9 @@ def report(
                 params=mask.numel(),
                 nonzeros=int(mask.count_nonzero()),
                 macs=round(sum(macs[other] for other, w in weights.items() if w is weight)),
-                empty_outputs=int((~mask.flatten(1).any(1)).sum()),
-                empty_inputs=0 if depthwise else int((~mask.transpose(0, 1).flatten(1).any(1)).sum()),
-                follows_2_4=follows_n_m(mask, 2, 4) and not depthwise,
+                empty_outputs=int((~pairs.any(2)).sum()),
+                empty_inputs=0 if depthwise else int((~pairs.any(1)).sum()),
+                follows_2_4=follows_n_m(channels_first(mask, layer), 2, 4) and not depthwise,
             )
         )
     return SparseModel(
@@ -266,11 +268,20 @@ def report(
     )
 
 
+def _pairs(mask: Tensor, layer: nn.Module) -> Tensor:
+    """Which outputs have a weight for which inputs, (groups, outputs of one, inputs of one)."""
+    pairs = mask.flatten(2).any(2) if mask.ndim > 2 else mask
+    pairs = pairs.unflatten(0, (getattr(layer, "groups", 1), -1))
+    return pairs.transpose(1, 2) if getattr(layer, "transposed", False) else pairs
+
+
 def _image(mask: Tensor, most: int = 160) -> Tensor:
     """A mask as a picture of at most `most` points a side: the share of weights that each point stands for."""
     picture = mask.float()
-    if mask.ndim == 4:
-        picture = picture.mean((0, 1)) if mask.shape[1] == 1 else picture.mean((2, 3))
+    if mask.ndim == 4 and mask.shape[1] == 1:
+        picture = picture.mean((0, 1))
+    elif mask.ndim > 2:
+        picture = picture.flatten(2).mean(2)
     height, width = picture.shape
     return nn.functional.adaptive_avg_pool2d(picture[None], (min(most, height), min(most, width)))[0]
 

@@ -385,6 +385,8 @@ class SparsityConfig:
         if not 0 <= rule.dead_channels < 1:
             raise ConfigError(f"sparsity.dead_channels must be from 0 up to, but not, 1; it is {rule.dead_channels}.")
         check_not_negative("sparsity", rule, "regrow_warmup", "lr_density_power")
+        if rule.lr_density_power > 2:
+            raise ConfigError(f"sparsity.lr_density_power must be up to 2, not {rule.lr_density_power:g}.")
         if rule.update_interval != "epoch" and rule.update_interval < 1:
             raise ConfigError(f"sparsity.update_interval must be above zero, not {rule.update_interval}.")
         if rule.start >= rule.stop:
@@ -422,7 +424,7 @@ class SparsityConfig:
 
 def _check_pattern(rule: SparsityRule) -> None:
     n, colon, m = str(rule.pattern).partition(":")
-    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 1024):
         raise ConfigError(
             f"sparsity.pattern is {rule.pattern!r}: it is N:M, such as 2:4, with N below M; in YAML in quotes."
         )

@@ -53,7 +53,7 @@ from zoo.sparsity import (
     sparse_parameters,
     weakest_channels,
 )
-from zoo.sparsity.densities import apportion, layers_left_out, plain_name
+from zoo.sparsity.densities import apportion, channels_first, layers_left_out, plain_name
 from zoo.sparsity.masks import MASKS
 from zoo.training.sparse_methods import SparsityRule
 
@@ -112,6 +112,8 @@ class SparseTraining:
         self.parameters = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
         if not self.parameters:
             raise ConfigError("sparsity.layers chooses frozen weights alone: unfreeze some, or choose others.")
+        modules = {plain_name(name): module for name, module in model.named_modules()}
+        self.owners = {name: modules[name.rpartition(".")[0]] for name in self.parameters}
         self.interval = updates_per_epoch if rule.update_interval == "epoch" else int(rule.update_interval)
         self.begin, self.end = round(rule.start * updates), round(rule.stop * updates)
         self.falls = rule.initial_density is not None
@@ -125,6 +127,11 @@ class SparseTraining:
                 f"{what}: sparsity.update_interval is {self.interval} updates, and masks may move from update "
                 f"{self.begin} to {latest} of {updates}. Lower it"
                 + ("." if self.falls else ", or set sparsity.growth to none.")
+            )
+        if rule.update_instead_of_step and self.moves and self.interval == 1:
+            raise ConfigError(
+                "Where masks move, sparsity.update_instead_of_step leaves the optimizer's step out: with "
+                "sparsity.update_interval 1 nothing is learned. Raise the interval, or set it to false."
             )
         self.masks: dict[str, Tensor] = {}
         self.kept: dict[str, int] = {}  # weights that each mask keeps
@@ -153,7 +160,7 @@ class SparseTraining:
                 raise ConfigError("SNIP needs a batch to score weights with, and none was given.")
             scores = saliency(list(shapes))
         if rule.n_m is not None:
-            masks = {name: n_m_mask(self._choice(name, scores), *rule.n_m) for name in shapes}
+            masks = {name: self._n_m(name, self._choice(name, scores)) for name in shapes}
             self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         elif rule.masks == "weights":
             masks = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
@@ -180,6 +187,12 @@ class SparseTraining:
         self.agree(list(self.masks.values()))
         self._count()
         self.apply()
+
+    def _n_m(self, name: str, scores: Tensor) -> Tensor:
+        """The highest of every so many along a layer's inputs."""
+        assert self.rule.n_m is not None
+        module = self.owners[name]
+        return channels_first(n_m_mask(channels_first(scores, module), *self.rule.n_m), module).contiguous()
 
     def _count(self) -> None:
         self.kept = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
@@ -234,8 +247,10 @@ class SparseTraining:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Take charge of what `optimizer`, made over the model's parameters, remembers; before its first step.
 
-        Raises ConfigError for an optimizer that cannot do what the rule says.
+        Raises ConfigError for an optimizer that cannot do what the rule says, and where there are no masks yet.
         """
+        if not self.masks:
+            raise ConfigError("There are no masks yet: start() or load_state_dict() comes before attach().")
         kind = type(optimizer).__name__
         self.optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
         self.kind = next((c.__name__ for c in type(self.optimizer).__mro__ if c.__name__ in CORRECTIONS), None)
@@ -249,6 +264,11 @@ class SparseTraining:
                 "does not: take adamw or sgd, or optimizer_state active."
             )
         for group in optimizer.param_groups:
+            if group.get("caution") and self.rule.optimizer_state == "active":
+                raise ConfigError(
+                    f"{kind} with caution divides by a mean over the whole tensor, of which weights at zero are part: "
+                    "its steps would be too long. Take sparsity.optimizer_state dense, or compact where it can be."
+                )
             if self.rule.growth == "momentum" and not ("betas" in group or group.get("momentum")):
                 raise ConfigError(f"sparsity.growth momentum: {kind} keeps none. Choose another optimizer or growth.")
             for i, parameter in enumerate(group["params"]):
@@ -415,6 +435,8 @@ class SparseTraining:
                 return
             grows, gradients = False, {}
         targets, rate = self.targets(update), self.rate(update)
+        if self.falls:  # not beyond what is left, where a run goes on with a longer schedule
+            targets = {name: min(count, self.kept[name]) for name, count in targets.items()}
         closed = channel_positions(self.model, self.channels, self.retired)
         fresh = {}
         for name, mask in self.masks.items():
@@ -455,7 +477,7 @@ class SparseTraining:
             case _:
                 scores = self._random(name, update)
         if self.rule.n_m is not None:
-            return n_m_mask(scores.masked_fill(kept, math.inf), *self.rule.n_m)
+            return self._n_m(name, scores.masked_fill(kept, math.inf))
         return kept | _best(scores, free, min(count, int(free.count_nonzero())))
 
     def _retire(self, masks: dict[str, Tensor], update: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -575,6 +597,9 @@ class SparseTraining:
                     "(model.checkpoint_path)."
                 )
         found = check_masks(self.model, masks)
+        lost = [name for name in state["final"] if name not in masks]
+        if lost:
+            raise CheckpointError(f"The checkpoint's masks are not whole: there is none of {lost[0]}.")
         for name in found:
             if name not in self.parameters:
                 raise CheckpointError(
@@ -638,7 +663,7 @@ class SparseTraining:
             )
         if self.rule.layers == "all" and (left_out := layers_left_out(self.model)):
             text += (
-                " Layers stay dense that make the weights they use of others: "
+                " Layers stay dense whose weights are made of others, or hold those of several: "
                 f"{', '.join(left_out[:3])}{' and others' * (len(left_out) > 3)}."
             )
         starts_anew = self.rule.growth != "none" and self.rule.optimizer_state != "dense"
@@ -683,6 +708,8 @@ def snip_scores(
     for module in copied.modules():
         if isinstance(module, DropPath | nn.Dropout | nn.Dropout1d | nn.Dropout2d):
             module.eval()
+        if isinstance(module, nn.MultiheadAttention) or isinstance(getattr(module, "attn_drop", None), nn.Dropout):
+            module.training = False  # fused attention asks its module whether to drop
     for loss in losses:
         (loss(copied) / len(losses)).backward()
     parameters, scores = {plain_name(name): parameter for name, parameter in copied.named_parameters()}, {}
