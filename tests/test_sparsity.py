@@ -102,6 +102,15 @@ def test_wrappers_do_not_change_the_names():
     model = tiny()
     assert list(sparse_parameters(nn.DataParallel(model))) == list(sparse_parameters(model))
     assert list(sparse_parameters(torch.compile(model))) == list(sparse_parameters(model))
+    assert list(sparse_parameters(nn.DataParallel(torch.compile(model)))) == list(sparse_parameters(model))
+
+
+def test_a_part_called_module_keeps_its_name():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    model.module = nn.Sequential(nn.Conv2d(4, 4, 1))
+    assert list(sparse_parameters(model)) == ["0.weight", "module.0.weight"]
+    assert list(sparse_parameters(model, "module")) == ["module.0.weight"]
+    assert list(sparse_parameters(nn.DataParallel(model))) == ["0.weight", "module.0.weight"]
 
 
 # ------------------------------------------------------------------------------------------------------------ densities

@@ -27,7 +27,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias
 from urllib.parse import quote, urlsplit
 
 import huggingface_hub
@@ -41,6 +41,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.errors import CheckpointError, ConfigError, DownloadError, UnknownModelError, ZooError, did_you_mean
 from zoo.files import check_writable, whole_file
+from zoo.layers.wrappers import unwrapped
 from zoo.registry import UNSTATED, Entry, Weights, get_entry, is_restricted, split_name
 
 __all__ = ["LoadReport", "convert_checkpoint", "fetch", "load_checkpoint", "locate", "read_state_dict"]
@@ -658,8 +659,7 @@ def load_checkpoint(
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"load_checkpoint takes a torch.nn.Module as its model, not {type(model).__name__}.")
-    while hasattr(model, "_orig_mod") or isinstance(model, nn.DataParallel):  # compiled, or in parallel
-        model = cast(nn.Module, getattr(model, "_orig_mod", None) or model.module)
+    model = unwrapped(model)
     path, name, loaded = None, "the state dict", source
     if not isinstance(source, Mapping):
         path = locate(source, cache_dir=cache_dir, token=token, refresh=refresh)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.files import whole_file
+from zoo.layers.wrappers import unwrapped
 from zoo.loading import load_model, resolve_path
 from zoo.plots import check_picture
 from zoo.profiling.effective import ZEROS, Effective, check_sparsity, effective_costs
@@ -276,7 +277,7 @@ def profile(
         original = load_model(model, path) if has_weights else build(model, "meta")
         model = original if has_weights else model
     elif isinstance(model, nn.Module):
-        original = _unwrapped(model)
+        original = unwrapped(model)
         name = _name_of(original)
     else:
         raise ConfigError(f"profile() takes a module or the name of a model, not {type(model).__name__}.")
@@ -333,16 +334,6 @@ def costs_of(original: nn.Module, trace: Trace, sparsity: float | None, sparsity
         "uncalled_modules": tuple(_uncalled(original, trace)),
         "effective": effective_costs(original, modules, sparsity, sparsity_rule),
     }
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers."""
-    while True:
-        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        inner = getattr(model, "module" if parallel else "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _name_of(model: nn.Module) -> str:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
+from zoo.layers.wrappers import unwrapped
 from zoo.sparsity.densities import plain_name
 from zoo.sparsity.masks import Masks, check_masks, masks_of
 
@@ -83,10 +84,10 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
     times on one image. Raises MissingDependencyError without Torch-Pruning, ConfigError for a model that cannot be
     traced. Of a language model these are its SwiGLUs' hidden channels, for which it is not run and nothing else needed.
     """
-    if hasattr(_unwrapped(model), "make_cache"):
+    if hasattr(unwrapped(model), "make_cache"):
         if input_size is not None:
             raise ConfigError(f"{type(model).__name__} takes tokens: leave out input_size.")
-        return _swiglu_groups(_unwrapped(model))
+        return _swiglu_groups(unwrapped(model))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -94,7 +95,7 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
     except ImportError as error:
         raise MissingDependencyError('Channels need Torch-Pruning: pip install "backbone-zoo[sparsity]".') from error
     twin = _twin(model)
-    size = _input_size(_unwrapped(model), input_size)
+    size = _input_size(unwrapped(model), input_size)
     images = torch.randn(1, *size, dtype=torch.float64, generator=_generator())
     graph = torch_pruning.DependencyGraph()
     try:
@@ -154,7 +155,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy of `model` in double precision, in evaluation, with weights among which no mistake stays hidden."""
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ConfigError(f"{type(model).__name__} is on the meta device: it has no channels to look at.")
-    twin = copy.deepcopy(_unwrapped(model)).cpu().double().eval().requires_grad_(True)
+    twin = copy.deepcopy(unwrapped(model)).cpu().double().eval().requires_grad_(True)
     generator = _generator()
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):
@@ -165,14 +166,6 @@ def _twin(model: nn.Module) -> nn.Module:
             else:
                 tensor.uniform_(0.5, 1.5, generator=generator)
     return twin
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    inner: nn.Module = getattr(model, "_orig_mod", model)
-    return inner
 
 
 def _generator() -> torch.Generator:
@@ -422,7 +415,7 @@ def shrink(
     state to them. `groups` are used up: ask for them again. A shrunk model of the zoo is saved, published and opened
     again like any other. Raises ConfigError for channels that the groups do not have, or where none would be left.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     touched = _touched(groups, channels)
     check_masks(model, masks or {})
     if touched:
@@ -472,12 +465,12 @@ def _touched(groups: Mapping[str, ChannelGroup], channels: Channels) -> dict[str
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False):
         yield plain_name(name), parameter
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    buffers = {plain_name(name): buffer for name, buffer in model.named_buffers(remove_duplicate=False)}
+    buffers = {plain_name(name): buffer for name, buffer in unwrapped(model).named_buffers(remove_duplicate=False)}
     return {**buffers, **dict(_parameters(model))}
 
 
@@ -496,7 +489,7 @@ def _slice(model: nn.Module, touched: Mapping[str, Mapping[int, Tensor]]) -> Non
 
 def _set_widths(model: nn.Module, names: Iterable[str]) -> None:
     """What layers say of their own widths, after the shapes of their tensors."""
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = {plain_name(name): module for name, module in unwrapped(model).named_modules()}
     for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
         module: Any = modules[name]
         if isinstance(module, nn.Conv2d):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.wrappers import unwrapped
 
 __all__ = ["RULES", "apportion", "counts", "densities", "er", "erk", "layers_left_out", "sparse_parameters", "uniform"]
 
@@ -33,8 +34,8 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
     Biases, norms, scales and tables are never sparse, nor are `layers_left_out`. Raises ConfigError for a pattern that
     matches nothing, and where there is no such weight.
     """
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    modules = {plain_name(name): module for name, module in unwrapped(model).named_modules()}
+    parameters = {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}
     able = {name: p for name, p in parameters.items() if _can_be_sparse(name, modules)}
     what = type(model).__name__
     if not isinstance(layers, str) and len(layers) == 1 and layers[0] in ("all", "decomposed"):
@@ -69,8 +70,8 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
 
 
 def plain_name(name: str) -> str:
-    """A name without what torch.compile and data parallelism add to it."""
-    return ".".join(part for part in name.removeprefix("module.").split(".") if part != "_orig_mod")
+    """A name in an unwrapped model without what torch.compile adds to it for parts that were compiled alone."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def layers_left_out(model: nn.Module) -> list[str]:
@@ -81,7 +82,7 @@ def layers_left_out(model: nn.Module) -> list[str]:
     """
     return [
         plain_name(name)
-        for name, module in model.named_modules()
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, nn.RNNBase)
         or (isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None)
         or (has_weight(module) and not _has_own_weight(module))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
+from zoo.layers.wrappers import unwrapped
 from zoo.sparsity.densities import plain_name, sparse_parameters
 from zoo.weights import write_safetensors
 
@@ -56,7 +57,9 @@ def masks_of(model: nn.Module, layers: str | Sequence[str] = "all") -> Masks:
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The parameters that masks belong to. Raises CheckpointError for a mask without one, or of another shape."""
-    parameters = {plain_name(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = {
+        plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)
+    }
     for name, mask in masks.items():
         if name not in parameters:
             near = did_you_mean(name, parameters)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.files import whole_file
+from zoo.layers.wrappers import unwrapped
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
@@ -225,9 +226,7 @@ def report(
             for name, parameter in check_masks(model, masks).items():
                 parameter.copy_(masks[name])  # as weights of one, none of which is zero by chance
     costs = profile(model, input_size=input_size)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     weights = sparse_weights(model)
     if not weights:
         raise ConfigError(f"{costs.name} has no weights of convolutions or linear layers.")

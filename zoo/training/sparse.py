@@ -39,6 +39,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
+from zoo.layers.wrappers import unwrapped
 from zoo.sparsity import (
     ChannelGroup,
     channel_counts,
@@ -112,7 +113,7 @@ class SparseTraining:
         self.parameters = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
         if not self.parameters:
             raise ConfigError("sparsity.layers chooses frozen weights alone: unfreeze some, or choose others.")
-        modules = {plain_name(name): module for name, module in model.named_modules()}
+        modules = {plain_name(name): module for name, module in unwrapped(model).named_modules()}
         self.owners = {name: modules[name.rpartition(".")[0]] for name in self.parameters}
         self.interval = updates_per_epoch if rule.update_interval == "epoch" else int(rule.update_interval)
         self.begin, self.end = round(rule.start * updates), round(rule.stop * updates)
@@ -217,7 +218,7 @@ class SparseTraining:
 
     def _may_lose(self, group: ChannelGroup) -> bool:
         """Whether the layers that make and read a group's channels are chosen, and nothing of theirs is frozen."""
-        every = self.model.named_parameters(remove_duplicate=False)
+        every = unwrapped(self.model).named_parameters(remove_duplicate=False)
         frozen = {plain_name(name) for name, p in every if not p.requires_grad}
         return all(
             part.tensor not in frozen if part.role == "own" else part.tensor in self.parameters for part in group.slices
@@ -314,7 +315,7 @@ class SparseTraining:
 
         A weight that appeared has no past to average: the average takes it as it is.
         """
-        averages = {plain_name(name): average for name, average in ema.module.named_parameters()}
+        averages = {plain_name(name): average for name, average in unwrapped(ema.module).named_parameters()}
         fresh = {name: mask & (averages[name].detach() == 0) for name, mask in self.masks.items()}
         ema.update(self.model, step=update)
         with torch.no_grad():
@@ -712,7 +713,7 @@ def snip_scores(
             module.training = False  # fused attention asks its module whether to drop
     for loss in losses:
         (loss(copied) / len(losses)).backward()
-    parameters, scores = {plain_name(name): parameter for name, parameter in copied.named_parameters()}, {}
+    parameters, scores = {plain_name(name): parameter for name, parameter in unwrapped(copied).named_parameters()}, {}
     for name in names:
         weight = parameters[name].detach()
         gradient = parameters[name].grad
