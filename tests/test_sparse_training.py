@@ -1341,6 +1341,26 @@ def test_masks_that_move_at_every_update_leave_none_to_learn_in():
     make(network(), method="rigl", density=0.2, update_interval=1, update_instead_of_step=False)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "nm", "layers": ["3"]}, "none has more inputs than sparsity.pattern 2:4 keeps: choose other"),
+        ({"method": "nm", "dense_from": 0.5}, r"all are denser than sparsity.dense_from \(0.5\): raise it"),
+        ({"method": "static", "density": 0.9999}, "lower sparsity.density"),
+    ],
+)
+def test_why_no_weight_would_be_zero(config: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=f"No layer would have a weight at zero: {message}"):
+        make(network(), **config).start()
+
+
+def test_an_optimizer_of_another_model():
+    sparse = make(network(), method="static", density=0.2)
+    sparse.start()
+    with pytest.raises(ConfigError, match="holds none of the weights that are masked"):
+        sparse.attach(adamw(network()))
+
+
 def test_masks_come_before_the_optimizer():
     with pytest.raises(ConfigError, match="There are no masks yet"):
         make(network(), method="static", density=0.2).attach(adamw(network()))

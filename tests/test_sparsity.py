@@ -105,6 +105,23 @@ def test_wrappers_do_not_change_the_names():
     assert list(sparse_parameters(nn.DataParallel(torch.compile(model)))) == list(sparse_parameters(model))
 
 
+@pytest.mark.parametrize("first", ["table", "head"])
+def test_a_table_that_is_a_layers_weight_too_stays_dense(first):
+    model = nn.Module()
+    for name in (first, *({"table", "head"} - {first})):
+        model.add_module(name, nn.Embedding(8, 4) if name == "table" else nn.Linear(4, 8))
+    model.fc = nn.Linear(4, 4)
+    model.head.weight = model.table.weight
+    assert list(sparse_parameters(model)) == ["fc.weight"]
+    with pytest.raises(ConfigError, match="no convolution or linear layer with a weight of its own"):
+        sparse_parameters(model, "head")
+
+
+def test_a_convolution_of_one_channel_is_not_depthwise():
+    model = nn.Sequential(nn.Conv2d(1, 16, (3, 5)), nn.Conv2d(16, 16, (3, 5), groups=16))
+    assert list(sparse_parameters(model, "decomposed")) == ["1.weight"]
+
+
 def test_a_part_called_module_keeps_its_name():
     model = nn.Sequential(nn.Conv2d(3, 4, 1))
     model.module = nn.Sequential(nn.Conv2d(4, 4, 1))

@@ -36,7 +36,8 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
     """
     modules = {plain_name(name): module for name, module in unwrapped(model).named_modules()}
     parameters = {plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters()}
-    able = {name: p for name, p in parameters.items() if _can_be_sparse(name, modules)}
+    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    able = {name: p for name, p in parameters.items() if _can_be_sparse(name, modules) and id(p) not in tables}
     what = type(model).__name__
     if not isinstance(layers, str) and len(layers) == 1 and layers[0] in ("all", "decomposed"):
         layers = layers[0]
@@ -45,7 +46,11 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
             raise ConfigError(f"{what} has no weights of convolutions or linear layers to make sparse.")
         return able
     if layers == "decomposed":
-        chosen = {name: p for name, p in able.items() if p.ndim == 4 and p.shape[1] == 1 and p.shape[2] != p.shape[3]}
+        chosen = {
+            name: p
+            for name, p in able.items()
+            if is_depthwise(modules[name.rpartition(".")[0]]) and p.ndim == 4 and p.shape[2] != p.shape[3]
+        }
         if not chosen:
             raise ConfigError(
                 f"{what} has no decomposed kernels (depthwise and not square, as SLaK's): choose its layers by name, "
@@ -61,7 +66,8 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
         below = [name for name in able if any(name == top or name.startswith(f"{top}.") for top in found)]
         if not below:
             raise ConfigError(
-                f"{pattern!r} matches {_some(found)} in {what}, which holds no convolution or linear layer."
+                f"{pattern!r} matches {_some(found)} in {what}, which holds no convolution or linear layer with a "
+                "weight of its own."
             )
         names |= dict.fromkeys(below)
     if not names:
@@ -92,6 +98,11 @@ def layers_left_out(model: nn.Module) -> list[str]:
 def has_weight(module: nn.Module | None) -> bool:
     """Whether it is a convolution or linear layer: no other multiplies by what is called its weight."""
     return isinstance(module, nn.Linear | _ConvNd)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether it is a convolution of each channel by itself, of several."""
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
 def channels_first(tensor: Tensor, module: nn.Module | None) -> Tensor:

@@ -21,7 +21,7 @@ from zoo.layers.wrappers import unwrapped
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
-from zoo.sparsity.densities import channels_first
+from zoo.sparsity.densities import channels_first, is_depthwise
 from zoo.sparsity.masks import check_masks, follows_n_m
 from zoo.units import humanize
 
@@ -240,8 +240,8 @@ def report(
         seen.add(id(weight))
         key = f"{name}.weight" if name else "weight"
         mask = found[key] = (weight.detach() != 0).cpu()
-        depthwise = mask.ndim > 2 and mask.shape[1] == 1
         layer = model.get_submodule(name)
+        depthwise = is_depthwise(layer) and mask.shape[1] == 1
         pairs = _pairs(mask, layer)
         layers.append(
             SparseLayer(

@@ -176,15 +176,19 @@ class SparseTraining:
             now = self.targets(0)
             masks = {name: _best(self._choice(name, scores), None, now[name]) for name in shapes}
         sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        with_zeros = [name for name, kept in self.final.items() if kept < sizes[name]]
         self.final = {name: kept for name, kept in self.final.items() if kept < rule.dense_from * sizes[name]}
         self.masks = {name: masks[name] for name in self.final}
         if rule.dead_channels:
             self._find_channels()
         if not self.masks:
-            raise ConfigError(
-                "No layer would have a weight at zero: "
-                + ("the weights have no zeros." if rule.masks == "weights" else "lower sparsity.density.")
-            )
+            if with_zeros:
+                cause = f"all are denser than sparsity.dense_from ({rule.dense_from:g}): raise it."
+            elif rule.n_m is not None:
+                cause = f"none has more inputs than sparsity.pattern {rule.pattern} keeps: choose other layers."
+            else:
+                cause = "the weights have no zeros." if rule.masks == "weights" else "lower sparsity.density."
+            raise ConfigError(f"No layer would have a weight at zero: {cause}")
         self.agree(list(self.masks.values()))
         self._count()
         self.apply()
@@ -280,6 +284,8 @@ class SparseTraining:
                 if compact:
                     self.values[name] = nn.Parameter(parameter.detach()[self.masks[name]])
                     group["params"][i] = self.values[name]
+        if not self.groups:
+            raise ConfigError("The optimizer holds none of the weights that are masked: is it another model's?")
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
