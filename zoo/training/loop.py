@@ -684,10 +684,11 @@ class _Loop:
         return checkpoint, state
 
     def _load_averaged(self, checkpoint: Path, state: dict[str, Any]) -> None:
-        from zoo.weights import load_checkpoint
+        from zoo.weights import load_checkpoint, read_json
 
         advice = "Begin a run in another output.dir, which may start from these weights (model.checkpoint_path)."
-        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8")).get("label_names")
+        config = checkpoint / "config.json"
+        saved = read_json(config).get("label_names") if config.is_file() else None
         now = (getattr(self.task.model, "pretrained_cfg", None) or {}).get("label_names")
         if saved is not None and now is not None and list(saved) != list(now):
             others = [name for name in (*saved, *now) if (name in saved) != (name in now)] or saved
