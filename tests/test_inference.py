@@ -355,6 +355,12 @@ def test_an_option_that_is_switched_keeps_its_meaning():
 @pytest.mark.parametrize("name", ["poolformer_s12", "poolformerv2_s12", "slak_test", "timm resnet18"])
 def test_forward_mode_and_function_transforms(name):
     """Packed weights know no derivatives but the plain layers' do."""
+    if name.startswith("poolformer"):
+        nhwc = torch.randn(1, 4, 3, 3).to(memory_format=torch.channels_last)
+        try:
+            torch.func.jvp(nn.GroupNorm(1, 4), (nhwc,), (nhwc,))
+        except RuntimeError as error:  # torch 2.11
+            pytest.skip(f"this PyTorch has no derivatives of group norms in channels_last: {error}")
     model = timm.create_model(name[5:]) if name.startswith("timm") else zoo.create_model(name, pretrained=False)
     fast = zoo.optimize_for_inference(randomize(model))
     model.requires_grad_(False)
