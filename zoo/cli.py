@@ -628,7 +628,7 @@ def _masks_beside(weights: str) -> dict[str, Any] | None:
     """The masks of the run that left these weights; None where there are none."""
     from pathlib import Path
 
-    from zoo.loading import checkpoint_folder
+    from zoo.files import checkpoint_folder
     from zoo.sparsity.masks import MASKS, load_masks
 
     path = Path(weights.removeprefix("local-dir:")).expanduser()

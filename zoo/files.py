@@ -151,3 +151,8 @@ def _rename(fresh: Path, folder: Path) -> None:
 def checkpoint_places(path: Path) -> tuple[Path, ...]:
     """Where the checkpoint lies that `path` means: best or last of a run, a folder itself, or that of a file."""
     return (path / "best", path / "last", path) if path.is_dir() else (path.parent,)
+
+
+def checkpoint_folder(path: Path) -> Path | None:
+    """The folder in the Hub's layout that a run, such a folder or a file in one means; None where there is none."""
+    return next((place for place in checkpoint_places(path) if (place / "config.json").is_file()), None)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
-from zoo.files import check_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
+from zoo.files import check_folder, checkpoint_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
 from zoo.layers.folding import check_plain
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
@@ -303,7 +303,7 @@ def load_config(
             raise CheckpointError(f"There is no folder {str(folder)!r}.")
         path = folder / CONFIG
         if not path.is_file():
-            found = next((place for place in checkpoint_places(folder) if (place / CONFIG).is_file()), None)
+            found = checkpoint_folder(folder)
             advice = "name the architecture, and give the folder as checkpoint_path="
             if found is not None:
                 advice = f"it is a run, whose model is local-dir:{found}"

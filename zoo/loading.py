@@ -9,12 +9,11 @@ from torch import nn
 
 from zoo.errors import ConfigError, DownloadError, did_you_mean
 from zoo.factory import create_model
-from zoo.files import checkpoint_places
+from zoo.files import checkpoint_folder
 from zoo.hub import load_config
 from zoo.registry import get_entry, list_models, split_name
 
 __all__ = [
-    "checkpoint_folder",
     "create_timm_model",
     "holds_timm_model",
     "load_model",
@@ -70,11 +69,6 @@ def resolve_path(source: str) -> str:
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise ConfigError(f"There is no run or checkpoint {source!r}.{near}")
     return source
-
-
-def checkpoint_folder(path: Path) -> Path | None:
-    """The folder in the Hub's layout that a run, such a folder or a file in one means; None where there is none."""
-    return next((place for place in checkpoint_places(path) if (place / "config.json").is_file()), None)
 
 
 def of_run(path: str, prefix: str = "") -> str:

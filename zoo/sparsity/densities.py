@@ -105,7 +105,7 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels > 1
 
 
-def channels_first(tensor: Tensor, module: nn.Module | None) -> Tensor:
+def outputs_first(tensor: Tensor, module: nn.Module | None) -> Tensor:
     """A weight or mask with outputs before inputs, as all have it but transposed convolutions: a view."""
     return tensor.transpose(0, 1) if isinstance(module, _ConvNd) and module.transposed else tensor
 

@@ -21,7 +21,7 @@ from zoo.layers.wrappers import unwrapped
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
-from zoo.sparsity.densities import channels_first, is_depthwise
+from zoo.sparsity.densities import is_depthwise, outputs_first
 from zoo.sparsity.masks import check_masks, follows_n_m
 from zoo.units import humanize
 
@@ -252,7 +252,7 @@ def report(
                 macs=round(sum(macs[other] for other, w in weights.items() if w is weight)),
                 empty_outputs=int((~pairs.any(2)).sum()),
                 empty_inputs=0 if depthwise else int((~pairs.any(1)).sum()),
-                follows_2_4=follows_n_m(channels_first(mask, layer), 2, 4) and not depthwise,
+                follows_2_4=follows_n_m(outputs_first(mask, layer), 2, 4) and not depthwise,
             )
         )
     return SparseModel(

@@ -426,7 +426,8 @@ def _check_pattern(rule: SparsityRule) -> None:
     n, colon, m = str(rule.pattern).partition(":")
     if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 1024):
         raise ConfigError(
-            f"sparsity.pattern is {rule.pattern!r}: it is N:M, such as 2:4, with N below M; in YAML in quotes."
+            f"sparsity.pattern is {rule.pattern!r}: it is N:M, such as 2:4, with N below M; in YAML in quotes. "
+            "M is at most 1024."
         )
     if rule.density is not None or rule.initial_density is not None or rule.masks == "weights" or rule.dead_channels:
         raise ConfigError(

@@ -23,8 +23,9 @@ from zoo.data import (
 from zoo.errors import CheckpointError, ConfigError
 from zoo.evaluation.segmentation import PixelCounts, count_pixels
 from zoo.factory import create_model
+from zoo.files import checkpoint_folder
 from zoo.hub import load_config
-from zoo.loading import checkpoint_folder, load_model, of_run
+from zoo.loading import load_model, of_run
 from zoo.registry import get_entry, split_name
 from zoo.training.freezing import freeze
 from zoo.training.image_classification import describe_model, has_fixed_size, takes_weights

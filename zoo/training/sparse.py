@@ -54,7 +54,7 @@ from zoo.sparsity import (
     sparse_parameters,
     weakest_channels,
 )
-from zoo.sparsity.densities import apportion, channels_first, layers_left_out, plain_name
+from zoo.sparsity.densities import apportion, layers_left_out, outputs_first, plain_name
 from zoo.sparsity.masks import MASKS
 from zoo.training.sparse_methods import SparsityRule
 
@@ -94,7 +94,7 @@ class SparseTraining:
 
     `masks` holds the masks by the names of the weights; chosen layers without one keep all weights. Raises ConfigError
     where no layer is chosen, all chosen are frozen, and masks would never move, or a density not fall step by step,
-    although the rule says so.
+    although the rule says so, or where they would move at every update in place of the optimizer's step.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class SparseTraining:
         """The highest of every so many along a layer's inputs."""
         assert self.rule.n_m is not None
         module = self.owners[name]
-        return channels_first(n_m_mask(channels_first(scores, module), *self.rule.n_m), module).contiguous()
+        return outputs_first(n_m_mask(outputs_first(scores, module), *self.rule.n_m), module).contiguous()
 
     def _count(self) -> None:
         self.kept = {name: int(mask.count_nonzero()) for name, mask in self.masks.items()}
@@ -252,7 +252,8 @@ class SparseTraining:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Take charge of what `optimizer`, made over the model's parameters, remembers; before its first step.
 
-        Raises ConfigError for an optimizer that cannot do what the rule says, and where there are no masks yet.
+        Raises ConfigError for an optimizer that cannot do what the rule says or holds none of the masked weights, and
+        where there are no masks yet.
         """
         if not self.masks:
             raise ConfigError("There are no masks yet: start() or load_state_dict() comes before attach().")
