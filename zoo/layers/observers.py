@@ -1,6 +1,7 @@
 """Who besides the caller wants something of a computation: an exporter its graph, or a transform its derivatives."""
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_exporting() -> bool:
@@ -11,6 +12,11 @@ def is_exporting() -> bool:
 def is_transformed() -> bool:
     """Within `torch.func` or forward-mode differentiation, of which operators made for speed know nothing."""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_watched() -> bool:
+    """Whether something is told of each operator, as `torch.utils.flop_counter.FlopCounterMode` is."""
+    return is_in_torch_dispatch_mode()
 
 
 # run, not traced: torch 2.11 traces the first as True in compiled code, too. This is all that

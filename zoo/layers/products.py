@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from zoo.layers.observers import is_transformed
 
-__all__ = ["FastProducts"]
+__all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long"]
 
-_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALLEST = 2**20  # multiplications: below, calling takes longer than what is gained
 
 
@@ -65,7 +65,7 @@ class FastProducts(TorchFunctionMode):
 
 def _suits(x: Tensor, weight: Tensor, axis: int) -> bool:
     return (
-        _AVAILABLE
+        AVAILABLE
         and weight.ndim > 1
         and x.ndim > 0
         and x.shape[axis] == weight.shape[1] > 0
@@ -114,7 +114,7 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _multiply(_rows(x), weight, bias).unflatten(0, x.shape[:-1])
+        return multiply(_rows(x), weight, bias).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -130,9 +130,9 @@ class _Linear(torch.autograd.Function):
         again = torch.is_grad_enabled()  # to be differentiated once more, which oneDNN's product cannot be
         to_x = to_weight = None
         if of_x:
-            to_x = (grads @ weight if again else _multiply(grads, weight.t())).unflatten(0, grad.shape[:-1])
+            to_x = (grads @ weight if again else multiply(grads, weight.t())).unflatten(0, grad.shape[:-1])
         if of_weight:
-            to_weight = grads.t() @ _rows(x) if again else _multiply_long(grads, _rows(x))
+            to_weight = grads.t() @ _rows(x) if again else multiply_long(grads, _rows(x))
         return to_x, to_weight, grads.sum(dim=0) if of_bias else None
 
 
@@ -140,12 +140,17 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` by the faster library, not differentiable. (R, C), (C', C), (C',) -> (R, C')"""
+    if _MKL_IS_FASTER:
+        return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-def _multiply_long(grads: Tensor, rows: Tensor) -> Tensor:
-    """`grads.t() @ rows`, a sum over many rows: (rows, N), (rows, K) -> (N, K)."""
+def multiply_long(grads: Tensor, rows: Tensor) -> Tensor:
+    """`grads.t() @ rows`, a sum over many rows: (R, N), (R, K) -> (N, K)."""
+    if _MKL_IS_FASTER:
+        return grads.t() @ rows
     if grads.shape[1] > rows.shape[1]:  # oneDNN is up to three times as fast where the longer edge comes last
-        return _multiply(rows.t(), grads.t()).t()
-    return _multiply(grads.t(), rows.t())
+        return multiply(rows.t(), grads.t()).t()
+    return multiply(grads.t(), rows.t())

@@ -33,6 +33,7 @@ from zoo.layers.observers import is_exporting, is_transformed
 from zoo.layers.packed import Activation, PackedConv2d, may_overwrite, needs_gradients
 from zoo.layers.staged import Head, StagedNet
 from zoo.layers.stochastic_depth import is_per_sample, stochastic_add, trains_eagerly
+from zoo.layers.training_mlp import training_mlp
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["Attention", "MetaFormer", "Pooling", "RandomMixing", "SepConv", "StarReLU"]
@@ -164,17 +165,10 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
-    def takes_scale(self) -> bool:
-        """Whether the last layer is what it was made as."""
-        return type(self.fc2) in (nn.Conv2d, nn.Linear) and not has_hooks(self.fc2)
-
-    def scaled(self, x: Tensor, scale: Tensor) -> Tensor:
-        """`scale * self(x)`, (dim,) the scale: a product of weights in place of one of maps."""
-        x, fc2 = self.drop1(self.act(self.fc1(x))), self.fc2
-        bias = None if fc2.bias is None else fc2.bias * scale
-        if isinstance(fc2, nn.Linear):
-            return self.drop2(F.linear(x, fc2.weight * scale[:, None], bias))
-        return self.drop2(F.conv2d(x, fc2.weight * scale[:, None, None, None], bias))
+    def for_training(self, x: Tensor, scale: Tensor | None) -> Tensor | None:
+        """`scale * self(x)`, (dim,) the scale, as `training_mlp`; None where the layers must be called."""
+        star = (self.act.scale, self.act.bias) if type(self.act) is StarReLU else None
+        return training_mlp(x, self, star, scale)
 
 
 # --------------------------------------------------------------------------------------------------------- token mixers
@@ -346,9 +340,10 @@ class MetaFormerBlock(nn.Module):
     def transform(self, x: Tensor) -> Tensor:
         """The second branch, for training."""
         x, mlp, scale = self.norm2(x), self.mlp, self.layer_scale2
-        if isinstance(scale, Scale) and isinstance(mlp, Mlp) and mlp.takes_scale() and not has_hooks(mlp, scale):
-            return mlp.scaled(x, scale.scale)
-        return scale(mlp(x))
+        y = None
+        if isinstance(mlp, Mlp) and type(scale) in (Scale, nn.Identity) and not has_hooks(scale):
+            y = mlp.for_training(x, scale.scale if isinstance(scale, Scale) else None)
+        return scale(mlp(x)) if y is None else y
 
 
 class Stem(nn.Module):

@@ -34,6 +34,7 @@ from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 from zoo.layers.packed import PackedConv2d
 from zoo.layers.staged import Head, StagedNet
+from zoo.layers.training_mlp import training_mlp
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["SLaK", "arguments_of", "timm_convnext_state_dict"]
@@ -202,10 +203,17 @@ class SLaKBlock(nn.Module):
             nn.init.constant_(self.gamma, self.layer_scale_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = self.mlp(self.norm(self.large_kernel(x).permute(0, 2, 3, 1)))
-        if self.gamma is not None:
-            branch = branch * self.gamma
+        branch = self.transform(self.norm(self.large_kernel(x).permute(0, 2, 3, 1)))
         return x + self.drop_path(branch.permute(0, 3, 1, 2))
+
+    def transform(self, x: Tensor) -> Tensor:
+        """MLP and layer scale. (B, H, W, C) -> (B, H, W, C)"""
+        if not torch.jit.is_scripting():
+            y = training_mlp(x, self.mlp, scale=self.gamma) if self.training else None
+            if y is not None:
+                return y
+        x = self.mlp(x)
+        return x if self.gamma is None else x * self.gamma
 
 
 class Stem(nn.Module):
