@@ -7,8 +7,9 @@ Operators: the tall, wide and small kernels of a block ("decomposed"), and the w
 as training has it, with an output of each branch. Models: slak_tiny at 224x224, with F.conv2d in both memory formats
 ("plain"; in NCHW the large kernels meet contiguous maps, as in the authors' code), with our operator, and as
 `zoo.optimize_for_inference` makes it; a training step is forward, loss, backward and AdamW, and of "ours" it is as
-`train.py` takes it on a CPU, within `zoo.layers.products.FastProducts` ("ours_kernels_alone": without). On a GPU
-PyTorch's side is cuDNN's, or what PyTorch prefers to it, and models run under autocast to `--dtype`.
+`train.py` takes it on a CPU, within `zoo.layers.products.FastProducts` ("ours_kernels_alone": without, and without
+`zoo.layers.training_mlp`). On a GPU PyTorch's side is cuDNN's, or what PyTorch prefers to it, and models run under
+autocast to `--dtype`.
 
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. On a GPU `ms` is the time
@@ -43,6 +44,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 from vision_inference import wake_layer_scales
 
@@ -306,11 +308,20 @@ class NchwConv2d(nn.Conv2d):
 
 
 def with_convolutions(model: nn.Module, kind: type[nn.Conv2d]) -> nn.Module:
-    """A copy of `model` with PyTorch's convolution for ours."""
-    model = copy.deepcopy(model)
+    """A copy of `model` with PyTorch's convolution for ours, and its layers called one by one."""
+    model = with_plain_mlps(model)
     for module in model.modules():
         if isinstance(module, DepthwiseConv2d):
             module.__class__ = kind  # type: ignore[assignment]
+    return model
+
+
+def with_plain_mlps(model: nn.Module) -> nn.Module:
+    """A copy of `model` whose MLPs are not worked on in parts: a hook that does nothing keeps them as they are."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, Mlp):
+            module.register_forward_hook(lambda *_: None)
     return model
 
 
@@ -327,7 +338,7 @@ def compare_models(
     if not training:
         models["ours_optimized"] = zoo.optimize_for_inference(model)
     elif not clock.on_gpu:
-        models["ours_kernels_alone"] = copy.deepcopy(model)
+        models["ours_kernels_alone"] = with_plain_mlps(model)
     models = {name: model for name, model in models.items() if name not in skip}
     images = torch.randn(batch_size, 3, 224, 224, device=clock.device)
     labels = torch.randint(1000, (batch_size,), device=clock.device)

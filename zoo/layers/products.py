@@ -23,6 +23,7 @@ __all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long"]
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALLEST = 2**20  # multiplications: below, calling takes longer than what is gained
+TURNED = 2**21  # values of a gradient: above, it does not stay in the cache until it is turned
 
 
 def _is_intels() -> bool:
@@ -151,6 +152,8 @@ def multiply_long(grads: Tensor, rows: Tensor) -> Tensor:
     """`grads.t() @ rows`, a sum over many rows: (R, N), (R, K) -> (N, K)."""
     if _MKL_IS_FASTER:
         return grads.t() @ rows
-    if grads.shape[1] > rows.shape[1]:  # oneDNN is up to three times as fast where the longer edge comes last
+    wide, narrow = grads.shape[1], rows.shape[1]
+    # oneDNN is up to three times as fast where the longer edge comes last; but a large gradient takes long to turn
+    if wide > narrow and wide * narrow < TURNED:
         return multiply(rows.t(), grads.t()).t()
     return multiply(grads.t(), rows.t())

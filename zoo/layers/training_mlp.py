@@ -52,11 +52,14 @@ def training_mlp(x: Tensor, mlp: Any, star: StarReLU | None = None, scale: Tenso
         return None
     fc1, fc2 = mlp.fc1, mlp.fc2
     weight1, weight2, bias2 = fc1.weight.flatten(1), fc2.weight.flatten(1), fc2.bias
-    if scale is not None:
-        weight2, bias2 = weight2 * scale[:, None], None if bias2 is None else bias2 * scale
     pixels = x.permute(0, 2, 3, 1) if isinstance(fc1, nn.Conv2d) else x
     rows = pixels.reshape(-1, pixels.shape[-1]).contiguous()
+    in_weights = scale is not None and len(rows) > len(weight1)  # where they are the smaller ones
+    if scale is not None and in_weights:
+        weight2, bias2 = weight2 * scale[:, None], None if bias2 is None else bias2 * scale
     y = _Mlp.apply(rows, weight1, fc1.bias, *(star or (None, None)), weight2, bias2).unflatten(0, pixels.shape[:-1])
+    if scale is not None and not in_weights:
+        y = y * scale
     return y.permute(0, 3, 1, 2) if isinstance(fc1, nn.Conv2d) else y
 
 
