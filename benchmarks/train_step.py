@@ -7,7 +7,7 @@ in the step of its train.py: mixup, autocast, loss, backward, clipping, optimize
 that ours runs in, and once, where that is channels_last, in timm's default. They take turns in one process, and all get
 the same batch. Reported are medians over the steps after warm-up: on a GPU of wall-clock time, on
 a CPU of CPU time summed over threads, which does not depend on what else runs (OMP_WAIT_POLICY=passive keeps waiting
-threads out of it). Peak memory is measured in a process of its own for each: on a GPU what torch allocated, on a CPU
+threads out of it), and the page faults of a step. Peak memory is measured in a process of its own for each: on a GPU what torch allocated, on a CPU
 how far the resident set rose above what it was before the model was made.
 
 PoolFormer's head is the authors' here and timm's there (the order of norm and pooling); all else computes the same.
@@ -20,6 +20,7 @@ import contextlib
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -83,6 +84,7 @@ class Timed(ImageClassification):
         super().__init__(config, make_accelerator(config.train, config.output))
         self.batches_per_epoch, self.between = steps, between
         self.seconds: list[float] = []
+        self.faults: list[int] = []
         self.peak = 0
 
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
@@ -90,9 +92,10 @@ class Timed(ImageClassification):
         for _ in range(self.batches_per_epoch):
             if self.between is not None:
                 self.between(self, batch)
-            started = now(self.accelerator.device)
+            started, faults = now(self.accelerator.device), page_faults()
             yield batch
             self.seconds.append(now(self.accelerator.device) - started)
+            self.faults.append(page_faults() - faults)
             self.peak = peak_memory(self.accelerator.device)
 
     def evaluate(self, model: torch.nn.Module) -> dict[str, float]:
@@ -130,10 +133,11 @@ class TimmsLoop:
         )
         self.updates = 0
         self.seconds: list[float] = []
+        self.faults: list[int] = []
 
     def step(self, task: Timed, batch: Batch) -> None:
         device = task.accelerator.device
-        started = now(device)
+        started, faults = now(device), page_faults()
         images = task.train_loader.prepare(batch, device, self.memory_format)
         images, labels = self.mixup(images, batch.labels.to(device, non_blocking=True))
         with self.autocast():
@@ -145,6 +149,7 @@ class TimmsLoop:
         self.updates += 1
         self.scheduler.step_update(self.updates)
         self.seconds.append(now(device) - started)
+        self.faults.append(page_faults() - faults)
 
 
 def now(device: torch.device) -> float:
@@ -153,6 +158,11 @@ def now(device: torch.device) -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
+
+
+def page_faults() -> int:
+    """How often the system had to give this process a page of memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def peak_memory(device: torch.device) -> int:
@@ -195,6 +205,7 @@ def time_both(model: str, arguments: argparse.Namespace) -> dict[str, Any]:
         found |= {
             f"{side}_ms": round(1000 * middle[side], 2),
             f"{side}_ms_fastest": round(1000 * min(seconds), 2),
+            f"{side}_page_faults": int(statistics.median(loop.faults[arguments.warmup :][: arguments.steps])),
         }
         if side != "zoo":
             found[f"{side}_over_zoo"] = round(middle[side] / middle["zoo"], 3)

@@ -66,6 +66,23 @@ def check_above_zero(**arguments: Any) -> None:
             raise ConfigError(f"{what} must be numbers above zero, not {value!r}.")
 
 
+def check_numbers(*, or_none: bool = False, **arguments: Any) -> None:
+    """Finite numbers, or sequences of such; or None, too."""
+    for what, value in arguments.items():
+        values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+        for v in values:
+            is_number = isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+            if not (is_number or (or_none and v is None)):
+                raise ConfigError(f"{what} must be {'numbers or None' if or_none else 'numbers'}, not {value!r}.")
+
+
+def check_flags(**arguments: Any) -> None:
+    """True or False."""
+    for what, value in arguments.items():
+        if type(value) is not bool:
+            raise ConfigError(f"{what} must be True or False, not {value!r}.")
+
+
 def check_choice(what: str, value: Any, options: Sequence[str]) -> None:
     """One of a few names."""
     if value not in options:

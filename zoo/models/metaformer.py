@@ -26,7 +26,15 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
-from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths, image_sides, per_stage
+from zoo.layers.arguments import (
+    check_above_zero,
+    check_counts,
+    check_numbers,
+    check_rates,
+    check_widths,
+    image_sides,
+    per_stage,
+)
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
 from zoo.layers.observers import is_exporting, is_transformed
@@ -489,9 +497,7 @@ class MetaFormer(StagedNet):
         check_counts(1, stem_kernel_size=stem_kernel_size, stem_stride=stem_stride)
         check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
         check_above_zero(mlp_ratio=mlp_ratio, norm_eps=norm_eps, mlp_head_eps=mlp_head_eps)
-        for what, scales in (("layer_scale_init", (layer_scale_init,)), ("res_scale_init", res_scales)):
-            if not all(scale is None or isinstance(scale, int | float) for scale in scales):
-                raise ConfigError(f"{what} must be numbers or None, not {scales!r}.")
+        check_numbers(layer_scale_init=layer_scale_init, res_scale_init=res_scales, or_none=True)
         super().__init__(dims, tuple(stem_stride * 2**i for i in range(len(dims))), in_chans, num_classes)
         self.drop_rate = drop_rate
         self.mlp_head = mlp_head

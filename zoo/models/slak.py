@@ -27,7 +27,7 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.layers.arguments import check_above_zero, check_counts, check_rates, check_widths
+from zoo.layers.arguments import check_above_zero, check_counts, check_flags, check_numbers, check_rates, check_widths
 from zoo.layers.convnext import FastConvNeXtBlock, FastConvNeXtStage
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
@@ -143,6 +143,7 @@ def merge_branches(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | Non
 
     A batch norm scales its kernel and adds to the bias; the small kernel joins the middle of the tall one or of the
     whole one, since all are centred on the same pixel. `eps`: of each branch's norm where it is not the authors' 1e-5.
+    Raises CheckpointError where a part is missing.
     """
     kernels, bias = {}, None
     for name in ("LoRA1", "LoRA2", "lkb_origin", "small_conv"):
@@ -151,13 +152,19 @@ def merge_branches(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | Non
         kernel = tensors[f"{name}.conv.weight"].to(torch.float64, copy=True)
         shift = torch.zeros_like(kernel[:, 0, 0, 0])
         if f"{name}.bn.weight" in tensors:
-            weight, offset, mean, variance = (
-                tensors[f"{name}.bn.{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
-            )
+            norm = [f"{name}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+            if missing := [part for part in norm if part not in tensors]:
+                raise CheckpointError(f"A large kernel of this checkpoint lacks {', '.join(missing)}.")
+            weight, offset, mean, variance = (tensors[part].double() for part in norm)
             scale = weight / (variance + (eps or {}).get(name, BN_EPS)).sqrt()
             kernel, shift = kernel * scale.view(-1, 1, 1, 1), offset - scale * mean
         kernels[name] = kernel
         bias = shift if bias is None else bias + shift
+    if "lkb_origin" not in kernels and not {"LoRA1", "LoRA2"} <= kernels.keys():
+        raise CheckpointError(
+            "A large kernel of this checkpoint is not whole: it has to be LoRA1 and LoRA2, or lkb_origin, but there is "
+            f"{', '.join(kernels) or 'none'}."
+        )
     target = kernels["LoRA1" if "LoRA1" in kernels else "lkb_origin"]
     if "small_conv" in kernels:
         small = kernels["small_conv"]
@@ -330,6 +337,9 @@ class SLaK(StagedNet):
         check_above_zero(width_factor=width_factor, mlp_ratio=mlp_ratio)
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_counts(1, stem_stride=stem_stride)
+        check_numbers(head_init_scale=head_init_scale)
+        check_numbers(layer_scale_init=layer_scale_init, or_none=True)
+        check_flags(decompose=decompose, merged=merged, batch_norm=batch_norm)
         edges = kernel_sizes if small_kernel_size is None else (*kernel_sizes, small_kernel_size)
         if not all(type(edge) is int and edge > 0 and edge % 2 for edge in edges):
             raise ConfigError(
@@ -337,9 +347,6 @@ class SLaK(StagedNet):
             )
         if decompose and small_kernel_size is None:
             raise ConfigError("Decomposed kernels have a short edge: give small_kernel_size, or decompose=False.")
-        for what, value in (("layer_scale_init", layer_scale_init), ("head_init_scale", head_init_scale)):
-            if not isinstance(value, int | float) and (value is not None or what == "head_init_scale"):
-                raise ConfigError(f"{what} must be a number, not {value!r}.")
         widths = tuple(int(dim * width_factor) for dim in dims)
         if not all(widths):
             raise ConfigError(f"dims {dims} times width_factor {width_factor} leave a stage without channels.")
