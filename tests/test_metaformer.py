@@ -231,7 +231,7 @@ def test_a_mixer_that_cannot_be_initialised_is_refused():
         ({"drop_rate": 2.0}, "drop_rate must be a number from 0"),
         ({"proj_drop_rate": -1}, "proj_drop_rate must be a number from 0"),
         ({"drop_path_rate": "a"}, "drop_path_rate must be a number from 0"),
-        ({"layer_scale_init": "a"}, "layer_scale_init must be numbers or None"),
+        ({"layer_scale_init": "a"}, "layer_scale_init must be a number"),
         ({"device": "gpu"}, "There is no device 'gpu'"),
         ({"dtype": "float32"}, "dtype is a floating-point torch.dtype"),
         ({"features_only": True, "out_indices": 5}, "out_indices is a sequence"),

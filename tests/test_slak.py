@@ -276,7 +276,12 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(
     ("lost", "message"),
-    [("LoRA2.", "LoRA1 and LoRA2, or lkb_origin, but there is LoRA1"), ("LoRA1.bn.bias", r"lacks LoRA1\.bn\.bias")],
+    [
+        ("LoRA2.", "LoRA1 and LoRA2, or lkb_origin, but there is LoRA1"),
+        ("LoRA1.bn.bias", r"lacks LoRA1\.bn\.bias"),
+        ("LoRA1.bn.weight", r"lacks LoRA1\.bn\.weight"),
+        ("small_conv.conv.", r"lacks small_conv\.conv\.weight"),
+    ],
 )
 def test_damaged_checkpoints_are_told(lost, message):
     tensors = {key: tensor for key, tensor in small().state_dict().items() if lost not in key}
@@ -497,10 +502,11 @@ def test_recipes_are_the_papers(size, drop_path, update_interval, prune_rate, gp
         ({"width_factor": 0}, "width_factor must be numbers above zero"),
         ({"width_factor": 0.001}, "leave a stage without channels"),
         ({"mlp_ratio": "4"}, "mlp_ratio must be numbers above zero"),
-        ({"layer_scale_init": "small"}, "layer_scale_init must be numbers or None"),
-        ({"layer_scale_init": float("nan")}, "layer_scale_init must be numbers or None"),
-        ({"layer_scale_init": True}, "layer_scale_init must be numbers or None"),
-        ({"head_init_scale": None}, "head_init_scale must be numbers, not None"),
+        ({"layer_scale_init": "small"}, "layer_scale_init must be a number"),
+        ({"layer_scale_init": float("nan")}, "layer_scale_init must be a number"),
+        ({"layer_scale_init": (1e-6, 1e-6, 1e-6, 1e-6)}, "layer_scale_init must be a number"),
+        ({"layer_scale_init": True}, "layer_scale_init must be a number"),
+        ({"head_init_scale": None}, "head_init_scale must be a number, not None"),
         ({"merged": "yes"}, "merged must be True or False"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be a number from 0"),
         ({"stem_stride": 0}, "stem_stride must be a whole number"),

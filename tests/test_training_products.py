@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.layers import products
 from zoo.layers.products import FastProducts
+from zoo.models.metaformer import StarReLU
 
 SHAPES = [(64, 256, 24), (256, 64, 24), (64, 256, 56), (320, 1280, 14), (1280, 320, 14), (512, 2048, 7), (96, 40, 33)]
 
@@ -97,6 +98,20 @@ def test_weights_that_need_no_gradient_get_none_and_gradients_can_be_differentia
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     first.square().sum().backward()
     torch.testing.assert_close(found, layer.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("layer", [nn.Linear(256, 256), nn.Sequential(nn.Linear(256, 256), StarReLU())])
+def test_many_gradients_at_once(layer):
+    x, upstream = tensor(64, 256).requires_grad_(), tensor(3, 64, 256, seed=1)
+    with FastProducts():
+        y = layer(x)
+    inputs = [x, *layer.parameters()]
+    found = torch.autograd.grad(y, inputs, upstream, retain_graph=True, is_grads_batched=True)
+    for i in range(3):
+        one = torch.autograd.grad(y, inputs, upstream[i], retain_graph=True)
+        for ours, exact in zip(found, one, strict=True):
+            torch.testing.assert_close(ours[i], exact, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.usefixtures("onednn")

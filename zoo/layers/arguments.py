@@ -66,14 +66,19 @@ def check_above_zero(**arguments: Any) -> None:
             raise ConfigError(f"{what} must be numbers above zero, not {value!r}.")
 
 
-def check_numbers(*, or_none: bool = False, **arguments: Any) -> None:
-    """Finite numbers, or sequences of such; or None, too."""
+def check_numbers(**arguments: Any) -> None:
+    """Finite numbers."""
     for what, value in arguments.items():
-        values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        for v in values:
-            is_number = isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
-            if not (is_number or (or_none and v is None)):
-                raise ConfigError(f"{what} must be {'numbers or None' if or_none else 'numbers'}, not {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{what} must be a number, not {value!r}.")
+
+
+def check_numbers_or_none(**arguments: Sequence[Any]) -> None:
+    """For each stage a finite number or None."""
+    for what, values in arguments.items():
+        for value in values:
+            if value is not None:
+                check_numbers(**{what: value})
 
 
 def check_flags(**arguments: Any) -> None:

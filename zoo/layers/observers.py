@@ -15,8 +15,13 @@ def is_transformed() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether something is told of each operator, as `torch.utils.flop_counter.FlopCounterMode` is."""
-    return is_in_torch_dispatch_mode()
+    """Whether something is told of each operator, as `torch.utils.flop_counter.FlopCounterMode` is, or module."""
+    return is_in_torch_dispatch_mode() or torch.nn.modules.module._has_any_global_hook()
+
+
+def is_batched(grad: torch.Tensor) -> bool:
+    """Whether a gradient stands for many, as with `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 # run, not traced: torch 2.11 traces the first as True in compiled code, too. This is all that

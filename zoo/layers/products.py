@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.layers.observers import is_transformed
+from zoo.layers.observers import is_batched, is_transformed
 
 __all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long"]
 
@@ -128,7 +128,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         grads = _rows(grad)
-        again = torch.is_grad_enabled()  # to be differentiated once more, which oneDNN's product cannot be
+        # to be differentiated once more, or many gradients at once: neither is for oneDNN's product
+        again = torch.is_grad_enabled() or is_batched(grad)
         to_x = to_weight = None
         if of_x:
             to_x = (grads @ weight if again else multiply(grads, weight.t())).unflatten(0, grad.shape[:-1])

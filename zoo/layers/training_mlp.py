@@ -2,13 +2,13 @@
 
 The hidden map is the largest that a block makes. Whole, it is written to memory and read back for the activation, and
 again for the second layer, and so are its gradients; above 32 MiB, the C library moreover asks the system for new pages
-each time, which can cost more than the products do. In parts it stays in the cache. The backward pass activates again
-what it needs, so that one hidden map is kept instead of two. `benchmarks/train_step.py` says what that brings.
+each time, which can cost more than the products do. Parts of 4 to 16 MiB stay in a cache, or near it. The backward pass
+activates again what it needs, so that one hidden map is kept instead of two. `benchmarks/train_step.py` says what that
+brings.
 """
 
 from __future__ import annotations
 
-from types import NoneType
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.layers.folding import has_hooks, is_changed
-from zoo.layers.observers import is_transformed, is_watched
+from zoo.layers.observers import is_batched, is_transformed, is_watched
 from zoo.layers.packed import is_gelu
 from zoo.layers.products import AVAILABLE, multiply, multiply_long
 
 __all__ = ["training_mlp"]
 
-HIDDEN = 2**20  # values of the hidden map that are worked on together: 4 MiB
+HIDDEN = 2**20  # values of the hidden map that are worked on together, at least: 4 MiB
 SMALLEST = 2**17  # of the whole: below, there is nothing to win
 StarReLU = tuple[Tensor, Tensor]  # its scale and shift, (1,) each
 
@@ -32,23 +32,19 @@ def training_mlp(x: Tensor, mlp: Any, star: StarReLU | None = None, scale: Tenso
 
     Args:
         x: a map (B, C, H, W) for an MLP of 1x1 convolutions, (..., C) for one of linear layers.
-        mlp: computes `fc1`, `act`, `drop1`, `fc2` and `drop2`, as timm's `Mlp`.
+        mlp: computes `fc1`, `act`, `drop1`, `fc2` and `drop2`, and nothing else, as timm's `Mlp` without a norm.
         star: scale and bias of `mlp.act` where that is a StarReLU.
         scale: (C,), of the branch.
 
     Returns None where the layers must be called: dropout, other activations, layers that have hooks or are of other
-    types, other devices and dtypes, autocast, small maps, and what is recorded or transformed.
+    types, other devices and dtypes, autocast, small maps, and what is recorded, watched or transformed.
     """
-    parts = (mlp, mlp.fc1, mlp.act, mlp.drop1, mlp.fc2, mlp.drop2)
-    suits = (
-        type(x) is Tensor  # and no tracer's
-        and (star is not None or is_gelu(mlp.act))
-        and not any(_drops(drop) for drop in (mlp.drop1, mlp.drop2))
-        and isinstance(getattr(mlp, "norm", None), (nn.Identity, NoneType))  # timm's has one
-        and _suits(x, mlp.fc1, mlp.fc2)
-        and not (has_hooks(*parts) or any(is_changed(part) for part in parts))
-    )
-    if not suits:
+    # first what a tracer must not see asked: sizes would become conditions of its program
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_watched():
+        return None
+    if type(x) is not Tensor or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    if not _is_plain(mlp) or not (star or is_gelu(mlp.act)) or not _suits(x, mlp.fc1, mlp.fc2, scale, *(star or ())):
         return None
     fc1, fc2 = mlp.fc1, mlp.fc2
     weight1, weight2, bias2 = fc1.weight.flatten(1), fc2.weight.flatten(1), fc2.bias
@@ -63,34 +59,49 @@ def training_mlp(x: Tensor, mlp: Any, star: StarReLU | None = None, scale: Tenso
     return y.permute(0, 3, 1, 2) if isinstance(fc1, nn.Conv2d) else y
 
 
-def _drops(module: nn.Module) -> bool:
-    if type(module) is nn.Dropout:
-        return module.training and module.p > 0
-    return not isinstance(module, nn.Identity)
+def _is_plain(mlp: Any) -> bool:
+    """Whether nothing but the two layers and the activation takes part, and nobody watches them."""
+    drops, norm = (mlp.drop1, mlp.drop2), getattr(mlp, "norm", None)  # timm's has one
+    parts = (mlp, mlp.fc1, mlp.act, mlp.fc2, *drops, *(() if norm is None else (norm,)))
+    return (
+        all(
+            type(drop) is nn.Identity or (type(drop) is nn.Dropout and not (drop.training and drop.p)) for drop in drops
+        )
+        and (norm is None or type(norm) is nn.Identity)
+        and not has_hooks(*parts)
+        and not any(is_changed(part) for part in parts)
+    )
 
 
-def _suits(x: Tensor, fc1: nn.Module, fc2: nn.Module) -> bool:
-    if isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear):
-        fits = x.ndim > 1 and x.shape[-1] == fc1.in_features
-    elif isinstance(fc1, nn.Conv2d) and isinstance(fc2, nn.Conv2d):
-        fits = x.ndim == 4 and x.shape[1] == fc1.in_channels and _is_pointwise(fc1) and _is_pointwise(fc2)
+def _suits(x: Tensor, fc1: nn.Module, fc2: nn.Module, *others: Tensor | None) -> bool:
+    if type(fc1) is nn.Linear and type(fc2) is nn.Linear:
+        fits = x.ndim > 1 and x.shape[-1] == fc1.in_features and fc1.out_features == fc2.in_features
+    elif type(fc1) is nn.Conv2d and type(fc2) is nn.Conv2d:
+        fits = x.ndim == 4 and x.shape[1] == fc1.in_channels and fc1.out_channels == fc2.in_channels
+        fits = fits and _is_pointwise(fc1) and _is_pointwise(fc2)
     else:
         return False
     weights = fc1.weight, fc2.weight
+    tensors = [t for t in (x, *weights, fc1.bias, fc2.bias, *others) if t is not None]
     return (
         AVAILABLE
         and fits
         and all(type(weight) is nn.Parameter for weight in weights)
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (x, *weights))
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
         and x.numel() // weights[0].shape[1] * weights[0].shape[0] >= SMALLEST
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_watched())
     )
 
 
 def _is_pointwise(conv: nn.Conv2d) -> bool:
     return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (1, 1), (0, 0), 1)
+
+
+def _rows_at_once(rows: int, width: int) -> int:
+    """Of parts of one size. Wide layers take more, so that weights, and sums of their gradients, are read less often;
+    up to 16 MiB, which the C library keeps."""
+    values = min(max(HIDDEN, 2 * width**2), 4 * HIDDEN)
+    parts = -(-rows // max(1, values // width))
+    return -(-rows // parts)
 
 
 def _activate(hidden: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -111,8 +122,7 @@ class _Mlp(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor | None,
     ) -> Tensor:
-        width = len(weight1)
-        ctx.rows = -(-len(x) // -(-len(x) // max(HIDDEN // width, 2 * width)))  # parts of one size
+        ctx.rows = _rows_at_once(len(x), len(weight1))
         hiddens, y = [], x.new_empty(len(x), len(weight2))
         for part, part_y in zip(x.split(ctx.rows), y.split(ctx.rows), strict=True):
             hiddens.append(multiply(part, weight1, bias1))
@@ -124,7 +134,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, scale, shift, weight2, *hiddens = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled() or is_batched(grad):  # to be differentiated again, or many gradients at once
             inputs = x, weight1, ctx.bias1, scale, shift, weight2
             return _differentiable(ctx.needs_input_grad, inputs, torch.cat(hiddens), grad)
         of_x, of_weight1, of_bias1, of_scale, of_shift, of_weight2, of_bias2 = ctx.needs_input_grad
@@ -139,6 +149,8 @@ class _Mlp(torch.autograd.Function):
             part, grads = x[i * rows : (i + 1) * rows], grad[i * rows : (i + 1) * rows]
             if of_weight2:
                 add("weight2", multiply_long(grads, _activate(hidden, scale, shift)))
+            if not (of_x or of_weight1 or of_bias1 or of_scale or of_shift):
+                continue
             to_hidden = multiply(grads, weight2.t())
             if scale is None:
                 torch.ops.aten.gelu_backward.grad_input(to_hidden, hidden, grad_input=to_hidden)
@@ -166,15 +178,17 @@ def _differentiable(
     needed: tuple[bool, ...], inputs: tuple[Tensor | None, ...], hidden: Tensor, grad: Tensor
 ) -> tuple[Tensor | None, ...]:
     """What `_Mlp.backward` returns, by PyTorch's own operators."""
-    # views: what these were made of is no concern of this layer
-    of_its_own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    x, weight1, bias1, scale, shift, weight2 = of_its_own
-    bias2 = torch.zeros(len(weight2), requires_grad=True)  # no gradient depends on it
-    recomputed = F.linear(x, weight1, bias1)
-    hidden = recomputed + (hidden - recomputed).detach()  # the value that it had
-    activated = F.gelu(hidden) if scale is None else scale * F.relu(hidden).square() + shift
-    y = F.linear(activated, weight2, bias2)
+    with torch.enable_grad():
+        # views: what these were made of is no concern of this layer
+        of_its_own: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+        x, weight1, bias1, scale, shift, weight2 = of_its_own
+        bias2 = weight2.new_zeros(len(weight2)).requires_grad_()  # no gradient depends on it
+        recomputed = F.linear(x, weight1, bias1)
+        hidden = recomputed + (hidden - recomputed).detach()  # the value that it had
+        activated = F.gelu(hidden) if scale is None else scale * F.relu(hidden).square() + shift
+        y = F.linear(activated, weight2, bias2)
     everything = (x, weight1, bias1, scale, shift, weight2, bias2)
     wanted = [t for t, is_needed in zip(everything, needed, strict=True) if is_needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    again = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=again))
     return tuple(next(found) if is_needed else None for is_needed in needed)

@@ -29,7 +29,7 @@ from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.arguments import (
     check_above_zero,
     check_counts,
-    check_numbers,
+    check_numbers_or_none,
     check_rates,
     check_widths,
     image_sides,
@@ -37,7 +37,7 @@ from zoo.layers.arguments import (
 )
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
-from zoo.layers.observers import is_exporting, is_transformed
+from zoo.layers.observers import is_batched, is_exporting, is_transformed
 from zoo.layers.packed import Activation, PackedConv2d, may_overwrite, needs_gradients
 from zoo.layers.staged import Head, StagedNet
 from zoo.layers.stochastic_depth import is_per_sample, stochastic_add, trains_eagerly
@@ -115,7 +115,7 @@ class _StarReLU(torch.autograd.Function):
         x, scale = ctx.saved_tensors
         positive = F.relu(x)
         product = grad * positive  # zero where the ReLU is, so that its derivative is in it already
-        if torch.is_grad_enabled():  # to be differentiated again
+        if torch.is_grad_enabled() or is_batched(grad):  # to be differentiated again, or many gradients at once
             return product * (2 * scale), (product * positive).sum().reshape(1), grad.sum().reshape(1)
         of_scale = positive.mul_(product).sum().reshape(1)
         return product.mul_(2 * scale), of_scale, grad.sum().reshape(1)
@@ -349,7 +349,7 @@ class MetaFormerBlock(nn.Module):
         """The second branch, for training."""
         x, mlp, scale = self.norm2(x), self.mlp, self.layer_scale2
         y = None
-        if isinstance(mlp, Mlp) and type(scale) in (Scale, nn.Identity) and not has_hooks(scale):
+        if type(mlp) is Mlp and type(scale) in (Scale, nn.Identity) and not has_hooks(scale):
             y = mlp.for_training(x, scale.scale if isinstance(scale, Scale) else None)
         return scale(mlp(x)) if y is None else y
 
@@ -497,7 +497,7 @@ class MetaFormer(StagedNet):
         check_counts(1, stem_kernel_size=stem_kernel_size, stem_stride=stem_stride)
         check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
         check_above_zero(mlp_ratio=mlp_ratio, norm_eps=norm_eps, mlp_head_eps=mlp_head_eps)
-        check_numbers(layer_scale_init=layer_scale_init, res_scale_init=res_scales, or_none=True)
+        check_numbers_or_none(layer_scale_init=(layer_scale_init,), res_scale_init=res_scales)
         super().__init__(dims, tuple(stem_stride * 2**i for i in range(len(dims))), in_chans, num_classes)
         self.drop_rate = drop_rate
         self.mlp_head = mlp_head

@@ -31,7 +31,14 @@ from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.layers.arguments import check_above_zero, check_counts, check_numbers, check_rates, check_widths, per_stage
+from zoo.layers.arguments import (
+    check_above_zero,
+    check_counts,
+    check_numbers_or_none,
+    check_rates,
+    check_widths,
+    per_stage,
+)
 from zoo.layers.folding import fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.mix_token import exchange_tokens
@@ -461,7 +468,7 @@ class RMT(StagedNet):
         decay_ranges = per_stage("decay_range", decay_range, stages)
         decompositions = [bool(value) for value in per_stage("decomposed", decomposed, stages)]
         layer_scales = per_stage("layer_scale_init", layer_scale_init, stages)
-        check_numbers(layer_scale_init=layer_scales, or_none=True)
+        check_numbers_or_none(layer_scale_init=layer_scales)
 
         super().__init__(dims, tuple(4 * 2**i for i in range(stages)), in_chans, num_classes)
         self.head_hidden_size = head_hidden_size

@@ -27,7 +27,15 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
-from zoo.layers.arguments import check_above_zero, check_counts, check_flags, check_numbers, check_rates, check_widths
+from zoo.layers.arguments import (
+    check_above_zero,
+    check_counts,
+    check_flags,
+    check_numbers,
+    check_numbers_or_none,
+    check_rates,
+    check_widths,
+)
 from zoo.layers.convnext import FastConvNeXtBlock, FastConvNeXtStage
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
@@ -147,20 +155,21 @@ def merge_branches(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | Non
     """
     kernels, bias = {}, None
     for name in ("LoRA1", "LoRA2", "lkb_origin", "small_conv"):
-        if f"{name}.conv.weight" not in tensors:
+        norm = [f"{name}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        has_norm = any(part in tensors for part in norm)
+        if not has_norm and f"{name}.conv.weight" not in tensors:
             continue
+        if missing := [part for part in (f"{name}.conv.weight", *(norm if has_norm else ())) if part not in tensors]:
+            raise CheckpointError(f"A large kernel of this checkpoint lacks {', '.join(missing)}.")
         kernel = tensors[f"{name}.conv.weight"].to(torch.float64, copy=True)
         shift = torch.zeros_like(kernel[:, 0, 0, 0])
-        if f"{name}.bn.weight" in tensors:
-            norm = [f"{name}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
-            if missing := [part for part in norm if part not in tensors]:
-                raise CheckpointError(f"A large kernel of this checkpoint lacks {', '.join(missing)}.")
+        if has_norm:
             weight, offset, mean, variance = (tensors[part].double() for part in norm)
             scale = weight / (variance + (eps or {}).get(name, BN_EPS)).sqrt()
             kernel, shift = kernel * scale.view(-1, 1, 1, 1), offset - scale * mean
         kernels[name] = kernel
         bias = shift if bias is None else bias + shift
-    if "lkb_origin" not in kernels and not {"LoRA1", "LoRA2"} <= kernels.keys():
+    if kernels.keys() - {"small_conv"} not in ({"LoRA1", "LoRA2"}, {"lkb_origin"}):
         raise CheckpointError(
             "A large kernel of this checkpoint is not whole: it has to be LoRA1 and LoRA2, or lkb_origin, but there is "
             f"{', '.join(kernels) or 'none'}."
@@ -216,7 +225,8 @@ class SLaKBlock(nn.Module):
     def transform(self, x: Tensor) -> Tensor:
         """MLP and layer scale. (B, H, W, C) -> (B, H, W, C)"""
         if not torch.jit.is_scripting():
-            y = training_mlp(x, self.mlp, scale=self.gamma) if self.training else None
+            fits = self.training and type(self.mlp) is Mlp
+            y = training_mlp(x, self.mlp, scale=self.gamma) if fits else None
             if y is not None:
                 return y
         x = self.mlp(x)
@@ -338,7 +348,7 @@ class SLaK(StagedNet):
         check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         check_counts(1, stem_stride=stem_stride)
         check_numbers(head_init_scale=head_init_scale)
-        check_numbers(layer_scale_init=layer_scale_init, or_none=True)
+        check_numbers_or_none(layer_scale_init=(layer_scale_init,))
         check_flags(decompose=decompose, merged=merged, batch_norm=batch_norm)
         edges = kernel_sizes if small_kernel_size is None else (*kernel_sizes, small_kernel_size)
         if not all(type(edge) is int and edge > 0 and edge % 2 for edge in edges):
