@@ -132,7 +132,7 @@ class _Linear(torch.autograd.Function):
         again = torch.is_grad_enabled() or is_batched(grad)
         to_x = to_weight = None
         if of_x:
-            to_x = (grads @ weight if again else multiply(grads, weight.t())).unflatten(0, grad.shape[:-1])
+            to_x = (grads @ weight if again else multiply(grads, weight.t())).reshape(*grad.shape[:-1], weight.shape[1])
         if of_weight:
             to_weight = grads.t() @ _rows(x) if again else multiply_long(grads, _rows(x))
         return to_x, to_weight, grads.sum(dim=0) if of_bias else None
