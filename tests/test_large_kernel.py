@@ -295,6 +295,18 @@ def test_compiled_code_is_told_from_exported_programs():
     assert torch.equal(model(x), -x)
 
 
+@shapes
+def test_many_gradients_at_once(shape):
+    x, weight, bias = operands(shape)
+    y = depthwise_conv2d(x, weight, bias)
+    upstream = torch.randn(3, *y.shape)
+    found = torch.autograd.grad(y, (x, weight, bias), upstream, retain_graph=True, is_grads_batched=True)
+    for i in range(3):
+        one = torch.autograd.grad(y, (x, weight, bias), upstream[i], retain_graph=True)
+        for ours, exact in zip(found, one, strict=True):
+            torch.testing.assert_close(ours[i], exact)
+
+
 def test_operators_keep_their_promises_to_the_compiler():
     """torch's own checks: fake outputs have the real shapes and strides, autograd is registered as it should be."""
     for memory_format in FORMATS.values():

@@ -17,6 +17,7 @@ Traces and exported programs hold plain convolutions. The choices were measured 
 benchmarks/large_kernel.py, benchmarks/results/large_kernel.json.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel_triton
-from zoo.layers.observers import is_exporting, is_transformed
+from zoo.layers.observers import is_batched, is_exporting, is_transformed
 
 
 @torch.fx.wrap
@@ -99,9 +100,10 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
         bias = None if bias is None else _lowered(bias)
     with_gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, *weights))
     if with_gradients or torch.compiler.is_compiling():
-        total = _depthwise(x, weights[0], bias)
+        convolve = _depthwise if torch.compiler.is_compiling() else _Depthwise.apply
+        total = convolve(x, weights[0], bias)
         for weight in weights[1:]:
-            total = total + _depthwise(x, weight, None)
+            total = total + convolve(x, weight, None)
         return total
     fast = _has_fast_convolution(x.dtype)
     total = _convolve(x, weights[0], bias, fast)
@@ -285,41 +287,17 @@ def _weight_grad_by_fourier(x: Tensor, grad: Tensor, rows: int, columns: int) ->
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# With gradients, or compiled. Three operators whose derivatives are one another, so that every order exists; opaque to
-# torch.compile, because what they choose depends on strides that it may change.
+# With gradients: two functions whose derivatives are one another, so that every order exists. Compiled, they are
+# operators, opaque to torch.compile, because what they choose depends on strides that it may change; called one by one,
+# those take longer than the functions.
 
 
-@torch.library.custom_op("zoo::depthwise_conv2d", mutates_args=())
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _convolve(x, weight, bias, _has_fast_convolution(x.dtype))
     return y.clone() if y is x else y
 
 
-@_depthwise.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    memory_format = torch.channels_last if _in_channels_last(x) else torch.contiguous_format
-    return torch.empty_like(x, memory_format=memory_format)
-
-
-def _depthwise_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    x, weight = ctx.saved_tensors
-    for_x, for_weight, for_bias = ctx.needs_input_grad
-    return (
-        _depthwise(grad, weight.flip(2, 3), None) if for_x else None,
-        _weight_grad(x, grad, weight.shape[2], weight.shape[3]) if for_weight else None,
-        grad.sum((0, 2, 3)) if for_bias else None,
-    )
-
-
-def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-
-
-_depthwise.register_autograd(_depthwise_backward, setup_context=_save_both)
-
-
-@torch.library.custom_op("zoo::depthwise_conv2d_weight_grad", mutates_args=())
-def _weight_grad(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
+def _weight_gradient(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
     """The gradient of a kernel of rows x columns: (B, C, H, W) twice -> (C, 1, rows, columns)"""
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], 1, rows, columns)
@@ -330,19 +308,69 @@ def _weight_grad(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
     return _weight_grad_as_convolution(x, grad, rows, columns)
 
 
+_depthwise = torch.library.custom_op("zoo::depthwise_conv2d", _convolved, mutates_args=())
+_weight_grad = torch.library.custom_op("zoo::depthwise_conv2d_weight_grad", _weight_gradient, mutates_args=())
+
+
+@_depthwise.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    memory_format = torch.channels_last if _in_channels_last(x) else torch.contiguous_format
+    return torch.empty_like(x, memory_format=memory_format)
+
+
 @_weight_grad.register_fake
 def _(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
     return x.new_empty(x.shape[1], 1, rows, columns)
 
 
-def _weight_grad_backward(ctx: Any, grad_of_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _save_both(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _depthwise_backward(
+    ctx: Any,
+    grad: Tensor,
+    convolve: Callable[..., Tensor] = _depthwise,
+    weight_grad: Callable[..., Tensor] = _weight_grad,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x, weight = ctx.saved_tensors
+    for_x, for_weight, for_bias = ctx.needs_input_grad
+    return (
+        convolve(grad, weight.flip(2, 3), None) if for_x else None,
+        weight_grad(x, grad, weight.shape[2], weight.shape[3]) if for_weight else None,
+        grad.sum((0, 2, 3)) if for_bias else None,
+    )
+
+
+def _weight_grad_backward(
+    ctx: Any, grad_of_grad: Tensor, convolve: Callable[..., Tensor] = _depthwise
+) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, grad = ctx.saved_tensors
-    for_x = _depthwise(grad, grad_of_grad.flip(2, 3), None) if ctx.needs_input_grad[0] else None
-    for_grad = _depthwise(x, grad_of_grad, None) if ctx.needs_input_grad[1] else None
+    for_x = convolve(grad, grad_of_grad.flip(2, 3), None) if ctx.needs_input_grad[0] else None
+    for_grad = convolve(x, grad_of_grad, None) if ctx.needs_input_grad[1] else None
     return for_x, for_grad, None, None
 
 
+_depthwise.register_autograd(_depthwise_backward, setup_context=_save_both)
 _weight_grad.register_autograd(_weight_grad_backward, setup_context=_save_both)
+
+
+class _Depthwise(torch.autograd.Function):
+    forward, setup_context = staticmethod(_convolved), staticmethod(_save_both)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if is_batched(grad):  # which operators are repeated for
+            return _depthwise_backward(ctx, grad)
+        return _depthwise_backward(ctx, grad, _Depthwise.apply, _WeightGrad.apply)
+
+
+class _WeightGrad(torch.autograd.Function):
+    forward, setup_context = staticmethod(_weight_gradient), staticmethod(_save_both)
+
+    @staticmethod
+    def backward(ctx: Any, grad_of_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        return _weight_grad_backward(ctx, grad_of_grad, _depthwise if is_batched(grad_of_grad) else _Depthwise.apply)
 
 
 def _weight_grad_as_convolution(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
