@@ -5,10 +5,10 @@
 Ours is `zoo.training.fit` itself, timed from the moment it gets a batch until it asks for the next. timm's is its model
 in the step of its train.py: mixup, autocast, loss, backward, clipping, optimizer, schedule; once in the memory layout
 that ours runs in, and once, where that is channels_last, in timm's default. They take turns in one process, and all get
-the same batch. Reported are medians over the steps after warm-up: on a GPU of wall-clock time, on
-a CPU of CPU time summed over threads, which does not depend on what else runs (OMP_WAIT_POLICY=passive keeps waiting
-threads out of it), and the page faults of a step. Peak memory is measured in a process of its own for each: on a GPU what torch allocated, on a CPU
-how far the resident set rose above what it was before the model was made.
+the same batch. Reported are medians over the steps after warm-up: on a GPU of wall-clock time, on a CPU of CPU time
+summed over threads, which does not depend on what else runs (OMP_WAIT_POLICY=passive keeps waiting threads out of it),
+and page faults. Peak memory is measured in a process of its own for each: on a GPU what torch allocated, on a CPU how
+far the resident set rose above what it was before the model was made.
 
 PoolFormer's head is the authors' here and timm's there (the order of norm and pooling); all else computes the same.
 """
