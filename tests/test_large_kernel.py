@@ -296,6 +296,29 @@ def test_compiled_code_is_told_from_exported_programs():
 
 
 @shapes
+def test_a_backward_pass_in_autocast_keeps_the_type_of_the_forward(shape):
+    inputs = operands(shape)
+    found = []
+    for convolve in (depthwise_conv2d, reference):
+        y = convolve(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(torch.autograd.grad(y, inputs, torch.ones_like(y)))
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
+@shapes
+def test_what_it_returns_may_be_written_over(shape, memory_format):
+    x, weight, bias = operands(shape, memory_format=memory_format)
+    y = depthwise_conv2d(x, weight, bias)
+    expected = y.detach() * 2
+    y.mul_(2).sum().backward()
+    assert torch.equal(y, expected)
+    assert x.grad is not None
+
+
+@shapes
 def test_many_gradients_at_once(shape):
     x, weight, bias = operands(shape)
     y = depthwise_conv2d(x, weight, bias)

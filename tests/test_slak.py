@@ -281,6 +281,7 @@ PUBLISHED = {
         ("LoRA1.bn.bias", r"lacks LoRA1\.bn\.bias"),
         ("LoRA1.bn.weight", r"lacks LoRA1\.bn\.weight"),
         ("small_conv.conv.", r"lacks small_conv\.conv\.weight"),
+        ("small_conv.", r"lacks small_conv\.conv\.weight"),
     ],
 )
 def test_damaged_checkpoints_are_told(lost, message):

@@ -69,7 +69,7 @@ def check_above_zero(**arguments: Any) -> None:
 def check_numbers(**arguments: Any) -> None:
     """Finite numbers."""
     for what, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not _is_number(value):
             raise ConfigError(f"{what} must be a number, not {value!r}.")
 
 
@@ -77,8 +77,12 @@ def check_numbers_or_none(**arguments: Sequence[Any]) -> None:
     """For each stage a finite number or None."""
     for what, values in arguments.items():
         for value in values:
-            if value is not None:
-                check_numbers(**{what: value})
+            if not (value is None or _is_number(value)):
+                raise ConfigError(f"{what} must be a number or None, not {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def check_flags(**arguments: Any) -> None:

@@ -28,6 +28,16 @@ def has_hooks(*modules: nn.Module, but: tuple[str, ...] = ()) -> bool:
     return any(package_of(hook) not in but for hook in hooks)
 
 
+def all_modules_are_watched() -> bool:
+    """Whether somebody's hook is called for every module; torch's own, as of FlopCounterMode, watch only."""
+    calls = torch.nn.modules.module
+    if not calls._has_any_global_hook():
+        return False
+    kinds = "forward", "forward_pre", "backward", "backward_pre"
+    hooks = (hook for kind in kinds for hook in getattr(calls, f"_global_{kind}_hooks").values())
+    return any(package_of(hook) != "torch" for hook in hooks)
+
+
 def is_changed(module: nn.Module, *packages: str) -> bool:
     """Whether `module` may compute something else than its kind does in a known package, or in one of `packages`: it is
     parametrized, or has a `forward` from elsewhere, as adapters have, or of torch's quantised layers."""

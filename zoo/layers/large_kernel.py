@@ -17,6 +17,7 @@ Traces and exported programs hold plain convolutions. The choices were measured 
 benchmarks/large_kernel.py, benchmarks/results/large_kernel.json.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -293,19 +294,26 @@ def _weight_grad_by_fourier(x: Tensor, grad: Tensor, rows: int, columns: int) ->
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = _convolve(x, weight, bias, _has_fast_convolution(x.dtype))
-    return y.clone() if y is x else y
+    with _in_its_own_type():
+        y = _convolve(x, weight, bias, _has_fast_convolution(x.dtype))
+    return y.clone() if y is x or y._is_view() else y  # for the caller to write over
+
+
+def _in_its_own_type() -> contextlib.AbstractContextManager[Any]:
+    """`_choose` has cast what autocast casts; a backward pass may be in one that the forward was not in."""
+    return torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:
     """The gradient of a kernel of rows x columns: (B, C, H, W) twice -> (C, 1, rows, columns)"""
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], 1, rows, columns)
-    if not _has_fast_convolution(x.dtype):
-        return _weight_grad_as_matmul(x, grad, rows, columns)
-    if _fourier_wins(x.shape[2], x.shape[3], rows, columns):
-        return _weight_grad_by_fourier(x, grad, rows, columns)
-    return _weight_grad_as_convolution(x, grad, rows, columns)
+    with _in_its_own_type():
+        if not _has_fast_convolution(x.dtype):
+            return _weight_grad_as_matmul(x, grad, rows, columns)
+        if _fourier_wins(x.shape[2], x.shape[3], rows, columns):
+            return _weight_grad_by_fourier(x, grad, rows, columns)
+        return _weight_grad_as_convolution(x, grad, rows, columns)
 
 
 _depthwise = torch.library.custom_op("zoo::depthwise_conv2d", _convolved, mutates_args=())
@@ -360,7 +368,7 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if is_batched(grad):  # which operators are repeated for
+        if torch.compiler.is_compiling() or is_batched(grad):  # for which operators are repeated
             return _depthwise_backward(ctx, grad)
         return _depthwise_backward(ctx, grad, _Depthwise.apply, _WeightGrad.apply)
 
@@ -370,7 +378,8 @@ class _WeightGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_of_grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return _weight_grad_backward(ctx, grad_of_grad, _depthwise if is_batched(grad_of_grad) else _Depthwise.apply)
+        by_operators = torch.compiler.is_compiling() or is_batched(grad_of_grad)
+        return _weight_grad_backward(ctx, grad_of_grad, _depthwise if by_operators else _Depthwise.apply)
 
 
 def _weight_grad_as_convolution(x: Tensor, grad: Tensor, rows: int, columns: int) -> Tensor:

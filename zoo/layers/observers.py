@@ -1,7 +1,6 @@
 """Who besides the caller wants something of a computation: an exporter its graph, or a transform its derivatives."""
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_exporting() -> bool:
@@ -14,13 +13,10 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
-def is_watched() -> bool:
-    """Whether something is told of each operator, as `torch.utils.flop_counter.FlopCounterMode` is, or module."""
-    return is_in_torch_dispatch_mode() or torch.nn.modules.module._has_any_global_hook()
-
-
 def is_batched(grad: torch.Tensor) -> bool:
     """Whether a gradient stands for many, as with `torch.autograd.grad(..., is_grads_batched=True)`."""
+    if torch.compiler.is_compiling():
+        return False
     return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 

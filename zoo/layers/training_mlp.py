@@ -2,7 +2,7 @@
 
 The hidden map is the largest that a block makes. Whole, it is written to memory and read back for the activation, and
 again for the second layer, and so are its gradients; above 32 MiB, the C library moreover asks the system for new pages
-each time, which can cost more than the products do. Parts of 4 to 16 MiB stay in a cache, or near it. The backward pass
+each time, which can cost more than the products do. Parts of a few MiB stay in a cache, or near it. The backward pass
 activates again what it needs, so that one hidden map is kept instead of two. `benchmarks/train_step.py` says what that
 brings.
 """
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.layers.folding import has_hooks, is_changed
-from zoo.layers.observers import is_batched, is_transformed, is_watched
+from zoo.layers.folding import all_modules_are_watched, has_hooks, is_changed
+from zoo.layers.observers import is_batched, is_transformed
 from zoo.layers.packed import is_gelu
 from zoo.layers.products import AVAILABLE, multiply, multiply_long
 
 __all__ = ["training_mlp"]
 
-HIDDEN = 2**20  # values of the hidden map that are worked on together, at least: 4 MiB
+HIDDEN = 2**20  # values of the hidden map that are worked on together, at most, where layers are narrow: 4 MiB
 SMALLEST = 2**17  # of the whole: below, there is nothing to win
 StarReLU = tuple[Tensor, Tensor]  # its scale and shift, (1,) each
 
@@ -40,7 +40,7 @@ def training_mlp(x: Tensor, mlp: Any, star: StarReLU | None = None, scale: Tenso
     types, other devices and dtypes, autocast, small maps, and what is recorded, watched or transformed.
     """
     # first what a tracer must not see asked: sizes would become conditions of its program
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_watched():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or all_modules_are_watched():
         return None
     if type(x) is not Tensor or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None

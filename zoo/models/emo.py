@@ -29,7 +29,15 @@ from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
-from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_rates, check_widths, per_stage
+from zoo.layers.arguments import (
+    check_above_zero,
+    check_choice,
+    check_counts,
+    check_numbers_or_none,
+    check_rates,
+    check_widths,
+    per_stage,
+)
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.staged import Head, StagedNet
@@ -329,8 +337,7 @@ class EMO(StagedNet):
         check_choice("attention", attention, tuple(ATTENTIONS))
         if not all(type(size) is int and size > 0 and size % 2 for size in kernel_sizes):
             raise ConfigError(f"kernel_size must be odd whole numbers, not {kernel_size!r}.")
-        if layer_scale_init is not None and not isinstance(layer_scale_init, int | float):
-            raise ConfigError(f"layer_scale_init must be a number or None, not {layer_scale_init!r}.")
+        check_numbers_or_none(layer_scale_init=(layer_scale_init,))
         for dim, ratio, width in zip(dims, ratios, head_dims, strict=True):
             if width is not None and (type(width) is not int or width < 1 or dim % width):
                 raise ConfigError(f"A stage of width {dim} cannot be split into heads of {width!r}: dims and head_dim.")

@@ -163,10 +163,12 @@ def merge_branches(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | Non
             raise CheckpointError(f"A large kernel of this checkpoint lacks {', '.join(missing)}.")
         kernel = tensors[f"{name}.conv.weight"].to(torch.float64, copy=True)
         shift = torch.zeros_like(kernel[:, 0, 0, 0])
+        if f"{name}.conv.bias" in tensors:
+            shift = tensors[f"{name}.conv.bias"].double()
         if has_norm:
             weight, offset, mean, variance = (tensors[part].double() for part in norm)
             scale = weight / (variance + (eps or {}).get(name, BN_EPS)).sqrt()
-            kernel, shift = kernel * scale.view(-1, 1, 1, 1), offset - scale * mean
+            kernel, shift = kernel * scale.view(-1, 1, 1, 1), offset + scale * (shift - mean)
         kernels[name] = kernel
         bias = shift if bias is None else bias + shift
     if kernels.keys() - {"small_conv"} not in ({"LoRA1", "LoRA2"}, {"lkb_origin"}):
@@ -175,6 +177,8 @@ def merge_branches(tensors: Mapping[str, Tensor], eps: Mapping[str, float] | Non
             f"{', '.join(kernels) or 'none'}."
         )
     target = kernels["LoRA1" if "LoRA1" in kernels else "lkb_origin"]
+    if "LoRA1" in kernels and target.shape[2] > target.shape[3] and "small_conv" not in kernels:
+        raise CheckpointError("A large kernel of this checkpoint lacks small_conv.conv.weight.")
     if "small_conv" in kernels:
         small = kernels["small_conv"]
         top, left = ((target.shape[i] - small.shape[i]) // 2 for i in (2, 3))
