@@ -249,6 +249,7 @@ def test_fused_and_plain_attention_agree(name):
         ({"attention": "remot"}, "Did you mean remote"),
         ({"window_size": 0}, "window_size must be a whole number from 1"),
         ({"layer_scale_init": "a"}, "layer_scale_init must be a number or None"),
+        ({"layer_scale_init": float("nan")}, "layer_scale_init must be a number or None"),
         ({"drop_rate": 1.0}, "drop_rate must be a number from 0"),
         ({"windw_size": 7}, "Did you mean window_size"),
     ],

@@ -334,6 +334,7 @@ def test_stochastic_depth_grows_to_its_rate():
         ({"mlp_ratio": (1.0, 2.0)}, "mlp_ratio has 2 items for 4 stages"),
         ({"decay_range": "4"}, "decay_range must be numbers above zero"),
         ({"layer_scale_init": "small"}, "layer_scale_init must be a number"),
+        ({"layer_scale_init": (1e-6, float("nan"), None, None)}, "layer_scale_init must be a number or None"),
         ({"drop_path_rate": 1}, "drop_path_rate must be a number from 0"),
         ({"head_hidden_size": 0}, "head_hidden_size must be a whole number from 1"),
         ({"global_pool": "average"}, "Did you mean avg"),

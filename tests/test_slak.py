@@ -290,6 +290,23 @@ def test_damaged_checkpoints_are_told(lost, message):
         zoo.load_checkpoint(small(merged=True), tensors)
 
 
+def test_biases_of_convolutions_are_merged():
+    """As where a batch norm's shift was moved into its convolution before."""
+    tensors = randomized(small()).state_dict()
+    moved = dict(tensors)
+    for key in tensors:
+        if key.endswith("large_kernel.LoRA1.bn.running_mean"):
+            moved[key.replace("bn.running_mean", "conv.bias")] = -tensors[key]
+            moved[key] = torch.zeros_like(tensors[key])
+    found = []
+    for checkpoint in (moved, tensors):
+        model = small(merged=True).eval()
+        zoo.load_checkpoint(model, checkpoint)
+        found.append(model(torch.ones(1, 3, 64, 64)))
+    assert len(moved) > len(tensors)
+    torch.testing.assert_close(*found)
+
+
 def test_checkpoints_of_others_are_refused():
     with pytest.raises(CheckpointError, match="no checkpoint of a SLaK"):
         arguments_of({"stem.conv.weight": torch.zeros(8, 3, 4, 4)})

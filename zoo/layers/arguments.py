@@ -54,7 +54,7 @@ def image_sides(img_size: int | Sequence[int], least: int = 1) -> tuple[int, int
 def check_rates(**arguments: Any) -> None:
     """Numbers from 0 up to, but not, 1."""
     for what, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        if not _is_number(value) or not 0 <= value < 1:
             raise ConfigError(f"{what} must be a number from 0 up to, but not, 1; it is {value!r}.")
 
 
@@ -62,7 +62,7 @@ def check_above_zero(**arguments: Any) -> None:
     """Numbers above zero, or sequences of such."""
     for what, value in arguments.items():
         values = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < math.inf for v in values):
+        if not all(_is_number(v) and v > 0 for v in values):
             raise ConfigError(f"{what} must be numbers above zero, not {value!r}.")
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from zoo.layers.observers import is_batched, is_transformed
 
-__all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long"]
+__all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long", "rows_of"]
 
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 SMALLEST = 2**20  # multiplications: below, calling takes longer than what is gained
@@ -116,7 +116,7 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply(_rows(x), weight, bias).unflatten(0, x.shape[:-1])
+        return multiply(rows_of(x), weight, bias).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -128,18 +128,19 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        grads = _rows(grad)
+        grads = rows_of(grad)
         # to be differentiated once more, or many gradients at once: neither is for oneDNN's product
         again = torch.is_grad_enabled() or is_batched(grad)
         to_x = to_weight = None
         if of_x:
             to_x = (grads @ weight if again else multiply(grads, weight.t())).reshape(*grad.shape[:-1], weight.shape[1])
         if of_weight:
-            to_weight = grads.t() @ _rows(x) if again else multiply_long(grads, _rows(x))
+            to_weight = grads.t() @ rows_of(x) if again else multiply_long(grads, rows_of(x))
         return to_x, to_weight, grads.sum(dim=0) if of_bias else None
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """(..., C) -> (R, C), contiguous"""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 

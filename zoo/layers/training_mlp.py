@@ -1,4 +1,4 @@
-"""MLPs in training on a CPU, on as many rows at a time as the cache has room for.
+"""MLPs in training on a CPU, a part of the rows at a time.
 
 The hidden map is the largest that a block makes. Whole, it is written to memory and read back for the activation, and
 again for the second layer, and so are its gradients; above 32 MiB, the C library moreover asks the system for new pages
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zoo.layers.folding import all_modules_are_watched, has_hooks, is_changed
 from zoo.layers.observers import is_batched, is_transformed
 from zoo.layers.packed import is_gelu
-from zoo.layers.products import AVAILABLE, multiply, multiply_long
+from zoo.layers.products import AVAILABLE, multiply, multiply_long, rows_of
 
 __all__ = ["training_mlp"]
 
@@ -49,7 +49,7 @@ def training_mlp(x: Tensor, mlp: Any, star: StarReLU | None = None, scale: Tenso
     fc1, fc2 = mlp.fc1, mlp.fc2
     weight1, weight2, bias2 = fc1.weight.flatten(1), fc2.weight.flatten(1), fc2.bias
     pixels = x.permute(0, 2, 3, 1) if isinstance(fc1, nn.Conv2d) else x
-    rows = pixels.reshape(-1, pixels.shape[-1]).contiguous()
+    rows = rows_of(pixels)
     in_weights = scale is not None and len(rows) > len(weight1)  # where they are the smaller ones
     if scale is not None and in_weights:
         weight2, bias2 = weight2 * scale[:, None], None if bias2 is None else bias2 * scale
