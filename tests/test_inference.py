@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from tests.models import SIZE, create, each_vision_model
@@ -83,6 +85,24 @@ def test_equals_the_model(name):
     close(fast.to(memory_format=torch.channels_last)(batch), model(batch))
     if not name.startswith(("eupe_test", "eupe_vit")):  # timm's transformers take no empty batch
         assert fast(batch[:0]).shape == model(batch[:0]).shape
+
+
+@models
+@torch.no_grad()
+def test_who_watches_operators_sees_pytorchs(name):
+    """`FlopCounterMode` finds the model's products, but for kernels that were merged; fake tensors pass through."""
+    model = create(name).eval()
+    fast = zoo.optimize_for_inference(model)
+    batch = images()
+    fast(batch)  # what is packed stays packed
+    flops = []
+    for module in (model, fast):
+        with FlopCounterMode(display=False) as counter:
+            module(batch)
+        flops.append(counter.get_total_flops())
+    assert 0.97 * flops[0] <= flops[1] <= flops[0]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fast(mode.from_tensor(batch)).shape == model(mode.from_tensor(batch)).shape
 
 
 @few_models

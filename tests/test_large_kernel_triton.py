@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel_triton as large
@@ -236,6 +237,19 @@ class TestInterpreted:
             weights = [torch.randn(1, 1, *edge) for edge in edges]
             y = large.depthwise_conv2d(x, weights)
             assert error(y, reference(x.double(), [w.double() for w in weights])) < 1e-3, edges
+
+    def test_operations_are_counted_as_those_of_convolutions(self):
+        """By torch's counter; the small kernel's gradient is part of the tall one's, and costs nothing."""
+        x, tall, wide, small = (
+            torch.randn(s, requires_grad=True) for s in [(2, 3, 20, 20), *((3, 1, *e) for e in SLAK)]
+        )
+        tall, wide = tall[:, :, 6:45], wide[..., 6:45]
+        with FlopCounterMode(display=False) as counter:
+            y = large.depthwise_conv2d(x, [tall, wide, small])
+        assert counter.get_total_flops() == 2 * x.numel() * (39 * 5 + 5 * 39 + 5 * 5)
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        assert counter.get_total_flops() == 2 * x.numel() * (2 * 39 * 5 + 2 * 5 * 39 + 5 * 5)
 
     def test_memory_format_is_kept(self):
         x, weight = torch.randn(2, 3, 9, 9), torch.randn(3, 1, 7, 3)

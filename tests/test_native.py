@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from tests.test_fast_decoder import error, randomised
@@ -81,6 +82,22 @@ def test_a_form_that_moves_or_takes_other_weights_is_read_anew():
     assert error(steps(copied, tokens), before) > 1e-3
     assert error(steps(fast, tokens), before) == 0
     assert error(steps(fast.bfloat16(), tokens), before) < 0.1
+
+
+@pytest.mark.parametrize("to", [None, "int8", "int4"])
+@torch.inference_mode()
+def test_who_counts_operations_sees_a_steps_products(to):
+    model = randomised("mobilellm_125m")
+    form = zoo.optimize_for_inference(model) if to is None else zoo.quantize(model, to)
+    tokens = torch.randint(0, 257, (1, 9))
+    flops = []
+    for counted in (model, form):
+        cache = counted.make_cache(1, 9)
+        counted(tokens[:, :8], cache=cache)
+        with FlopCounterMode(display=False) as counter:
+            counted(tokens[:, 8:], cache=cache)
+        flops.append(counter.get_total_flops())
+    assert 0 < flops[0] <= flops[1] < 1.02 * flops[0]  # rows that fill up a quantised matrix are multiplied, too
 
 
 def other_data(fast, down):

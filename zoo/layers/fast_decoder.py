@@ -29,6 +29,7 @@ from zoo.layers.decoder import (
 from zoo.layers.folding import has_hooks
 from zoo.layers.kv_cache import KVCache, LayerCache
 from zoo.layers.native_step import CLayer, CMatrix, NativeStep, address, float_matrix
+from zoo.layers.observers import is_observed
 from zoo.layers.quantized import BITS, QuantizedEmbedding, QuantizedLinear
 
 __all__ = ["FastDecoder", "Quantization"]
@@ -57,7 +58,7 @@ class Quantization:
 
 def _plain(x: Tensor) -> bool:
     """Whether a CPU computes now, with nothing recorded."""
-    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+    return x.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_observed())
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

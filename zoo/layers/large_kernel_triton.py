@@ -55,6 +55,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from zoo.errors import ConfigError
 
@@ -318,6 +319,30 @@ def _(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None,
 @_bands_weight.register_fake
 def _(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
     return x.new_empty((x.shape[1], 1, kernel_h, kernel_w), dtype=torch.float32)
+
+
+# as FlopCounterMode counts a convolution: every tap of every position
+@register_flop_formula(torch.ops.zoo.depthwise_bands)
+def _bands_flops(
+    x: Sequence[int],
+    tall: Sequence[int] | None,
+    wide: Sequence[int] | None,
+    small: Sequence[int] | None,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return sum(_flops(x, kernel[2], kernel[3]) for kernel in (tall, wide, small) if kernel is not None)
+
+
+@register_flop_formula(torch.ops.zoo.depthwise_bands_weight)
+def _bands_weight_flops(
+    x: Sequence[int], gradient: Sequence[int], kernel_h: int, kernel_w: int, *args: Any, **kwargs: Any
+) -> int:
+    return _flops(x, kernel_h, kernel_w)
+
+
+def _flops(x: Sequence[int], kernel_h: int, kernel_w: int) -> int:
+    return 2 * math.prod(x) * kernel_h * kernel_w
 
 
 def _save_bands(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Who besides the caller wants something of a computation: an exporter its graph, or a transform its derivatives."""
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def is_exporting() -> bool:
@@ -11,6 +12,11 @@ def is_exporting() -> bool:
 def is_transformed() -> bool:
     """Within `torch.func` or forward-mode differentiation, of which operators made for speed know nothing."""
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_observed() -> bool:
+    """Whether a mode sees each operator, as `FlopCounterMode` and `FakeTensorMode` do, which know PyTorch's alone."""
+    return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
 
 
 def is_batched(grad: torch.Tensor) -> bool:

@@ -3,7 +3,8 @@ sum included.
 
 `F.conv2d` brings the weights into that layout at every call, which for small maps and batches takes longer than the
 convolution; `F.linear` computes without. Where that layout is not to be had (on a GPU, in an exported graph, where
-derivatives are asked for, in dtypes that oneDNN lacks) these are plain layers.
+derivatives are asked for, in dtypes that oneDNN lacks) these are plain layers, and so they are for who counts their
+operations (`torch.utils.flop_counter.FlopCounterMode`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zoo.layers.observers import is_exporting, is_transformed
+from zoo.layers.observers import is_exporting, is_observed, is_transformed
 
 Activation = Literal["none", "relu", "gelu"]
 _OPERATORS = torch.ops.mkldnn
@@ -141,7 +142,7 @@ def _takes_packed(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (needs_gradients(x) or needs_gradients(weight))
-        and not (is_exporting() or is_transformed() or torch.jit.is_tracing())
+        and not (is_exporting() or is_transformed() or is_observed() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled("cpu")
     )
 

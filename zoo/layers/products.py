@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from zoo.layers.observers import is_batched, is_transformed
+from zoo.layers.observers import is_batched, is_observed, is_transformed
 
 __all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long", "rows_of"]
 
@@ -146,14 +145,14 @@ def rows_of(x: Tensor) -> Tensor:
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by the faster library, not differentiable. (R, C), (C', C), (C',) -> (R, C')"""
-    if _MKL_IS_FASTER or is_in_torch_dispatch_mode():  # as FlopCounterMode, which knows PyTorch's operators
+    if _MKL_IS_FASTER or is_observed():
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def multiply_long(grads: Tensor, rows: Tensor) -> Tensor:
     """`grads.t() @ rows`, a sum over many rows: (R, N), (R, K) -> (N, K)."""
-    if _MKL_IS_FASTER or is_in_torch_dispatch_mode():
+    if _MKL_IS_FASTER or is_observed():
         return grads.t() @ rows
     wide, narrow = grads.shape[1], rows.shape[1]
     # oneDNN is up to three times as fast where the longer edge comes last; but a large gradient takes long to turn
