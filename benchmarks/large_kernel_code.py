@@ -3,10 +3,11 @@
     python benchmarks/large_kernel_code.py
 
 For every form at SLaK's stages, which the first call on a GPU times: registers, spilled bytes, shared memory, the
-instructions of a warp before and within the loop over images, and the least time in ms that a forward of 64 images
-takes to issue them on an H200: 132 multiprocessors of four schedulers, one instruction a cycle each, 1.83 GHz. Beside
-it the least times of the traffic and of the products on tensor cores, padded to the tile. What is measured on a GPU can
-only be more: benchmarks/large_kernel.py.
+instructions of a warp before and within the loop over images, and the least times in ms that a forward of 64 images
+takes on an H200 (132 multiprocessors at 1.83 GHz): to issue them (four schedulers, one instruction a cycle each), to
+pass what they read and write through the first-level cache and shared memory (128 bytes a cycle), and those of the
+traffic and of the products on tensor cores, padded to the tile. What is measured on a GPU can only be more:
+benchmarks/large_kernel.py.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ def assembled(
     return kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["cubin"]
 
 
+def laid_out(name: str, height: int, width: int) -> dict[str, int]:
+    """A contiguous kernel's strides."""
+    return {f"{name}CHANNEL": height * width, f"{name}ROW": width}
+
+
 def programs_at(
     size: int, tap: int, dtype: str, products: int, lines: int = 5
 ) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
@@ -67,17 +73,22 @@ def programs_at(
     for height, width in ((tap, lines), (lines, tap)):
         if size * size <= programs.BLOCK_POSITIONS:
             constants = {"MAP_H": size, "MAP_W": size, "IMAGES": 64, "PLACES": 64, "PRECISION": precision}
-            constants |= {"KERNEL_H": height, "KERNEL_W": width}
+            constants |= {"KERNEL_H": height, "KERNEL_W": width, **laid_out("", height, width)}
             yield programs.map_weight_program, weight, constants, 4, 1
             continue
         constants = {"ALIGN": size & -size, "WIDE": height < width, "TAPS": tap, "LINES": lines}
         constants |= {"LONG": max(16, short), "SHORT": short, "IMAGES": 64 // short, "PRECISION": precision}
+        constants |= {"REPEATS": True, **laid_out("", height, width)}
         for config in programs._WEIGHT_CONFIGS:
             yield programs.weight_program, weight, constants, config.num_warps, config.num_stages
     edges: dict[str, Any] = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
-    edges |= {"SMALL_H": lines, "SMALL_W": lines, "HAS_BIAS": True, "PRODUCTS": products}
+    edges |= {"SMALL_H": lines, "SMALL_W": lines, "TURNED": False, "HAS_BIAS": True, "PRODUCTS": products}
+    for name, height, width in (("TALL_", tap, lines), ("WIDE_", lines, tap), ("SMALL_", lines, lines)):
+        edges |= laid_out(name, height, width)
     tensors = dict.fromkeys(("x", "bias", "y"), dtype) | dict.fromkeys(("tall", "wide", "small"), "fp32")
-    if size * size <= (programs.POSITIONS if products < 3 else programs.BLOCK_POSITIONS):
+    edge = max(16, short)
+    held = _can_hold((lines, lines), (edge, edge), products)
+    if size * size <= (programs.POSITIONS if products < 3 and not held else programs.BLOCK_POSITIONS):
         blocks = 1 if size <= 8 else 4
         del edges["PRODUCTS"]
         edges |= {
@@ -90,25 +101,39 @@ def programs_at(
         }
         yield programs.map_program, tensors, edges, 4, 3
         return
-    edge = max(16, short)
-    held = _can_hold((lines, lines), (edge, edge), products)
     if not held:
         laid = "fp16" if products else dtype
         made = {"kernel": "fp32", "matrices": laid, "unscales": "fp32"}
         for height, width in ((tap, lines), (lines, tap)):
             constants = {"HEIGHT": height, "WIDTH": width, "LONG": edge, "STRIP": 1, "PRODUCTS": products}
+            constants |= {"WIDE": height < width, "TURNED": False, **laid_out("", height, width)}
             yield programs.matrix_program, made, constants, 4, 1
         tensors |= dict.fromkeys(("tall", "wide"), laid)
         edges |= {"SMALL_H": 0, "SMALL_W": 0}
     tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
     tensors["copies"] = "fp16" if products else dtype
     edges |= {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
-    for config in programs._without_copies(programs._CONFIGS, {}, HELD=held):
+    for config in programs.suited(programs._CONFIGS, {}, HELD=held):
         yield programs.band_program, tensors, edges | {"HELD": held, **config.kwargs}, config.num_warps, 1
 
 
+def near_bytes(instruction: str) -> int:
+    """What a warp's instruction passes through the first-level cache or shared memory, without conflicts of banks."""
+    name, *parts = re.sub(r"^@!?U?P\w+ +", "", instruction).split()[0].split(".")
+    if name in ("LDG", "STG", "LDS", "STS", "SHFL"):
+        return 32 * (16 if "128" in parts else 8 if "64" in parts else 4)
+    if name in ("LDSM", "STSM"):
+        return 128 * int(parts[-1] if parts[-1] in "124" else 1)
+    if name == "HGMMA":  # of four warps: the right operand lies in shared memory, the left one there or in registers
+        rows, columns, depth = (int(size) for size in parts[0].split("x"))
+        shared = columns + (rows if re.search(r"HGMMA\S+ R\d+, gdesc", instruction) else 0)
+        return shared * depth * (2 if depth == 16 else 4) // 4
+    return 0
+
+
 def instructions(cubin: bytes) -> dict[str, int]:
-    """What the disassembler counts: registers, bytes on the stack, instructions before and within the loop."""
+    """What the disassembler counts: registers, bytes on the stack, and before and within the loop instructions, and
+    bytes that they pass (`near_bytes`)."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -133,20 +158,29 @@ def instructions(cubin: bytes) -> dict[str, int]:
         start = labels.get(jump[1], end) if jump else end
         if end - start > loop[1] - loop[0] and any("MMA" in inside for inside in lines[start:end]):
             loop = (start, end)
-    inside = loop[1] - loop[0]
-    return {"registers": int(usage[1]), "stack": int(usage[2]), "before": len(lines) - inside, "inside": inside}
+    inside = lines[slice(*loop)]
+    near, near_inside = (sum(map(near_bytes, some)) for some in (lines, inside))
+    return {
+        "registers": int(usage[1]),
+        "stack": int(usage[2]),
+        "before": len(lines) - len(inside),
+        "inside": len(inside),
+        "near_before": near - near_inside,
+        "near_inside": near_inside,
+    }
 
 
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     from zoo.layers import large_kernel_programs as large
-    from zoo.layers.large_kernel_triton import _PROGRAMS
+    from zoo.layers.large_kernel_triton import _slots
 
     print(
-        "| map, type | form | registers, spilled | shared KiB | instructions: once, a tile | issue | bytes | products |"
+        "| map, type | form | registers, spilled | shared KiB | instructions: once, a tile | issue | near | bytes",
+        end="",
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(" | products |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for size, (channels, tap) in STAGES.items():
         for dtype, products in TYPES.items():
             map_bytes = BATCH * channels * size**2 * (4 if dtype == "fp32" else 2)
@@ -164,14 +198,20 @@ def main() -> None:
                     taps = tile * (2 if dtype == "fp32" else 1)
                 else:
                     edge, repeats = constants["TILE_H"], 1
-                    images = min(constants["TILE"] // edge**2, constants["MAX_IMAGES"])
+                    images = large.images_of(constants["TILE"], edge, edge, constants["MAX_IMAGES"])
                     tile, taps = edge**2, edge * (constants["TALL_W"] + constants["WIDE_H"])
                 groups = -(-BATCH // images)
-                made = channels * min(groups, max(1, _PROGRAMS // channels))
-                issued = (made * found["before"] + channels * groups * repeats * found["inside"]) * warps / 4
+                lines = constants["TALL_W"], constants["WIDE_H"]
+                slots = _slots(MULTIPROCESSORS, lines, (constants.get("TILE_H", 0), constants.get("TILE_W", 0)))
+                made = channels * min(groups, max(1, slots // channels))
+                issued, near = (
+                    warps * (made * found[f"{what}before"] + channels * groups * repeats * found[f"{what}inside"])
+                    for what in ("", "near_")
+                )
                 multiplied = 2 * channels * groups * images * tile * taps
-                form = f"{images} images, {warps} warps" + (", copied" if constants.get("COPIED") else "")
-                times = issued / MULTIPROCESSORS / HERTZ, 2 * map_bytes / BYTES_PER_S, multiplied / FLOPS
+                form = f"{images} images, {warps} warps"
+                cycles = MULTIPROCESSORS * HERTZ
+                times = issued / 4 / cycles, near / 128 / cycles, 2 * map_bytes / BYTES_PER_S, multiplied / FLOPS
                 print(
                     f"| {channels} x {size}x{size}, {dtype} | {form} | {found['registers']}, {found['stack']} "
                     f"| {shared / 1024:.0f} | {found['before']}, {found['inside']} "

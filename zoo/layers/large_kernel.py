@@ -27,6 +27,7 @@ from torch import Tensor
 
 from zoo.errors import ConfigError
 from zoo.layers import large_kernel_triton
+from zoo.layers.large_kernel_triton import crop
 from zoo.layers.observers import is_batched, is_exporting, is_transformed
 
 
@@ -41,7 +42,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     Raises ConfigError for shapes that do not fit and for even kernels; scripted, it does not check.
     """
     if torch.jit.is_scripting():
-        return _convolve(x, _crop(weight, x.shape[2], x.shape[3]), bias, x.dtype in (torch.float32, torch.bfloat16))
+        return _convolve(x, crop(weight, x.shape[2], x.shape[3]), bias, x.dtype in (torch.float32, torch.bfloat16))
     else:
         return _choose(x, [weight], bias)
 
@@ -61,7 +62,7 @@ def large_kernel_sum(
             weights.append(weight)
     if torch.jit.is_scripting():
         fast = x.dtype in (torch.float32, torch.bfloat16)
-        weights = _merge([_crop(weight, x.shape[2], x.shape[3]) for weight in weights])
+        weights = _merge([crop(weight, x.shape[2], x.shape[3]) for weight in weights])
         total = _convolve(x, weights[0], bias, fast)
         for weight in weights[1:]:
             total = total + _convolve(x, weight, None, fast)
@@ -86,16 +87,17 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     if is_exporting():
         # sizes that are plain numbers will not change, others must not be asked
         if type(height) is int and type(width) is int and not torch.compiler.is_dynamo_compiling():
-            weights = [_crop(weight, height, width) for weight in weights]
+            weights = [crop(weight, height, width) for weight in weights]
         return _plain(x, weights, bias)
     if large_kernel_triton.is_available(x):
-        weights = [_crop(weight, height, width) for weight in weights]
-        if max(max(weight.shape[2:]) for weight in weights) > large_kernel_triton.MAX_EDGE:
+        if _longest(weights) > large_kernel_triton.MAX_EDGE:  # else it crops without a copy
+            weights = [crop(weight, height, width) for weight in weights]
+        if _longest(weights) > large_kernel_triton.MAX_EDGE:
             return _plain(x, weights, bias)
         return large_kernel_triton.depthwise_conv2d(x, weights, bias)
     if not x.is_cpu:
         return _plain(x, weights, bias)
-    weights = _merge([_crop(weight, height, width) for weight in weights])
+    weights = _merge([crop(weight, height, width) for weight in weights])
     if torch.is_autocast_enabled("cpu"):
         x, weights = _lowered(x), [_lowered(weight) for weight in weights]
         bias = None if bias is None else _lowered(bias)
@@ -111,6 +113,10 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     for weight in weights[1:]:
         total = total + _convolve(x, weight, None, fast)
     return total
+
+
+def _longest(weights: list[Tensor]) -> int:
+    return max(max(weight.shape[2:]) for weight in weights)
 
 
 def _lowered(tensor: Tensor) -> Tensor:
@@ -148,14 +154,6 @@ def _check_odd(height: int, width: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Fewer taps
-
-
-def _crop(weight: Tensor, height: int, width: int) -> Tensor:
-    """Without the taps that reach beyond a map of height x width from everywhere: 2 * size - 1 remain an axis."""
-    rows, columns = max(weight.shape[2] // 2 - max(height - 1, 0), 0), max(weight.shape[3] // 2 - max(width - 1, 0), 0)
-    if rows > 0 or columns > 0:
-        weight = weight[:, :, rows : weight.shape[2] - rows, columns : weight.shape[3] - columns]
-    return weight
 
 
 def _merge(weights: list[Tensor]) -> list[Tensor]:

@@ -23,27 +23,29 @@ POSITIONS = 256  # maps of up to so many positions take `map_program`
 BLOCK_POSITIONS = 64  # of which it takes so many at once, and `map_weight_program` all
 PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 
-# TILE: positions that a program takes at once, images x tile height x tile width. COPIED: where a map fits into a tile,
-# a program first writes copies of it, which it then reads shifted, instead of the map. The first call for a shape times
-# them all. One stage each: loads that shift the map are too narrow to be copied ahead, and matrices fill shared memory.
+# TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times all
+# that suit it. One stage each: loads that shift the map are too narrow to be copied ahead, and matrices fill shared
+# memory.
 _CONFIGS = [
-    triton.Config({"TILE": 4096, "COPIED": True}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 4096, "COPIED": False}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 4096, "COPIED": False}, num_warps=8, num_stages=1),
-    triton.Config({"TILE": 8192, "COPIED": True}, num_warps=8, num_stages=1),
+    triton.Config({"TILE": 4096}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": 4096}, num_warps=8, num_stages=1),
+    triton.Config({"TILE": 8192}, num_warps=4, num_stages=1),
 ]
 _WEIGHT_CONFIGS = [triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)]
 
 
-def _without_copies(configs, arguments, **constants):
-    """Where no matrices are held, no map is copied."""
-    return [config for config in configs if constants["HELD"] or not config.kwargs["COPIED"]]
+def suited(configs, arguments, **constants):
+    """Where matrices are held, lines of copies go to four warps' registers; else larger tiles than needed are slow."""
+    if constants["HELD"]:
+        return [config for config in configs if config.num_warps == 4]
+    return [config for config in configs if config.kwargs["TILE"] == 4096]
 
 
 @triton.jit
 def _tf32(value):
     """float32 rounded to the 11 bits of TF32: tensor cores themselves cut the others off."""
-    return ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    rounded = ((value.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    return tl.where(value == value, rounded, value)  # a GPU's NaN, of ones alone, would become zero
 
 
 @triton.jit
@@ -100,7 +102,7 @@ def _peak_of_map(
 @triton.jit
 def _peak_of_images(lines, IMAGES: tl.constexpr, EACH: tl.constexpr):
     """Every image's largest of its EACH rows of magnitudes, side by side in `lines`."""
-    return tl.max(tl.reshape(tl.max(lines, 1), (IMAGES, EACH)), 1)
+    return tl.max(tl.reshape(lines, (IMAGES, EACH * lines.shape[1])), 1)
 
 
 @triton.jit
@@ -109,37 +111,63 @@ def _repeated(scale, IMAGES: tl.constexpr, EACH: tl.constexpr):
     return tl.reshape(tl.broadcast_to(scale[:, None], (IMAGES, EACH)), (IMAGES * EACH,))
 
 
+@triton.jit
+def _taps(kernel, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, TURNED: tl.constexpr):
+    """Where taps of a kernel lie whose rows are ROW apart; TURNED: of the one that is turned by 180 degrees."""
+    if TURNED:
+        row = HEIGHT - 1 - row
+        column = WIDTH - 1 - column
+    return kernel + row * ROW + column
+
+
+@triton.jit
+def _peak_of_kernel(kernel, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr):
+    tap = tl.arange(0, triton.next_power_of_2(HEIGHT * WIDTH))
+    value = tl.load(kernel + tap // WIDTH * ROW + tap % WIDTH, tap < HEIGHT * WIDTH, 0.0)
+    return tl.max(tl.abs(value.to(tl.float32)))
+
+
+@triton.jit
+def _lined_up(
+    kernel, line, tap,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """The taps of one line of a kernel, zeros beyond it."""
+    if WIDE:
+        places = _taps(kernel, line, tap, HEIGHT, WIDTH, ROW, TURNED)
+    else:
+        places = _taps(kernel, tap, line, HEIGHT, WIDTH, ROW, TURNED)
+    return tl.load(places, (tap >= 0) & (tap < (WIDTH if WIDE else HEIGHT)), 0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["channels"])
 def matrix_program(
     kernel, matrices, unscales, channels,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, LONG: tl.constexpr, STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CHANNEL: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr,
+    TURNED: tl.constexpr, LONG: tl.constexpr, STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """One line of one channel's kernel as a banded matrix: matrices[plane, channel, line] is (LONG, STRIP * LONG).
 
     Entry [o, i] is the tap with which input row `i` counts for output row `o`; in a strip of three, input rows begin
     LONG before the output rows. float32 is scaled and held as float16, the remainder in a second plane.
     """
-    TAPS: tl.constexpr = max(HEIGHT, WIDTH)
-    LINES: tl.constexpr = min(HEIGHT, WIDTH)
+    TAPS: tl.constexpr = WIDTH if WIDE else HEIGHT
+    LINES: tl.constexpr = HEIGHT if WIDE else WIDTH
     program = tl.program_id(0)
     channel = program // LINES
-    kernel += channel * HEIGHT * WIDTH
+    kernel += channel * CHANNEL
     line = program % LINES
     for part in range(STRIP):
         row = tl.arange(0, LONG)
         column = tl.arange(0, LONG)
         tap = column[None, :] - row[:, None] + (part - STRIP // 2) * LONG + TAPS // 2
-        inside = (tap >= 0) & (tap < TAPS)
-        index = tap * WIDTH + line if HEIGHT >= WIDTH else line * WIDTH + tap
-        matrix = tl.load(kernel + index, inside, 0.0).to(tl.float32)
+        matrix = _lined_up(kernel, line, tap, HEIGHT, WIDTH, ROW, WIDE, TURNED)
         out = matrices + program.to(tl.int64) * (LONG * STRIP * LONG) + part * LONG
         out += row[:, None] * (STRIP * LONG) + column[None, :]
         if PRODUCTS == 0:
             tl.store(out, matrix.to(matrices.dtype.element_ty))
         else:
-            taps = tl.arange(0, triton.next_power_of_2(HEIGHT * WIDTH))
-            peak = tl.max(tl.abs(tl.load(kernel + taps, taps < HEIGHT * WIDTH, 0.0).to(tl.float32)))
-            scale, unscale = _scale(peak)
+            scale, unscale = _scale(_peak_of_kernel(kernel, HEIGHT, WIDTH, ROW))
             tl.store(unscales + channel, unscale)
             matrix *= scale
             high = matrix.to(tl.float16)
@@ -150,42 +178,41 @@ def matrix_program(
 
 
 @triton.jit
-def _peak_of_kernel(kernel, SIZE: tl.constexpr):
-    tap = tl.arange(0, triton.next_power_of_2(SIZE))
-    return tl.max(tl.abs(tl.load(kernel + tap, tap < SIZE, 0.0).to(tl.float32)))
-
-
-@triton.jit
 def _matrices(
     x, kernel, small,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, WIDE: tl.constexpr,
-    LONG: tl.constexpr, PRODUCTS: tl.constexpr,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr,
+    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, SMALL_ROW: tl.constexpr,
+    WIDE: tl.constexpr, TURNED: tl.constexpr, LONG: tl.constexpr, STORED: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
-    """Every line of kernel + small as a banded matrix (LONG, LONG), and by what products of them are multiplied."""
+    """Every line of kernel + small as a banded matrix (LONG, LONG), and by what products of them are multiplied.
+
+    They are right operands: rows stand for what is read, in the order of `_as_operand`, columns for what is written, in
+    that of `_ordered`.
+    """
     TAPS: tl.constexpr = WIDTH if WIDE else HEIGHT
     LINES: tl.constexpr = HEIGHT if WIDE else WIDTH
     SMALL_TAPS: tl.constexpr = SMALL_W if WIDE else SMALL_H
     SMALL_LINES: tl.constexpr = SMALL_H if WIDE else SMALL_W
-    place = tl.arange(0, LONG)
-    tap = place[None, :] - place[:, None] + TAPS // 2
-    small_tap = place[None, :] - place[:, None] + SMALL_TAPS // 2
-    inside = (tap >= 0) & (tap < TAPS)
-    inside_small = (small_tap >= 0) & (small_tap < SMALL_TAPS)
+    FIRST: tl.constexpr = (LINES - SMALL_LINES) // 2
+    EACH: tl.constexpr = values_in_a_row(LONG)
+    k = tl.arange(0, LONG)
+    read = k // (4 * EACH) * (4 * EACH) + k // 2 % 4 * EACH + k // 16 % (EACH // 4) * 4 + k // 8 % 2 * 2 + k % 2
+    written = k // (4 * STORED) * (4 * STORED) + k // 2 % 4 * STORED + k // 8 % (STORED // 2) * 2 + k % 2
+    behind = read[:, None] - written[None, :]
     scale = 1.0
     unscale = 1.0
     if PRODUCTS > 0:
-        peak = _peak_of_kernel(kernel, HEIGHT * WIDTH)
+        peak = _peak_of_kernel(kernel, HEIGHT, WIDTH, ROW)
         if SMALL_TAPS > 0:
-            peak += _peak_of_kernel(small, SMALL_H * SMALL_W)
+            peak += _peak_of_kernel(small, SMALL_H, SMALL_W, SMALL_ROW)
         scale, unscale = _scale(peak)
-    kernel += tap if WIDE else tap * WIDTH
-    small += small_tap if WIDE else small_tap * SMALL_W
-    small -= (LINES - SMALL_LINES) // 2 * (SMALL_W if WIDE else 1)
     matrices = ()
     for line in tl.static_range(LINES):
-        matrix = tl.load(kernel + line * (WIDTH if WIDE else 1), inside, 0.0).to(tl.float32)
-        if line >= (LINES - SMALL_LINES) // 2 and line < (LINES + SMALL_LINES) // 2:
-            matrix += tl.load(small + line * (SMALL_W if WIDE else 1), inside_small, 0.0).to(tl.float32)
+        matrix = _lined_up(kernel, line, behind + TAPS // 2, HEIGHT, WIDTH, ROW, WIDE, TURNED)
+        if line >= FIRST and line < FIRST + SMALL_LINES:
+            matrix += _lined_up(
+                small, line - FIRST, behind + SMALL_TAPS // 2, SMALL_H, SMALL_W, SMALL_ROW, WIDE, TURNED
+            )  # fmt: skip
         if PRODUCTS > 0:
             matrices = matrices + ((matrix * scale).to(tl.float16),)
         else:
@@ -195,20 +222,24 @@ def _matrices(
 
 @triton.jit
 def _line_product(
-    total, matrix, low, x, offset, short_stride, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
+    total, high, low, x, offset, short_stride, column, short_size, rows, columns, map_scale, PRODUCTS: tl.constexpr
 ):
-    """total + (a line's banded matrix) @ (the map, shifted by that line's offset), on 16-bit operands."""
+    """total + (a line's banded matrix) @ (the map, shifted by that line's offset), on 16-bit operands.
+
+    The matrix of float32 is the sum of what lies at `high` and, of three PRODUCTS, at `low`.
+    """
+    matrix = tl.load(high)
     touched = columns & (column + offset >= 0) & (column + offset < short_size)
     block = tl.load(x + offset * short_stride, rows[:, None] & touched[None, :], 0.0)
     if PRODUCTS == 0:
         total = _dot(matrix, block, total, "tf32")
     else:
         block = block * map_scale[None, :]
-        high = block.to(tl.float16)
-        total = _dot(matrix, high, total, "tf32")
+        rounded = block.to(tl.float16)
+        total = _dot(matrix, rounded, total, "tf32")
         if PRODUCTS == 3:
-            total = _dot(matrix, (block - high.to(tl.float32)).to(tl.float16), total, "tf32")
-            total = _dot(tl.load(low), high, total, "tf32")
+            total = _dot(matrix, (block - rounded.to(tl.float32)).to(tl.float16), total, "tf32")
+            total = _dot(tl.load(low), rounded, total, "tf32")
     return total
 
 
@@ -220,15 +251,66 @@ def _clear(copy, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr):
     tl.store(copy + row[:, None] * LONG + tl.arange(0, LONG)[None, :], tl.zeros((IMAGES * 2 * PAD, LONG), tl.float32))
 
 
+@triton.constexpr_function
+def values_in_a_row(long: int) -> int:
+    """How many values of a line of a copy one thread loads at once."""
+    return 8 if long >= 32 else 4
+
+
+@triton.jit
+def _as_operand(values, LONG: tl.constexpr):
+    """What threads load in rows, (rows, values of each), as the (64, LONG) of which the same threads hold the same.
+
+    A tensor core's left operand gives a thread two values of every eight along LONG, of a row in every eight. To load
+    several in a row, LONG is taken in another order, in which the matrices' rows are, too (`_matrices`).
+    """
+    EACH: tl.constexpr = values_in_a_row(LONG)
+    # rows: which part of LONG, half of a warp's 16 rows, warp, row of its half, and thread of the row; columns: which
+    # four of EACH, and half of these
+    values = tl.reshape(values, (LONG // (4 * EACH), 2, 4, 8, 4, EACH // 4, 2, 2))
+    return tl.reshape(tl.permute(values, (2, 1, 3, 0, 5, 6, 4, 7)), (64, LONG))
+
+
+@triton.jit
+def _joined(totals, COUNT: tl.constexpr, LONG: tl.constexpr):
+    """COUNT times (64, LONG), of rows in `_band_of_copy`'s order, as (COUNT * 64, LONG)."""
+    if COUNT == 4:
+        joined = tl.join(tl.join(totals[0], totals[2]), tl.join(totals[1], totals[3]))
+    elif COUNT == 2:
+        joined = tl.join(totals[0], totals[1])
+    else:
+        joined = totals[0]
+    joined = tl.permute(tl.reshape(joined, (4, 2, 8, LONG, COUNT)), (0, 2, 1, 4, 3))
+    return tl.reshape(joined, (COUNT * 64, LONG))
+
+
 @triton.jit
 def _band_of_copy(copy, matrices, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr):
-    """As `_band` from a copy of the tile, whose lines along the long axis lie side by side between zeros."""
-    lane = tl.arange(0, IMAGES * SHORT)
-    copy += ((lane // SHORT * (SHORT + 2 * PAD) + PAD + lane % SHORT) * LONG)[None, :] + tl.arange(0, LONG)[:, None]
-    total = tl.zeros((LONG, IMAGES * SHORT), tl.float32)
-    for line in tl.static_range(LINES):
-        total = _dot(matrices[line], tl.load(copy + (line - LINES // 2) * LONG), total, "tf32")
-    return total
+    """As `_band` turned, (IMAGES * SHORT, LONG), from a copy of the tile, whose lines lie between zeros.
+
+    The copy is read into registers as products take it, so that shared memory serves the matrices alone. A thread's
+    lines are neighbours: those of one shift are for the most part those of another.
+    """
+    EACH: tl.constexpr = values_in_a_row(LONG)
+    COUNT: tl.constexpr = IMAGES * SHORT // 64
+    thread = tl.arange(0, 64 * LONG // EACH)
+    row = ((thread // 32 % 4 * 8 + thread // 4 % 8) * 2 + thread // 128 % 2) * COUNT
+    column = thread // 256 * (4 * EACH) + thread % 4 * EACH
+    copy += ((row // SHORT * (SHORT + 2 * PAD) + PAD + row % SHORT) * LONG + column)[:, None]
+    copy += tl.arange(0, EACH)[None, :]
+    totals = ()
+    for _ in tl.static_range(COUNT):
+        totals = totals + (tl.zeros((64, LONG), tl.float32),)
+    for shift in tl.static_range(COUNT + LINES - 1):
+        shifted = _as_operand(tl.load(copy + (shift - LINES // 2) * LONG), LONG)
+        sums = ()
+        for i in tl.static_range(COUNT):
+            if shift - i >= 0 and shift - i < LINES:
+                sums = sums + (_dot(shifted, matrices[shift - i], totals[i], "tf32"),)
+            else:
+                sums = sums + (totals[i],)
+        totals = sums
+    return _joined(totals, COUNT, LONG)
 
 
 @triton.jit
@@ -236,7 +318,7 @@ def _band(
     x, matrices, plane, images, long_size, short_size, long_stride, short_stride, image_stride, long0, short0,
     map_scale,
     TAPS: tl.constexpr, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr,
-    STRIP: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr,
+    STRIP: tl.constexpr, PRODUCTS: tl.constexpr,
 ):  # fmt: skip
     """One kernel's outputs for a tile, (LONG, IMAGES * SHORT): the sum over lines of banded matrix @ shifted map."""
     lane = tl.arange(0, IMAGES * SHORT)
@@ -247,39 +329,31 @@ def _band(
     total = tl.zeros((LONG, IMAGES * SHORT), tl.float32)
     if PRODUCTS > 0:
         map_scale = _repeated(map_scale, IMAGES, SHORT)
-    if HELD:
-        rows = place < long_size
-        for line in tl.static_range(LINES):
-            total = _line_product(
-                total, matrices[line], x, x, line - LINES // 2, short_stride, column,
-                short_size, rows, columns, map_scale, PRODUCTS,
-            )  # fmt: skip
-    else:
-        matrices += place[:, None] * (STRIP * LONG) + place[None, :]
-        first = 0
-        last = long_size
-        if STRIP > 1:
-            first = tl.maximum(long0 - TAPS // 2, 0) // 16 * 16  # multiples of 16 keep wide loads aligned
-            last = tl.minimum(long0 + LONG + TAPS // 2, long_size)
-        for start in range(first, last, LONG):
-            rows = start + place < long_size
-            strip = matrices + (start - long0 + STRIP // 2 * LONG)
-            source = x + start * long_stride
-            if LINES <= 7:
-                for line in tl.static_range(LINES):
-                    matrix = strip + line * (LONG * STRIP * LONG)
-                    total = _line_product(
-                        total, tl.load(matrix), matrix + plane, source, line - LINES // 2, short_stride, column,
-                        short_size, rows, columns, map_scale, PRODUCTS,
-                    )  # fmt: skip
-            else:  # too many to unroll; those that never touch the map are left out
-                touching = tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)
-                for line in range(touching[0], touching[1]):
-                    matrix = strip + line * (LONG * STRIP * LONG)
-                    total = _line_product(
-                        total, tl.load(matrix), matrix + plane, source, line - LINES // 2, short_stride, column,
-                        short_size, rows, columns, map_scale, PRODUCTS,
-                    )  # fmt: skip
+    matrices += place[:, None] * (STRIP * LONG) + place[None, :]
+    first = 0
+    last = long_size
+    if STRIP > 1:
+        first = tl.maximum(long0 - TAPS // 2, 0) // 16 * 16  # multiples of 16 keep wide loads aligned
+        last = tl.minimum(long0 + LONG + TAPS // 2, long_size)
+    for start in range(first, last, LONG):
+        rows = start + place < long_size
+        strip = matrices + (start - long0 + STRIP // 2 * LONG)
+        source = x + start * long_stride
+        if LINES <= 7:
+            for line in tl.static_range(LINES):
+                matrix = strip + line * (LONG * STRIP * LONG)
+                total = _line_product(
+                    total, matrix, matrix + plane, source, line - LINES // 2, short_stride, column,
+                    short_size, rows, columns, map_scale, PRODUCTS,
+                )  # fmt: skip
+        else:  # too many to unroll; those that never touch the map are left out
+            touching = tl.maximum(LINES // 2 - short_size + 1, 0), tl.minimum(LINES // 2 + short_size, LINES)
+            for line in range(touching[0], touching[1]):
+                matrix = strip + line * (LONG * STRIP * LONG)
+                total = _line_product(
+                    total, matrix, matrix + plane, source, line - LINES // 2, short_stride, column,
+                    short_size, rows, columns, map_scale, PRODUCTS,
+                )  # fmt: skip
     return total
 
 
@@ -289,7 +363,7 @@ def _band(
         "ALIGN", "MAX_IMAGES", "TILE_H", "TILE_W", "STRIP_H", "STRIP_W",
         "TALL_H", "TALL_W", "WIDE_H", "WIDE_W", "SMALL_H", "SMALL_W", "PRODUCTS",
     ],
-    prune_configs_by={"early_config_prune": _without_copies},
+    prune_configs_by={"early_config_prune": suited},
 )  # fmt: skip
 @triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "splits"])
 def band_program(
@@ -297,9 +371,10 @@ def band_program(
     batch, channels, height, width_units, splits,
     ALIGN: tl.constexpr, MAX_IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     STRIP_H: tl.constexpr, STRIP_W: tl.constexpr,
-    TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
-    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, COPIED: tl.constexpr,
+    TALL_H: tl.constexpr, TALL_W: tl.constexpr, TALL_CHANNEL: tl.constexpr, TALL_ROW: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_W: tl.constexpr, WIDE_CHANNEL: tl.constexpr, WIDE_ROW: tl.constexpr,
+    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, SMALL_CHANNEL: tl.constexpr, SMALL_ROW: tl.constexpr,
+    TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y = conv(x, tall + small) + conv(x, wide) + bias on a tile of one channel of every `splits`-th group of images.
 
@@ -308,6 +383,7 @@ def band_program(
     Else `tall` and `wide` are what `matrix_program` made of the kernels, the small one included.
     """
     IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES)
+    STORED: tl.constexpr = values_stored_in_a_row(ALIGN, TILE_W, PRODUCTS)
     width = width_units * ALIGN  # so that the compiler knows which loads are aligned
     program = tl.program_id(0)
     channel = program % channels
@@ -324,16 +400,17 @@ def band_program(
     tall_plane = 0
     wide_plane = 0
     if HELD:
-        small += channel * (SMALL_H * SMALL_W)
+        small += channel * SMALL_CHANNEL
         if TALL_H > 0:
             tall_held, tall_factor = _matrices(
-                x, tall + channel * (TALL_H * TALL_W), small,
-                TALL_H, TALL_W, SMALL_H, SMALL_W, False, TILE_H, PRODUCTS,
+                x, tall + channel * TALL_CHANNEL, small, TALL_H, TALL_W, TALL_ROW,
+                SMALL_H, SMALL_W, SMALL_ROW, False, TURNED, TILE_H, 2, PRODUCTS,
             )  # fmt: skip
         if WIDE_H > 0:
             wide_held, wide_factor = _matrices(
-                x, wide + channel * (WIDE_H * WIDE_W), small,
-                WIDE_H, WIDE_W, SMALL_H if TALL_H == 0 else 0, SMALL_W if TALL_H == 0 else 0, True, TILE_W, PRODUCTS,
+                x, wide + channel * WIDE_CHANNEL, small, WIDE_H, WIDE_W, WIDE_ROW,
+                SMALL_H if TALL_H == 0 else 0, SMALL_W if TALL_H == 0 else 0, SMALL_ROW,
+                True, TURNED, TILE_W, STORED, PRODUCTS,
             )  # fmt: skip
     else:
         if TALL_H > 0:
@@ -348,7 +425,7 @@ def band_program(
             wide_plane = channels.to(tl.int64) * wide_size
             if PRODUCTS > 0:
                 wide_factor = tl.load(wide_unscale + channel)
-    if HELD and COPIED:
+    if HELD:
         copies += program.to(tl.int64) * size_of_copies(IMAGES, TILE_H, TILE_W)
         wide_copy = copies + IMAGES * (TILE_W + 2 * PAD) * TILE_H
         if TALL_H > 0:
@@ -362,7 +439,7 @@ def band_program(
         source = x + origin
         map_scale = 1.0
         map_unscale = 1.0
-        if HELD and COPIED:
+        if HELD:
             lane = tl.arange(0, IMAGES * TILE_H)
             image = lane // TILE_H
             row = lane % TILE_H
@@ -391,38 +468,69 @@ def band_program(
                 image_stride, IMAGES, TILE_H, TILE_W,
             )  # fmt: skip
             map_scale, map_unscale = _scale(peak)
-        total = tl.zeros((IMAGES, TILE_H, TILE_W), tl.float32)
+        total = tl.zeros((IMAGES * TILE_H, TILE_W), tl.float32)
         if TALL_H > 0:
-            if HELD and COPIED:
-                band = _band_of_copy(copies, tall_held, TALL_W, IMAGES, TILE_H, TILE_W)
+            if HELD:
+                band = _band_of_copy(copies, tall_held, TALL_W, IMAGES, TILE_H, TILE_W) * tall_factor
+                band = tl.permute(tl.reshape(band, (IMAGES, TILE_W, TILE_H)), (0, 2, 1))
             else:
-                band = _band(
-                    source, tall_held if HELD else tall, tall_plane, images, height, width, width, 1, image_stride,
-                    row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS, HELD,
+                band = tall_factor * _band(
+                    source, tall, tall_plane, images, height, width, width, 1, image_stride,
+                    row0, column0, map_scale, TALL_H, TALL_W, IMAGES, TILE_H, TILE_W, STRIP_H, PRODUCTS,
                 )  # fmt: skip
-            if PRODUCTS > 0:
-                band *= tall_factor
-            total = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
+                band = tl.permute(tl.reshape(band, (TILE_H, IMAGES, TILE_W)), (1, 0, 2))
+            total += _ordered(band, IMAGES * TILE_H, TILE_W, STORED)
         if WIDE_H > 0:
-            if HELD and COPIED:
-                band = _band_of_copy(wide_copy, wide_held, WIDE_H, IMAGES, TILE_W, TILE_H)
+            if HELD:
+                total += _band_of_copy(wide_copy, wide_held, WIDE_H, IMAGES, TILE_W, TILE_H) * wide_factor
             else:
-                band = _band(
-                    source, wide_held if HELD else wide, wide_plane, images, width, height, 1, width, image_stride,
-                    column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS, HELD,
+                band = wide_factor * _band(
+                    source, wide, wide_plane, images, width, height, 1, width, image_stride,
+                    column0, row0, map_scale, WIDE_W, WIDE_H, IMAGES, TILE_W, TILE_H, STRIP_W, PRODUCTS,
                 )  # fmt: skip
-            if PRODUCTS > 0:
-                band *= wide_factor
-            total += tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
+                band = tl.permute(tl.reshape(band, (TILE_W, IMAGES, TILE_H)), (1, 2, 0))
+                total += _ordered(band, IMAGES * TILE_H, TILE_W, STORED)
         if PRODUCTS > 0:
-            total *= map_unscale[:, None, None]
+            total *= _repeated(map_unscale, IMAGES, TILE_H)[:, None]
         if HAS_BIAS:
             total += tl.load(bias + channel).to(tl.float32)
-        image = tl.arange(0, IMAGES)[:, None, None]
-        row = row0 + tl.arange(0, TILE_H)[None, :, None]
-        column = column0 + tl.arange(0, TILE_W)[None, None, :]
-        mask = (image < images) & (row < height) & (column < width)
-        tl.store(y + origin + image * image_stride + row * width + column, total.to(y.dtype.element_ty), mask)
+        _store(
+            y + origin, total, images, row0, column0, height, width, image_stride, IMAGES, TILE_H, TILE_W, STORED
+        )  # fmt: skip
+
+
+@triton.constexpr_function
+def values_stored_in_a_row(align: int, tile_w: int, products: int) -> int:
+    """How many values of a line of the output one thread stores at once: up to 16 bytes, as rows are aligned."""
+    return max(min(align, tile_w // 4, 4 if products else 8), 2)
+
+
+@triton.jit
+def _ordered(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr):
+    """(ROWS, COLUMNS) with columns in the order of which products give a thread STORED in a row, two at a time."""
+    tile = tl.reshape(tile, (ROWS, COLUMNS // (4 * STORED), 4, STORED // 2, 2))
+    return tl.reshape(tl.permute(tile, (0, 1, 3, 2, 4)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def _store(
+    y, tile, images, row0, column0, height, width, image_stride,
+    IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Writes what `_band_of_copy` has of a tile, columns as of `_ordered`, from where threads hold it."""
+    COUNT: tl.constexpr = IMAGES * TILE_H // 64
+    PARTS: tl.constexpr = TILE_W // (4 * STORED)
+    tile = tl.reshape(tile, (4, 8, 2, COUNT, PARTS, STORED // 2, 4, 2))
+    tile = tl.reshape(tl.permute(tile, (2, 3, 4, 0, 1, 6, 5, 7)), (256 * COUNT * PARTS, STORED))
+    thread = tl.arange(0, 256 * COUNT * PARTS)
+    row = ((thread // 32 % 4 * 8 + thread // 4 % 8) * 2 + thread // (128 * PARTS * COUNT)) * COUNT
+    row += thread // (128 * PARTS) % COUNT
+    image = row // TILE_H
+    row = (row0 + row % TILE_H)[:, None]
+    column = column0 + (thread // 128 % PARTS * (4 * STORED) + thread % 4 * STORED)[:, None]
+    column += tl.arange(0, STORED)[None, :]
+    mask = (image < images)[:, None] & (row < height) & (column < width)
+    tl.store(y + (image * image_stride)[:, None] + row * width + column, tile.to(y.dtype.element_ty), mask)
 
 
 @triton.constexpr_function
@@ -433,17 +541,20 @@ def size_of_copies(images: int, tile_h: int, tile_w: int) -> int:
 
 @triton.constexpr_function
 def images_of(tile: int, tile_h: int, tile_w: int, max_images: int) -> int:
-    """How many images a program takes."""
-    return max(min(tile // (tile_h * tile_w), max_images), 1)
+    """How many images a program takes: of copies, 64 to 256 lines."""
+    most = min(max_images, 256 // max(tile_h, tile_w))
+    return max(min(tile // (tile_h * tile_w), most), 64 // min(tile_h, tile_w))
 
 
 @triton.jit
-def _tabled(table, kernel, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+def _tabled(
+    table, kernel, row, column, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, ROW: tl.constexpr, TURNED: tl.constexpr
+):
     """table + the kernel's taps for pixels that lie `row` rows and `column` columns behind the output."""
     row += HEIGHT // 2
     column += WIDTH // 2
     inside = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH)
-    return table + tl.load(kernel + row * WIDTH + column, inside, 0.0).to(tl.float32)
+    return table + tl.load(_taps(kernel, row, column, HEIGHT, WIDTH, ROW, TURNED), inside, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -462,9 +573,10 @@ def _code(place, MAP_H: tl.constexpr, MAP_W: tl.constexpr):
 def map_program(
     x, tall, wide, small, bias, y, batch, channels,
     MAP_H: tl.constexpr, MAP_W: tl.constexpr, IMAGES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    TALL_H: tl.constexpr, TALL_W: tl.constexpr, WIDE_H: tl.constexpr, WIDE_W: tl.constexpr,
-    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TALL_H: tl.constexpr, TALL_W: tl.constexpr, TALL_CHANNEL: tl.constexpr, TALL_ROW: tl.constexpr,
+    WIDE_H: tl.constexpr, WIDE_W: tl.constexpr, WIDE_CHANNEL: tl.constexpr, WIDE_ROW: tl.constexpr,
+    SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, SMALL_CHANNEL: tl.constexpr, SMALL_ROW: tl.constexpr,
+    TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `band_program` for maps of at most BLOCK * BLOCKS positions: all kernels as one matrix between all positions.
 
@@ -480,11 +592,17 @@ def map_program(
     column = entry % across - (MAP_W - 1)
     table = tl.zeros((4 * BLOCK * BLOCKS,), tl.float32)
     if TALL_H > 0:
-        table = _tabled(table, tall + channel * (TALL_H * TALL_W), row, column, TALL_H, TALL_W)
+        table = _tabled(
+            table, tall + channel * TALL_CHANNEL, row, column, TALL_H, TALL_W, TALL_ROW, TURNED
+        )  # fmt: skip
     if WIDE_H > 0:
-        table = _tabled(table, wide + channel * (WIDE_H * WIDE_W), row, column, WIDE_H, WIDE_W)
+        table = _tabled(
+            table, wide + channel * WIDE_CHANNEL, row, column, WIDE_H, WIDE_W, WIDE_ROW, TURNED
+        )  # fmt: skip
     if SMALL_H > 0:
-        table = _tabled(table, small + channel * (SMALL_H * SMALL_W), row, column, SMALL_H, SMALL_W)
+        table = _tabled(
+            table, small + channel * SMALL_CHANNEL, row, column, SMALL_H, SMALL_W, SMALL_ROW, TURNED
+        )  # fmt: skip
     table = _rounded(table.to(x.dtype.element_ty), PRECISION)
     image = tl.arange(0, IMAGES)
     place = tl.arange(0, BLOCK)
@@ -513,7 +631,7 @@ def map_program(
 def map_weight_program(
     x, gradient, out, batch, channels,
     MAP_H: tl.constexpr, MAP_W: tl.constexpr, IMAGES: tl.constexpr, PLACES: tl.constexpr,
-    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, PRECISION: tl.constexpr,
+    KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, CHANNEL: tl.constexpr, ROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One channel's weight gradient on maps of at most PLACES positions.
 
@@ -542,20 +660,24 @@ def map_weight_program(
     pair &= PLACES * PLACES - 1  # what is not inside lies anywhere
     shared = _looked_up(tl.reshape(total, (PLACES * PLACES,)), pair)
     sums = tl.sum(tl.where(inside, shared, 0.0), 1)
-    tl.store(out + channel * (KERNEL_H * KERNEL_W) + tap, sums, tap < KERNEL_H * KERNEL_W)
+    out += channel * CHANNEL + tap // KERNEL_W * ROW + tap % KERNEL_W
+    tl.store(out, sums.to(out.dtype.element_ty), tap < KERNEL_H * KERNEL_W)
 
 
 @triton.autotune(
     configs=_WEIGHT_CONFIGS[:1] if INTERPRETED else _WEIGHT_CONFIGS,
-    key=["ALIGN", "WIDE", "TAPS", "LINES", "LONG", "SHORT", "PRECISION"],
+    key=["ALIGN", "WIDE", "TAPS", "LINES", "LONG", "SHORT", "REPEATS", "PRECISION"],
 )
 @triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "images_each"])
 def weight_program(
     x, gradient, out, batch, channels, height, width_units, images_each,
     ALIGN: tl.constexpr, WIDE: tl.constexpr, TAPS: tl.constexpr, LINES: tl.constexpr, LONG: tl.constexpr,
-    SHORT: tl.constexpr, IMAGES: tl.constexpr, PRECISION: tl.constexpr,
+    CHANNEL: tl.constexpr, ROW: tl.constexpr, SHORT: tl.constexpr, IMAGES: tl.constexpr, REPEATS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One line of one channel's weight gradient over `images_each` images: out[split, channel, :, line].
+    """One line of one channel's weight gradient over `images_each` images: out[split * channels + channel, line].
+
+    REPEATS: whether these are several times IMAGES, for the choice of a form alone.
 
     (shifted map) @ (gradient map)^T holds at [i, o] what input row i and output row o share; a tap is i - o, so its
     gradient is the sum of a diagonal.
@@ -604,5 +726,5 @@ def weight_program(
         inside = (row >= 0) & (row < LONG)
         diagonals = tl.gather(total, tl.minimum(tl.maximum(row, 0), LONG - 1), 0)
         sums += tl.sum(tl.where(inside, diagonals, 0.0), 1)
-    out += (split * channels + channel) * TAPS * LINES
-    tl.store(out + tap * (1 if WIDE else LINES) + line * (TAPS if WIDE else 1), sums, tap < TAPS)
+    out += (split * channels + channel) * CHANNEL + tap * (1 if WIDE else ROW) + line * (ROW if WIDE else 1)
+    tl.store(out, sums.to(out.dtype.element_ty), tap < TAPS)

@@ -60,7 +60,6 @@ from torch.utils.flop_counter import register_flop_formula
 from zoo.errors import ConfigError
 
 MAX_EDGE = 63  # of a kernel
-_PROGRAMS = 512  # fill the multiprocessors about twice; what each holds is made for as many images as that leaves it
 _PRECISIONS = {0: "tf32", 1: "tf32", 3: "tf32x3"}  # of products of float32 where they are not taken as 16-bit ones
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -150,7 +149,7 @@ def _merge(weights: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None, Ten
     small = None
     host = tall or wide
     if len(host) == 2 and _fits(host[1], host[0]):
-        small = host.pop().contiguous()
+        small = host.pop()
     return _sum(tall), _sum(wide), small
 
 
@@ -160,7 +159,7 @@ def _fits(weight: Tensor, other: Tensor) -> bool:
 
 def _sum(weights: Sequence[Tensor]) -> Tensor | None:
     if len(weights) < 2:
-        return weights[0].contiguous() if weights else None
+        return weights[0] if weights else None
     height, width = (max(weight.shape[axis] for weight in weights) for axis in (2, 3))
     total = None
     for weight in weights:
@@ -170,29 +169,66 @@ def _sum(weights: Sequence[Tensor]) -> Tensor | None:
     return None if total is None else total.contiguous()  # padding keeps the strides of what is transposed
 
 
+def crop(weight: Tensor, height: int, width: int) -> Tensor:
+    """Without the taps that reach beyond a map of height x width from everywhere: 2 * size - 1 remain an axis."""
+    rows, columns = max(weight.shape[2] // 2 - max(height - 1, 0), 0), max(weight.shape[3] // 2 - max(width - 1, 0), 0)
+    if rows > 0 or columns > 0:
+        weight = weight[:, :, rows : weight.shape[2] - rows, columns : weight.shape[3] - columns]
+    return weight
+
+
+def _in_rows(kernel: Tensor | None, height: int, width: int) -> Tensor | None:
+    """`crop`, for programs, which are told how far apart channels and rows lie."""
+    if kernel is None:
+        return None
+    kernel = crop(kernel, height, width)
+    return kernel if kernel.stride(3) == 1 or kernel.shape[3] == 1 else kernel.contiguous()
+
+
+def _described(kernel: Tensor | None, name: str) -> dict[str, int]:
+    """What programs are told of a kernel."""
+    if kernel is None:
+        return {f"{name}_{what}": 0 for what in ("H", "W", "CHANNEL", "ROW")}
+    values = (*kernel.shape[2:], kernel.stride(0), kernel.stride(2))
+    return dict(zip((f"{name}_{what}" for what in ("H", "W", "CHANNEL", "ROW")), values, strict=True))
+
+
 @torch.library.custom_op("zoo::depthwise_bands", mutates_args=())
-def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None) -> Tensor:
-    """conv(x, tall) + conv(x, wide) + conv(x, small) + bias of contiguous tensors, the kernels as of `_merge`."""
+def _bands(
+    x: Tensor,
+    tall: Tensor | None,
+    wide: Tensor | None,
+    small: Tensor | None,
+    bias: Tensor | None,
+    turned: bool = False,
+) -> Tensor:
+    """conv(x, tall) + conv(x, wide) + conv(x, small) + bias, x and bias contiguous, the kernels as of `_merge`.
+
+    `turned`: with the kernels turned by 180 degrees.
+    """
     from zoo.layers import large_kernel_programs as programs
 
     y = torch.empty_like(x)
     if not x.numel():
         return y
     batch, channels, height, width = x.shape
+    tall, wide, small = (_in_rows(kernel, height, width) for kernel in (tall, wide, small))
     products = _products(x.dtype)
     tiles = _tile(height), _tile(width)
     strips = tuple(1 if size <= tile else 3 for size, tile in zip((height, width), tiles, strict=True))
-    on_map = height * width <= (programs.POSITIONS if products < 3 else programs.BLOCK_POSITIONS)
-    held = strips == (1, 1) and _can_hold([k if k is None else min(k.shape[2:]) for k in (tall, wide)], tiles, products)
+    lines = [None if tall is None else tall.shape[3], None if wide is None else wide.shape[2]]
+    held = strips == (1, 1) and _can_hold(lines, tiles, products)
+    most = programs.POSITIONS if products < 3 and not held else programs.BLOCK_POSITIONS
+    on_map = height * width <= most
     if small is not None and not on_map and not held:
         if tall is not None:
             tall = _sum([tall, small])
         elif wide is not None:
             wide = _sum([wide, small])
         small = None
-    options: dict[str, Any] = {"HAS_BIAS": bias is not None}
+    options: dict[str, Any] = {"HAS_BIAS": bias is not None, "TURNED": turned}
     for name, kernel in (("TALL", tall), ("WIDE", wide), ("SMALL", small)):
-        options[f"{name}_H"], options[f"{name}_W"] = (0, 0) if kernel is None else kernel.shape[2:]
+        options |= _described(kernel, name)
     tensors = [x if tensor is None else tensor for tensor in (tall, wide, small, bias)]
     with torch.cuda.device_of(x):
         if on_map:
@@ -205,7 +241,7 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
             )  # fmt: skip
             return y
         max_images = min(16, _tile(batch, 1))
-        splits = min(batch, max(1, _PROGRAMS // channels)) if held else batch
+        splits = min(batch, max(1, _slots(_multiprocessors(x.device), lines, tiles) // channels)) if held else batch
 
         def band_grid(chosen: dict[str, Any]) -> tuple[int]:
             images = programs.images_of(chosen["TILE"], *tiles, max_images)
@@ -213,11 +249,11 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
 
         align = math.gcd(width, 16)
         matrices: list[Tensor] = []
-        for weight, tile, strip in zip((tall, wide), tiles, strips, strict=True):
+        for i, weight in enumerate((tall, wide)):
             if weight is None or held:
                 matrices += [x if weight is None else weight, x]
             else:
-                matrices += _banded(weight, x.dtype, tile, strip)
+                matrices += _banded(weight, x.dtype, tiles[i], strips[i], wide=i == 1, turned=turned)
         copies = x
         if held:
             most = max(programs.images_of(config.kwargs["TILE"], *tiles, max_images) for config in programs._CONFIGS)
@@ -231,68 +267,102 @@ def _bands(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | 
     return y
 
 
+def _slots(multiprocessors: int, lines: Sequence[int | None], tiles: tuple[int, int]) -> int:
+    """How many programs that hold matrices run at once: more would make theirs after others have finished.
+
+    A multiprocessor has registers for four, and shared memory for two where matrices take more than 40 KiB.
+    """
+    return multiprocessors * (2 if _room(lines, tiles) > 5 * 64**2 else 4)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _room(lines: Sequence[int | None], tiles: tuple[int, int]) -> int:
+    """Elements of the matrices of so many lines of a tall and of a wide kernel."""
+    return sum(count * tile**2 for count, tile in zip(lines, tiles, strict=True) if count is not None)
+
+
 def _can_hold(lines: Sequence[int | None], tiles: tuple[int, int], products: int) -> bool:
     """Whether a program has room for the matrices of so many lines of a tall and of a wide kernel.
 
     Ten of 64x64 are 80 KiB, what shared memory of 99 KiB, the least of these GPUs, leaves beside a tile.
     """
-    present = [(count, tile) for count, tile in zip(lines, tiles, strict=True) if count is not None]
-    room = sum(count * tile**2 for count, tile in present) <= 10 * 64**2
-    return products < 3 and room and all(count <= 7 for count, _ in present)
+    few = all(count is None or count <= 7 for count in lines)
+    return products < 3 and few and _room(lines, tiles) <= 10 * 64**2
 
 
-def _banded(weight: Tensor, dtype: torch.dtype, tile: int, strip: int) -> tuple[Tensor, Tensor]:
+def _banded(
+    weight: Tensor, dtype: torch.dtype, tile: int, strip: int, wide: bool, turned: bool
+) -> tuple[Tensor, Tensor]:
     """Every line of a kernel as a banded matrix, and by what products of each channel are to be multiplied."""
     from zoo.layers import large_kernel_programs as programs
 
     channels, _, height, width = weight.shape
-    lines, products = min(height, width), _products(dtype)
+    lines, products = height if wide else width, _products(dtype)
     shape = (2 if products == 3 else 1, channels, lines, tile, strip * tile)
     matrices = weight.new_empty(shape, dtype=torch.float16 if products else dtype)
     unscales = weight.new_empty(channels, dtype=torch.float32)
     programs.matrix_program[(channels * lines,)](
         weight, matrices, unscales, channels,
-        HEIGHT=height, WIDTH=width, LONG=tile, STRIP=strip, PRODUCTS=products, num_warps=4,
+        HEIGHT=height, WIDTH=width, CHANNEL=weight.stride(0), ROW=weight.stride(2), WIDE=wide,
+        TURNED=turned, LONG=tile, STRIP=strip, PRODUCTS=products, num_warps=4,
     )  # fmt: skip
     return matrices, unscales
 
 
 @torch.library.custom_op("zoo::depthwise_bands_weight", mutates_args=())
-def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-    """The gradient of a (C, 1, kernel_h, kernel_w) kernel, in float32."""
+def _bands_weight(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of a (C, 1, kernel_h, kernel_w) kernel of that type."""
     from zoo.layers import large_kernel_programs as programs
 
     batch, channels, height, width = x.shape
-    wide = kernel_h < kernel_w
-    taps, lines = (kernel_w, kernel_h) if wide else (kernel_h, kernel_w)
+    shape = (channels, 1, kernel_h, kernel_w)
     if not x.numel():
-        return x.new_zeros((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+        return x.new_zeros(shape, dtype=dtype)
+    wide = kernel_h < kernel_w
     precision = _PRECISIONS[_products(x.dtype)]
     if height * width <= programs.BLOCK_POSITIONS:
-        of_kernel = x.new_empty((channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+        of_kernel, reached = _room_for_gradient(x, shape, height, width, dtype)
         with torch.cuda.device_of(x):
             programs.map_weight_program[(channels,)](
-                x, gradient, of_kernel, batch, channels,
+                x, gradient, reached, batch, channels,
                 MAP_H=height, MAP_W=width, IMAGES=_tile(batch), PLACES=_tile(height * width),
-                KERNEL_H=kernel_h, KERNEL_W=kernel_w, PRECISION=precision,
-                num_warps=4 if kernel_h * kernel_w <= 128 else 8, num_stages=1,
+                KERNEL_H=reached.shape[2], KERNEL_W=reached.shape[3], CHANNEL=reached.stride(0), ROW=reached.stride(2),
+                PRECISION=precision, num_warps=4 if reached[0].numel() <= 128 else 8, num_stages=1,
             )  # fmt: skip
         return of_kernel
     long, short = (width, height) if wide else (height, width)
     short_tile = min(64, 1 << (short - 1).bit_length())
     images = 64 // short_tile
     steps = _cdiv(batch, images)
+    lines = min(kernel_h, kernel_w, 2 * short - 1)
     steps_each = _cdiv(steps, max(1, min(steps, 2048 // (channels * lines))))  # few channels: more programs
     splits = _cdiv(steps, steps_each)
-    out = x.new_empty((splits, channels, 1, kernel_h, kernel_w), dtype=torch.float32)
+    # lines that never touch the map are left out; of the others, programs find taps that do not to be zero
+    limits = (short, kernel_w) if wide else (kernel_h, short)
+    summed = dtype if splits == 1 else torch.float32
+    out, reached = _room_for_gradient(x, (splits * channels, *shape[1:]), *limits, summed)
     align = math.gcd(width, 16)
     with torch.cuda.device_of(x):
         programs.weight_program[(splits * channels * lines,)](
-            x, gradient, out, batch, channels, height, width // align, steps_each * images,
-            ALIGN=align, WIDE=wide, TAPS=taps, LINES=lines, LONG=_tile(long), SHORT=short_tile, IMAGES=images,
+            x, gradient, reached, batch, channels, height, width // align, steps_each * images,
+            ALIGN=align, WIDE=wide, TAPS=max(kernel_h, kernel_w), LINES=lines, LONG=_tile(long),
+            CHANNEL=reached.stride(0), ROW=reached.stride(2), SHORT=short_tile, IMAGES=images, REPEATS=steps_each >= 4,
             PRECISION=precision,
         )  # fmt: skip
-    return out.sum(0)
+    return out if splits == 1 else out.view(splits, *shape).sum(0).to(dtype)
+
+
+def _room_for_gradient(
+    x: Tensor, shape: tuple[int, ...], height: int, width: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A kernel's gradient, and what of it a program is to write: taps that never touch the map remain zero."""
+    room = x.new_empty(shape, dtype=dtype)
+    reached = crop(room, height, width)
+    return (room if reached is room else room.zero_()), reached
 
 
 def _cdiv(size: int, step: int) -> int:
@@ -312,13 +382,20 @@ def _products(dtype: torch.dtype) -> int:
 
 
 @_bands.register_fake
-def _(x: Tensor, tall: Tensor | None, wide: Tensor | None, small: Tensor | None, bias: Tensor | None) -> Tensor:
+def _(
+    x: Tensor,
+    tall: Tensor | None,
+    wide: Tensor | None,
+    small: Tensor | None,
+    bias: Tensor | None,
+    turned: bool = False,
+) -> Tensor:
     return torch.empty_like(x)
 
 
 @_bands_weight.register_fake
-def _(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int) -> Tensor:
-    return x.new_empty((x.shape[1], 1, kernel_h, kernel_w), dtype=torch.float32)
+def _(x: Tensor, gradient: Tensor, kernel_h: int, kernel_w: int, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[1], 1, kernel_h, kernel_w), dtype=dtype)
 
 
 # as FlopCounterMode counts a convolution: every tap of every position
@@ -346,7 +423,7 @@ def _flops(x: Sequence[int], kernel_h: int, kernel_w: int) -> int:
 
 
 def _save_bands(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, tall, wide, small, bias = inputs
+    x, tall, wide, small, bias, ctx.turned = inputs
     ctx.save_for_backward(x, tall, wide, small)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -354,24 +431,20 @@ def _save_bands(ctx: Any, inputs: tuple, output: Tensor) -> None:
 def _bands_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, tall, wide, small = ctx.saved_tensors
     gradient = gradient.contiguous()
-    of_x = None
-    if ctx.needs_input_grad[0]:
-        of_x = _bands(gradient, _turned(tall), _turned(wide), _turned(small), None)
+    of_x = _bands(gradient, tall, wide, small, None, not ctx.turned) if ctx.needs_input_grad[0] else None
+    maps = (gradient, x) if ctx.turned else (x, gradient)
     of_kernels: list[Tensor | None] = [None, None, None]
     for i, weight in enumerate((tall, wide)):
         if ctx.needs_input_grad[1 + i]:
-            of_kernels[i] = _bands_weight(x, gradient, *weight.shape[2:])
+            of_kernels[i] = _bands_weight(*maps, *weight.shape[2:], weight.dtype)
     if ctx.needs_input_grad[3]:
         around = of_kernels[1 if tall is None else 0]
-        of_kernels[2] = _bands_weight(x, gradient, *small.shape[2:]) if around is None else _center(around, small)
+        if around is None:
+            of_kernels[2] = _bands_weight(*maps, *small.shape[2:], small.dtype)
+        else:
+            of_kernels[2] = _center(around, small).to(small.dtype)
     of_bias = gradient.sum((0, 2, 3), dtype=torch.float32).to(ctx.bias_dtype) if ctx.needs_input_grad[4] else None
-    weights = (tall, wide, small)
-    return of_x, *(None if g is None else g.to(w.dtype) for g, w in zip(of_kernels, weights, strict=True)), of_bias
-
-
-def _turned(weight: Tensor | None) -> Tensor | None:
-    """By 180 degrees."""
-    return None if weight is None else weight.flip(2, 3)
+    return of_x, *of_kernels, of_bias, None
 
 
 def _center(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -386,11 +459,10 @@ def _save_bands_weight(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _bands_weight_backward(ctx: Any, of_kernel: Tensor) -> tuple[Tensor | None, ...]:
     x, gradient = ctx.saved_tensors
-    of_kernel = of_kernel.contiguous()
     tall, wide = (None, of_kernel) if of_kernel.shape[2] < of_kernel.shape[3] else (of_kernel, None)
-    of_x = _bands(gradient, _turned(tall), _turned(wide), None, None) if ctx.needs_input_grad[0] else None
+    of_x = _bands(gradient, tall, wide, None, None, True) if ctx.needs_input_grad[0] else None
     of_gradient = _bands(x, tall, wide, None, None) if ctx.needs_input_grad[1] else None
-    return of_x, of_gradient, None, None
+    return of_x, of_gradient, None, None, None
 
 
 _bands.register_autograd(_bands_backward, setup_context=_save_bands)
