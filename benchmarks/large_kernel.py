@@ -8,8 +8,9 @@ as training has it, with an output of each branch. Models: slak_tiny at 224x224,
 ("plain"; in NCHW the large kernels meet contiguous maps, as in the authors' code), with our operator, and as
 `zoo.optimize_for_inference` makes it; a training step is forward, loss, backward and AdamW, and of "ours" it is as
 `train.py` takes it on a CPU, within `zoo.layers.products.FastProducts` ("ours_kernels_alone": without, and without
-`zoo.layers.training_mlp`). On a GPU PyTorch's side is cuDNN's, or what PyTorch prefers to it, and models run under
-autocast to `--dtype`.
+`zoo.layers.training_mlp`). On a GPU PyTorch's side is cuDNN's, with the fastest of its algorithms
+(`torch.backends.cudnn.benchmark`), or what PyTorch prefers to it, as for large depthwise kernels in NCHW its own, and
+models run under autocast to `--dtype`.
 
 All that is compared takes turns in one process. Figures are medians: `ms` of the wall clock, and on a CPU `cpu_ms` of
 CPU time over all threads, which depends less on what else runs; ratios are of `cpu_ms` there. On a GPU `ms` is the time
@@ -20,9 +21,9 @@ cores do this work, whatever the maps are) and traffic (every map read or writte
 weight gradient) over the fastest copy; an FFT, which whole kernels get on large maps, needs less arithmetic than that.
 `share_of_bandwidth` is the traffic's time over ours.
 
-`error` is what each side is off from float64, of the largest value, the worst of output and gradients, for two images:
-on a GPU ours rounds float32 to TF32 where PyTorch lets cuDNN do so, and F.conv2d may not; `--ieee` forbids it. A kernel
-or model that fails, or computes something else, is told and left out of the picture; the others are measured.
+`error` is what each side is off from float64, of the largest value, the worst of output and gradients, for a few
+images: on a GPU ours rounds float32 to TF32 where PyTorch lets cuDNN do so, and F.conv2d may not; `--ieee` forbids it.
+What fails, or computes something else, is told and left out of the picture; the others are measured.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ KERNELS = {"k51": (51, 49, 47, 13), "k31": (31, 29, 27, 13), "k61": (61, 59, 57,
 SMALL = 5
 FORMS = ("decomposed", "whole")
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-REPLAYS = 8  # of an operator in a CUDA graph
+REPLAYS = 8  # of an operator in a CUDA graph, or one where it takes longer than this
+SLOW = 20.0  # ms
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Step = Callable[[], object]
@@ -93,52 +95,56 @@ class Clock:
         step()
         return 1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)
 
-    def captured(self, step: Step | None = None) -> Step:
-        """A CUDA graph that REPLAYS times fills the GPU's cache with other things, by reading them, and does `step`."""
-
-        def run() -> None:
-            for _ in range(REPLAYS):
-                self.flush.sum()
-                if step is not None:
-                    step()
-
+    def captured(self, step: Step) -> tuple[Step, int]:
+        """A CUDA graph, and how often it fills the GPU's cache with other things, by reading them, and does `step`."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            run()
+            step()  # compiles, and chooses among forms
+            replays = 1 if self.measure(step)[0] > SLOW else REPLAYS
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+            for _ in range(replays):
+                self.flush.sum()
+                step()
+        return graph.replay, replays
 
-    def compare(self, steps: dict[str, Step], capture: bool = False) -> dict[str, dict[str, float]]:
-        """Each once to warm up, then in turns, at least `turns` times and until `seconds` are over.
+    def compare(self, steps: dict[str, Step], capture: bool = False) -> tuple[dict[str, dict[str, float]], dict]:
+        """Each once to warm up, then in turns, at least `turns` times and until `seconds` are over; and what failed.
 
         With `capture`, on a GPU: as CUDA graphs, less the time of one that only empties the cache.
         """
         capture = capture and self.on_gpu
+        failed: dict[str, str] = {}
+        replays = dict.fromkeys(steps, 1)
         if capture:
-            steps = {name: self.captured(step) for name, step in steps.items()} | {"nothing": self.captured()}
-        for step in steps.values():
-            step()
+            steps = {**steps, "nothing": lambda: None}
+        for name, step in list(steps.items()):
+            try:
+                if capture:
+                    steps[name], replays[name] = self.captured(step)
+                steps[name]()
+            except Exception as error:
+                failed[name] = tell_failure(name, error)
+                del steps[name]
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
         start, turns = time.perf_counter(), 0
         while turns < self.turns or (time.perf_counter() - start < self.seconds and turns < 500):
             for name, step in steps.items():
                 times[name].append(self.measure(step))
             turns += 1
-        medians = {name: statistics.median(wall for wall, _ in pairs) for name, pairs in times.items()}
+        medians = {name: statistics.median(wall for wall, _ in pairs) / replays[name] for name, pairs in times.items()}
         if capture:
             nothing = medians.pop("nothing")
-            medians = {name: (ms - nothing) / REPLAYS for name, ms in medians.items()}
+            medians = {name: ms - nothing for name, ms in medians.items()}
             if not min(medians.values()) > 0:
                 raise ZooError("Too short to be told from emptying the cache: take a larger --batch-size.")
         found = {name: {"ms": round(ms, 5 if self.on_gpu else 3)} for name, ms in medians.items()}
         if not self.on_gpu:
             for name in found:
                 found[name]["cpu_ms"] = round(statistics.median(cpu for _, cpu in times[name]), 3)
-        return found
+        return found, failed
 
     def peaks(self, dtype: torch.dtype) -> dict[str, float]:
         """The machine's best here: operations of a matrix product, bytes read and written by a copy, each second."""
@@ -201,7 +207,7 @@ def tell_failure(label: str, error: Exception) -> str:
 def errors(
     device: torch.device, shape: tuple[int, ...], edges: list[tuple[int, int]], dtype: torch.dtype
 ) -> dict[str, float]:
-    """How far ours and F.conv2d are off from float64, two images of `shape`: of output, or of a gradient, the largest.
+    """How far ours and F.conv2d are off from float64, some images of `shape`: of output, or of a gradient, the largest.
 
     Raises ZooError where ours is further off than its type explains.
     """
@@ -210,7 +216,8 @@ def errors(
     def draw(*size: int) -> Tensor:
         return torch.randn(size, device=device, generator=generator).to(dtype)
 
-    x, grad = draw(2, *shape[1:]), draw(2, *shape[1:])
+    images = min(shape[0], 16 if device.type == "cuda" else 2)
+    x, grad = draw(images, *shape[1:]), draw(images, *shape[1:])
     weights = [draw(shape[1], 1, *edge) for edge in edges]
 
     def results(convolve: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -270,7 +277,10 @@ def compare_operator(
         ("forward_backward", both, 3, (1 + len(edges)) + (len(edges) + 1) + (1 + len(edges))),
     ):
         with torch.set_grad_enabled(name != "forward"):
-            times = clock.compare(steps, capture=True)
+            times, failed = clock.compare(steps, capture=True)
+        ours_failed = [f"{side}: {message}" for side, message in failed.items() if side.startswith("ours")]
+        if ours_failed:
+            raise ZooError("; ".join(ours_failed))
         arithmetic, traffic = passes * operations / peaks["gflops"] / 1e6, maps * map_bytes / peaks["gb_per_s"] / 1e6
         found[name] = {
             **times,
@@ -279,8 +289,14 @@ def compare_operator(
             "limit_ms": round(max(arithmetic, traffic), 4),
             "limited_by": "arithmetic" if arithmetic > traffic else "traffic",
             "share_of_bandwidth": {f: round(traffic / cost(times[f"ours_{f}"]), 3) for f in FORMATS},
-            "speedup": {f: round(cost(times[f"conv2d_{f}"]) / cost(times[f"ours_{f}"]), 2) for f in FORMATS},
+            "speedup": {
+                f: round(cost(times[f"conv2d_{f}"]) / cost(times[f"ours_{f}"]), 2)
+                for f in FORMATS
+                if f"conv2d_{f}" in times
+            },
         }
+        if failed:
+            found[name]["failed"] = failed
     return found
 
 
@@ -375,7 +391,9 @@ def compare_models(
                 raise ZooError(
                     f"{name} computes something else than the plain model: off by {error:.1e} of the largest."
                 )
-    times = clock.compare({name: functools.partial(step, name) for name in models})
+    times, failed = clock.compare({name: functools.partial(step, name) for name in models})
+    if failed:
+        raise ZooError("; ".join(f"{name}: {message}" for name, message in failed.items()))
     best = "ours" if training else "ours_optimized"
     speedup = {name: round(cost(times[name]) / cost(times[best]), 2) for name in models if name != best}
     return {**times, "speedup_of": best, "speedup": speedup}
@@ -396,7 +414,8 @@ def plot(report: dict[str, Any], path: Path) -> None:
     for axes, what in ((top, "forward"), (middle, "forward_backward")):
         for i, (name, color) in enumerate(zip(names, colors, strict=True)):
             places = [place + 0.2 * (i - 1.5) for place in range(len(rows))]
-            axes.bar(places, [row[what][name]["ms"] for row in rows], 0.2, color=color, label=name.replace("_", " "))
+            heights = [row[what].get(name, {}).get("ms", 0) for row in rows]
+            axes.bar(places, heights, 0.2, color=color, label=name.replace("_", " "))
         for place, row in enumerate(rows):
             axes.hlines(row[what]["limit_ms"], place - 0.42, place + 0.42, color="C3", label=None if place else "limit")
         axes.set_yscale("log")
@@ -452,6 +471,7 @@ def main() -> None:
     picture = check_picture(picture if key == "cpu" else picture.with_stem(f"{picture.stem}_{key}"))
     arguments.batch_size = arguments.batch_size or (64 if device.type == "cuda" else 2)
     arguments.model_batches = arguments.model_batches or ([64] if device.type == "cuda" else [1, 8])
+    torch.backends.cudnn.benchmark = True
     clock, dtype = Clock(device, arguments.seconds, arguments.turns), DTYPES[arguments.dtype]
 
     everything = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}

@@ -33,7 +33,13 @@ FLOPS = 2 * 2048 * MULTIPROCESSORS * HERTZ  # of 16-bit tensor cores
 
 
 def assembled(
-    program: Any, tensors: dict[str, str], constants: dict[str, Any], capability: int, warps: int = 4, stages: int = 1
+    program: Any,
+    tensors: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    warps: int = 4,
+    stages: int = 1,
+    registers: int | None = None,
 ) -> tuple[int, str, bytes]:
     """(shared memory in bytes, PTX, machine code) of a program compiled for a GPU that need not be there.
 
@@ -49,7 +55,7 @@ def assembled(
     signature |= {name: "i32" for name in names if name not in tensors and name not in constants}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in tensors}
     source = ASTSource(function, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return kernel.metadata.shared, kernel.asm["ptx"], kernel.asm["cubin"]
 
@@ -61,8 +67,11 @@ def laid_out(name: str, height: int, width: int) -> dict[str, int]:
 
 def programs_at(
     size: int, tap: int, dtype: str, products: int, lines: int = 5
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """Every program that a map of size x size runs, with its forms: (program, tensors, constants, warps, stages)."""
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int, int | None]]:
+    """Every program that a map of size x size runs, with its forms.
+
+    (program, tensors, constants, warps, stages, registers)
+    """
     from zoo.layers import large_kernel_programs as programs
     from zoo.layers.large_kernel_triton import _can_hold
 
@@ -74,13 +83,13 @@ def programs_at(
         if size * size <= programs.BLOCK_POSITIONS:
             constants = {"MAP_H": size, "MAP_W": size, "IMAGES": 64, "PLACES": 64, "PRECISION": precision}
             constants |= {"KERNEL_H": height, "KERNEL_W": width, **laid_out("", height, width)}
-            yield programs.map_weight_program, weight, constants, 4, 1
+            yield programs.map_weight_program, weight, constants, 4, 1, None
             continue
         constants = {"ALIGN": size & -size, "WIDE": height < width, "TAPS": tap, "LINES": lines}
         constants |= {"LONG": max(16, short), "SHORT": short, "IMAGES": 64 // short, "PRECISION": precision}
         constants |= {"REPEATS": True, **laid_out("", height, width)}
         for config in programs._WEIGHT_CONFIGS:
-            yield programs.weight_program, weight, constants, config.num_warps, config.num_stages
+            yield programs.weight_program, weight, constants, config.num_warps, config.num_stages, None
     edges: dict[str, Any] = {"TALL_H": tap, "TALL_W": lines, "WIDE_H": lines, "WIDE_W": tap}
     edges |= {"SMALL_H": lines, "SMALL_W": lines, "TURNED": False, "HAS_BIAS": True, "PRODUCTS": products}
     for name, height, width in (("TALL_", tap, lines), ("WIDE_", lines, tap), ("SMALL_", lines, lines)):
@@ -99,7 +108,7 @@ def programs_at(
             "BLOCK": 64,
             "BLOCKS": blocks,
         }
-        yield programs.map_program, tensors, edges, 4, 3
+        yield programs.map_program, tensors, edges, 4, 3, None if blocks > 1 else 128 if products else 96
         return
     if not held:
         laid = "fp16" if products else dtype
@@ -107,14 +116,15 @@ def programs_at(
         for height, width in ((tap, lines), (lines, tap)):
             constants = {"HEIGHT": height, "WIDTH": width, "LONG": edge, "STRIP": 1, "PRODUCTS": products}
             constants |= {"WIDE": height < width, "TURNED": False, **laid_out("", height, width)}
-            yield programs.matrix_program, made, constants, 4, 1
+            yield programs.matrix_program, made, constants, 4, 1, None
         tensors |= dict.fromkeys(("tall", "wide"), laid)
         edges |= {"SMALL_H": 0, "SMALL_W": 0}
     tensors |= dict.fromkeys(("tall_unscale", "wide_unscale"), "fp32")
     tensors["copies"] = "fp16" if products else dtype
     edges |= {"ALIGN": size & -size, "MAX_IMAGES": 16, "TILE_H": edge, "TILE_W": edge, "STRIP_H": 1, "STRIP_W": 1}
-    for config in programs.suited(programs._CONFIGS, {}, HELD=held):
-        yield programs.band_program, tensors, edges | {"HELD": held, **config.kwargs}, config.num_warps, 1
+    for config in programs._CONFIGS:
+        constants = edges | {"HELD": held, **config.kwargs}
+        yield programs.band_program, tensors, constants, config.num_warps, 1, config.maxnreg
 
 
 def near_bytes(instruction: str) -> int:
@@ -184,10 +194,10 @@ def main() -> None:
     for size, (channels, tap) in STAGES.items():
         for dtype, products in TYPES.items():
             map_bytes = BATCH * channels * size**2 * (4 if dtype == "fp32" else 2)
-            for program, tensors, constants, warps, stages in programs_at(size, tap, dtype, products):
+            for program, tensors, constants, warps, stages, registers in programs_at(size, tap, dtype, products):
                 if program not in (large.band_program, large.map_program):
                     continue
-                shared, _, cubin = assembled(program, tensors, constants, 90, warps, stages)
+                shared, _, cubin = assembled(program, tensors, constants, 90, warps, stages, registers)
                 found = instructions(cubin)
                 if "BLOCKS" in constants:  # all positions with all, and TF32 at half the rate
                     images, tile, repeats = (
@@ -198,7 +208,7 @@ def main() -> None:
                     taps = tile * (2 if dtype == "fp32" else 1)
                 else:
                     edge, repeats = constants["TILE_H"], 1
-                    images = large.images_of(constants["TILE"], edge, edge, constants["MAX_IMAGES"])
+                    images = large.images_of(constants["TILE"], edge, edge, constants["MAX_IMAGES"], warps)
                     tile, taps = edge**2, edge * (constants["TALL_W"] + constants["WIDE_H"])
                 groups = -(-BATCH // images)
                 lines = constants["TALL_W"], constants["WIDE_H"]

@@ -23,22 +23,14 @@ POSITIONS = 256  # maps of up to so many positions take `map_program`
 BLOCK_POSITIONS = 64  # of which it takes so many at once, and `map_weight_program` all
 PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 
-# TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times all
-# that suit it. One stage each: loads that shift the map are too narrow to be copied ahead, and matrices fill shared
-# memory.
+# TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times them
+# all: of few registers more programs run at once, in larger tiles they read less. One stage each: loads that shift the
+# map are too narrow to be copied ahead, and matrices fill shared memory.
 _CONFIGS = [
-    triton.Config({"TILE": 4096}, num_warps=4, num_stages=1),
-    triton.Config({"TILE": 4096}, num_warps=8, num_stages=1),
-    triton.Config({"TILE": 8192}, num_warps=4, num_stages=1),
+    triton.Config({"TILE": tile, "WARPS": warps}, num_warps=warps, num_stages=1, maxnreg=registers)
+    for tile, warps, registers in ((4096, 4, None), (4096, 4, 128), (8192, 4, None), (4096, 8, None), (8192, 8, 128))
 ]
 _WEIGHT_CONFIGS = [triton.Config({}, num_warps=4, num_stages=1), triton.Config({}, num_warps=4, num_stages=3)]
-
-
-def suited(configs, arguments, **constants):
-    """Where matrices are held, lines of copies go to four warps' registers; else larger tiles than needed are slow."""
-    if constants["HELD"]:
-        return [config for config in configs if config.num_warps == 4]
-    return [config for config in configs if config.kwargs["TILE"] == 4096]
 
 
 @triton.jit
@@ -258,8 +250,8 @@ def values_in_a_row(long: int) -> int:
 
 
 @triton.jit
-def _as_operand(values, LONG: tl.constexpr):
-    """What threads load in rows, (rows, values of each), as the (64, LONG) of which the same threads hold the same.
+def _as_operand(values, LONG: tl.constexpr, WARPS: tl.constexpr):
+    """What threads load in rows, (rows, values of each), as (16 * WARPS, LONG) of which the same threads hold the same.
 
     A tensor core's left operand gives a thread two values of every eight along LONG, of a row in every eight. To load
     several in a row, LONG is taken in another order, in which the matrices' rows are, too (`_matrices`).
@@ -267,42 +259,46 @@ def _as_operand(values, LONG: tl.constexpr):
     EACH: tl.constexpr = values_in_a_row(LONG)
     # rows: which part of LONG, half of a warp's 16 rows, warp, row of its half, and thread of the row; columns: which
     # four of EACH, and half of these
-    values = tl.reshape(values, (LONG // (4 * EACH), 2, 4, 8, 4, EACH // 4, 2, 2))
-    return tl.reshape(tl.permute(values, (2, 1, 3, 0, 5, 6, 4, 7)), (64, LONG))
+    values = tl.reshape(values, (LONG // (4 * EACH), 2, WARPS, 8, 4, EACH // 4, 2, 2))
+    return tl.reshape(tl.permute(values, (2, 1, 3, 0, 5, 6, 4, 7)), (16 * WARPS, LONG))
 
 
 @triton.jit
-def _joined(totals, COUNT: tl.constexpr, LONG: tl.constexpr):
-    """COUNT times (64, LONG), of rows in `_band_of_copy`'s order, as (COUNT * 64, LONG)."""
+def _joined(totals, COUNT: tl.constexpr, LONG: tl.constexpr, WARPS: tl.constexpr):
+    """COUNT times (16 * WARPS, LONG), of rows in `_band_of_copy`'s order, as one of all rows."""
     if COUNT == 4:
         joined = tl.join(tl.join(totals[0], totals[2]), tl.join(totals[1], totals[3]))
     elif COUNT == 2:
         joined = tl.join(totals[0], totals[1])
     else:
         joined = totals[0]
-    joined = tl.permute(tl.reshape(joined, (4, 2, 8, LONG, COUNT)), (0, 2, 1, 4, 3))
-    return tl.reshape(joined, (COUNT * 64, LONG))
+    joined = tl.permute(tl.reshape(joined, (WARPS, 2, 8, LONG, COUNT)), (0, 2, 1, 4, 3))
+    return tl.reshape(joined, (16 * WARPS * COUNT, LONG))
 
 
 @triton.jit
-def _band_of_copy(copy, matrices, LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr):
+def _band_of_copy(
+    copy, matrices,
+    LINES: tl.constexpr, IMAGES: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     """As `_band` turned, (IMAGES * SHORT, LONG), from a copy of the tile, whose lines lie between zeros.
 
     The copy is read into registers as products take it, so that shared memory serves the matrices alone. A thread's
     lines are neighbours: those of one shift are for the most part those of another.
     """
     EACH: tl.constexpr = values_in_a_row(LONG)
-    COUNT: tl.constexpr = IMAGES * SHORT // 64
-    thread = tl.arange(0, 64 * LONG // EACH)
-    row = ((thread // 32 % 4 * 8 + thread // 4 % 8) * 2 + thread // 128 % 2) * COUNT
-    column = thread // 256 * (4 * EACH) + thread % 4 * EACH
+    ROWS: tl.constexpr = 16 * WARPS
+    COUNT: tl.constexpr = IMAGES * SHORT // ROWS
+    thread = tl.arange(0, ROWS * LONG // EACH)
+    row = ((thread // 32 % WARPS * 8 + thread // 4 % 8) * 2 + thread // (32 * WARPS) % 2) * COUNT
+    column = thread // (64 * WARPS) * (4 * EACH) + thread % 4 * EACH
     copy += ((row // SHORT * (SHORT + 2 * PAD) + PAD + row % SHORT) * LONG + column)[:, None]
     copy += tl.arange(0, EACH)[None, :]
     totals = ()
     for _ in tl.static_range(COUNT):
-        totals = totals + (tl.zeros((64, LONG), tl.float32),)
+        totals = totals + (tl.zeros((ROWS, LONG), tl.float32),)
     for shift in tl.static_range(COUNT + LINES - 1):
-        shifted = _as_operand(tl.load(copy + (shift - LINES // 2) * LONG), LONG)
+        shifted = _as_operand(tl.load(copy + (shift - LINES // 2) * LONG), LONG, WARPS)
         sums = ()
         for i in tl.static_range(COUNT):
             if shift - i >= 0 and shift - i < LINES:
@@ -310,7 +306,7 @@ def _band_of_copy(copy, matrices, LINES: tl.constexpr, IMAGES: tl.constexpr, LON
             else:
                 sums = sums + (totals[i],)
         totals = sums
-    return _joined(totals, COUNT, LONG)
+    return _joined(totals, COUNT, LONG, WARPS)
 
 
 @triton.jit
@@ -363,7 +359,6 @@ def _band(
         "ALIGN", "MAX_IMAGES", "TILE_H", "TILE_W", "STRIP_H", "STRIP_W",
         "TALL_H", "TALL_W", "WIDE_H", "WIDE_W", "SMALL_H", "SMALL_W", "PRODUCTS",
     ],
-    prune_configs_by={"early_config_prune": suited},
 )  # fmt: skip
 @triton.jit(do_not_specialize=["batch", "channels", "height", "width_units", "splits"])
 def band_program(
@@ -375,6 +370,7 @@ def band_program(
     WIDE_H: tl.constexpr, WIDE_W: tl.constexpr, WIDE_CHANNEL: tl.constexpr, WIDE_ROW: tl.constexpr,
     SMALL_H: tl.constexpr, SMALL_W: tl.constexpr, SMALL_CHANNEL: tl.constexpr, SMALL_ROW: tl.constexpr,
     TURNED: tl.constexpr, HAS_BIAS: tl.constexpr, PRODUCTS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """y = conv(x, tall + small) + conv(x, wide) + bias on a tile of one channel of every `splits`-th group of images.
 
@@ -382,7 +378,7 @@ def band_program(
     matrices are made here and stay in shared memory for all images, and `copies` has room for every program's copies.
     Else `tall` and `wide` are what `matrix_program` made of the kernels, the small one included.
     """
-    IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES)
+    IMAGES: tl.constexpr = images_of(TILE, TILE_H, TILE_W, MAX_IMAGES, WARPS)
     STORED: tl.constexpr = values_stored_in_a_row(ALIGN, TILE_W, PRODUCTS)
     width = width_units * ALIGN  # so that the compiler knows which loads are aligned
     program = tl.program_id(0)
@@ -471,7 +467,7 @@ def band_program(
         total = tl.zeros((IMAGES * TILE_H, TILE_W), tl.float32)
         if TALL_H > 0:
             if HELD:
-                band = _band_of_copy(copies, tall_held, TALL_W, IMAGES, TILE_H, TILE_W) * tall_factor
+                band = _band_of_copy(copies, tall_held, TALL_W, IMAGES, TILE_H, TILE_W, WARPS) * tall_factor
                 band = tl.permute(tl.reshape(band, (IMAGES, TILE_W, TILE_H)), (0, 2, 1))
             else:
                 band = tall_factor * _band(
@@ -482,7 +478,7 @@ def band_program(
             total += _ordered(band, IMAGES * TILE_H, TILE_W, STORED)
         if WIDE_H > 0:
             if HELD:
-                total += _band_of_copy(wide_copy, wide_held, WIDE_H, IMAGES, TILE_W, TILE_H) * wide_factor
+                total += _band_of_copy(wide_copy, wide_held, WIDE_H, IMAGES, TILE_W, TILE_H, WARPS) * wide_factor
             else:
                 band = wide_factor * _band(
                     source, wide, wide_plane, images, width, height, 1, width, image_stride,
@@ -495,7 +491,8 @@ def band_program(
         if HAS_BIAS:
             total += tl.load(bias + channel).to(tl.float32)
         _store(
-            y + origin, total, images, row0, column0, height, width, image_stride, IMAGES, TILE_H, TILE_W, STORED
+            y + origin, total, images, row0, column0, height, width, image_stride,
+            IMAGES, TILE_H, TILE_W, STORED, WARPS,
         )  # fmt: skip
 
 
@@ -515,19 +512,19 @@ def _ordered(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constex
 @triton.jit
 def _store(
     y, tile, images, row0, column0, height, width, image_stride,
-    IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STORED: tl.constexpr,
+    IMAGES: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, STORED: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Writes what `_band_of_copy` has of a tile, columns as of `_ordered`, from where threads hold it."""
-    COUNT: tl.constexpr = IMAGES * TILE_H // 64
+    COUNT: tl.constexpr = IMAGES * TILE_H // (16 * WARPS)
     PARTS: tl.constexpr = TILE_W // (4 * STORED)
-    tile = tl.reshape(tile, (4, 8, 2, COUNT, PARTS, STORED // 2, 4, 2))
-    tile = tl.reshape(tl.permute(tile, (2, 3, 4, 0, 1, 6, 5, 7)), (256 * COUNT * PARTS, STORED))
-    thread = tl.arange(0, 256 * COUNT * PARTS)
-    row = ((thread // 32 % 4 * 8 + thread // 4 % 8) * 2 + thread // (128 * PARTS * COUNT)) * COUNT
-    row += thread // (128 * PARTS) % COUNT
+    tile = tl.reshape(tile, (WARPS, 8, 2, COUNT, PARTS, STORED // 2, 4, 2))
+    tile = tl.reshape(tl.permute(tile, (2, 3, 4, 0, 1, 6, 5, 7)), (64 * WARPS * COUNT * PARTS, STORED))
+    thread = tl.arange(0, 64 * WARPS * COUNT * PARTS)
+    part = thread // (32 * WARPS)
+    row = ((thread // 32 % WARPS * 8 + thread // 4 % 8) * 2 + part // (PARTS * COUNT)) * COUNT + part // PARTS % COUNT
     image = row // TILE_H
     row = (row0 + row % TILE_H)[:, None]
-    column = column0 + (thread // 128 % PARTS * (4 * STORED) + thread % 4 * STORED)[:, None]
+    column = column0 + (part % PARTS * (4 * STORED) + thread % 4 * STORED)[:, None]
     column += tl.arange(0, STORED)[None, :]
     mask = (image < images)[:, None] & (row < height) & (column < width)
     tl.store(y + (image * image_stride)[:, None] + row * width + column, tile.to(y.dtype.element_ty), mask)
@@ -540,10 +537,11 @@ def size_of_copies(images: int, tile_h: int, tile_w: int) -> int:
 
 
 @triton.constexpr_function
-def images_of(tile: int, tile_h: int, tile_w: int, max_images: int) -> int:
-    """How many images a program takes: of copies, 64 to 256 lines."""
-    most = min(max_images, 256 // max(tile_h, tile_w))
-    return max(min(tile // (tile_h * tile_w), most), 64 // min(tile_h, tile_w))
+def images_of(tile: int, tile_h: int, tile_w: int, max_images: int, warps: int) -> int:
+    """How many images a program takes: of copies, one to four times the lines that its warps multiply at once."""
+    lines = 16 * warps
+    most = min(max_images, 4 * lines // max(tile_h, tile_w))
+    return max(min(tile // (tile_h * tile_w), most), lines // min(tile_h, tile_w), 1)
 
 
 @triton.jit

@@ -234,17 +234,18 @@ def _bands(
         if on_map:
             images, places = _tile(batch), _tile(height * width, most=programs.POSITIONS)
             block = min(places, programs.BLOCK_POSITIONS)
+            registers = None if places > block else 128 if products else 96  # so few that four or five run at once
             programs.map_program[(_cdiv(batch, images) * channels,)](
                 x, *tensors, y, batch, channels,
                 MAP_H=height, MAP_W=width, IMAGES=images, BLOCK=block, BLOCKS=places // block,
-                PRECISION=_PRECISIONS[products], num_warps=4, **options,
+                PRECISION=_PRECISIONS[products], num_warps=4, maxnreg=registers, **options,
             )  # fmt: skip
             return y
         max_images = min(16, _tile(batch, 1))
         splits = min(batch, max(1, _slots(_multiprocessors(x.device), lines, tiles) // channels)) if held else batch
 
         def band_grid(chosen: dict[str, Any]) -> tuple[int]:
-            images = programs.images_of(chosen["TILE"], *tiles, max_images)
+            images = programs.images_of(chosen["TILE"], *tiles, max_images, chosen["WARPS"])
             return (min(_cdiv(batch, images), splits) * _cdiv(height, tiles[0]) * _cdiv(width, tiles[1]) * channels,)
 
         align = math.gcd(width, 16)
@@ -256,7 +257,8 @@ def _bands(
                 matrices += _banded(weight, x.dtype, tiles[i], strips[i], wide=i == 1, turned=turned)
         copies = x
         if held:
-            most = max(programs.images_of(config.kwargs["TILE"], *tiles, max_images) for config in programs._CONFIGS)
+            forms = [config.kwargs for config in programs._CONFIGS]
+            most = max(programs.images_of(form["TILE"], *tiles, max_images, form["WARPS"]) for form in forms)
             room = channels * splits * programs.size_of_copies(most, *tiles)
             copies = x.new_empty(room, dtype=torch.float16 if products else x.dtype)
         programs.band_program[band_grid](
