@@ -10,24 +10,28 @@ writing the map takes 0.041 ms in float32 and 0.021 ms in bfloat16 (4.8 TB/s). S
   kernel is the sum, over its 5 columns, of such a matrix times the map shifted sideways by up to 2; a wide one the same
   with the axes exchanged. `band_program` does both in one pass over the map, a smaller kernel within one of the two
   added to it. Where a map fits into a tile and lines are few, it makes the matrices itself and holds them for all its
-  images, and what it reads shifted is a copy of the tile, in the order and type in which products take it. Else
-  `matrix_program` lays the matrices out first.
-- Maps of at most 256 positions (SLaK's last two stages) take one matrix between all positions: `map_program`.
+  images; the tile is copied in the order and type in which products take it, so that each shift of it goes from the
+  first-level cache to registers, and shared memory serves the matrices alone. Else `matrix_program` lays the matrices
+  out first.
+- Maps of at most 64 positions (SLaK's last stage), and of 256 where matrices are not held, take one matrix between all
+  positions: `map_program`.
 - The gradient by the map is the same with the kernels turned by 180 degrees. The gradient by a kernel is (shifted map)
   @ (gradient)^T, of which every diagonal is summed: `weight_program`, and `map_weight_program` for the smallest maps.
 
-The least times in ms of SLaK's stages, forward, batch 64, on an H200 (16-bit tensor cores: 990 TFLOP/s; one instruction
-a cycle of each scheduler), of the form with the fewest instructions (`python benchmarks/large_kernel_code.py`):
+The least times in ms of SLaK's stages, forward, batch 64, on an H200, of the best form of each: of the bytes, of the
+products (16-bit tensor cores: 990 TFLOP/s), of what passes the first-level cache and shared memory (128 bytes a cycle
+of each multiprocessor), and of the instructions (`python benchmarks/large_kernel_code.py`):
 
-| stage | map, kernel | bytes, float32 | bytes, 16 bits | products | instructions, float32 | instructions, 16 bits |
-| --- | --- | --- | --- | --- | --- | --- |
-| 1 | 124 x 56x56, 51 | 0.041 | 0.021 | 0.042 | 0.029 | 0.020 |
-| 2 | 249 x 28x28, 49 | 0.021 | 0.010 | 0.011 | 0.016 | 0.012 |
-| 3 | 499 x 14x14, 47 | 0.010 | 0.005 | 0.008, 0.004 | 0.008 | 0.008 |
-| 4 | 998 x 7x7, 13 | 0.005 | 0.003 | 0.001 | 0.004 | 0.004 |
+| stage | map, kernel | bytes: float32, 16 bits | products | near memory: float32, 16 bits | instructions: the same |
+| --- | --- | --- | --- | --- | --- |
+| 1 | 124 x 56x56, 51 | 0.041, 0.021 | 0.042 | 0.064, 0.058 | 0.023, 0.019 |
+| 2 | 249 x 28x28, 49 | 0.021, 0.010 | 0.011 | 0.027, 0.022 | 0.013, 0.010 |
+| 3 | 499 x 14x14, 47 | 0.010, 0.005 | 0.003 | 0.011, 0.009 | 0.008, 0.006 |
+| 4 | 998 x 7x7, 13 | 0.005, 0.003 | 0.001 | 0.005, 0.004 | 0.005, 0.004 |
 
-So in float32 nothing forbids half the bandwidth, twice the time of the bytes; for 16 bits the products do at stage 1,
-and instructions leave little room at stages 3 and 4. None of it has been timed yet: benchmarks/large_kernel.py.
+So in float32 nothing forbids half the bandwidth, twice the time of the bytes; for 16 bits the products and near memory
+do at stage 1, near memory does at stage 2, and little room is left at stages 3 and 4. None of it has been timed yet:
+benchmarks/large_kernel.py.
 
 Precision: all sums are in float32. bfloat16 and float16 are multiplied as they are; a kernel is rounded to the map's
 type once, after smaller ones were added. Where `torch.backends.cudnn` allows TF32 for convolutions (PyTorch's default),
@@ -36,7 +40,7 @@ cores multiply twice as fast; where it does not, three such products keep 21 bit
 multiplied too, an infinity or NaN spreads over its map.
 
 Maps in channels_last are copied to NCHW and back. The first call for a kernel, tile size and type compiles and times a
-few forms; set TRITON_CACHE_AUTOTUNING=1 to keep the choice.
+few forms, which cannot be captured in a CUDA graph; set TRITON_CACHE_AUTOTUNING=1 to keep the choice.
 """
 
 from __future__ import annotations
