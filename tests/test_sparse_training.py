@@ -10,6 +10,7 @@ import math
 import os
 import re
 import signal
+import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -597,11 +598,11 @@ def test_steps_of_weights_that_appear_grow_where_it_is_not_known_how_an_optimize
         model = Slope()
         sparse = make(model, 1000, method="set", density=0.5, update_interval=10, regrow_warmup=warmup)
         sparse.start()
-        sparse.attach(Unheard(model.parameters(), {"lr": 1.0}))
+        sparse.attach(optimizer := Unheard(model.parameters(), {"lr": 1.0}))
         first = sparse.masks["layer.weight"].clone()
         for update in range(1, 15):
             model(torch.ones(10, 10)).backward()
-            sparse.step(update, sparse.optimizer.step)
+            sparse.step(update, optimizer.step)
         appeared = sparse.masks["layer.weight"] & ~first
         expected = -sum(min(age / growing, 1) for age in range(1, 5))
         assert appeared.any()
@@ -633,9 +634,9 @@ def test_a_layer_of_which_nothing_is_left_takes_no_steps():
     model = nn.Sequential(nn.Linear(400, 40), nn.Linear(40, 2))
     sparse = make(model, method="static", density=0.005, distribution="uniform", lr_density_power=1.0)
     sparse.start()
-    sparse.attach(adamw(model))
+    sparse.attach(optimizer := adamw(model))
     model(torch.randn(4, 400)).sum().backward()
-    sparse.step(1, sparse.optimizer.step)
+    sparse.step(1, optimizer.step)
     assert {name: kept > 0 for name, kept in sparse.kept.items()} == {"0.weight": True, "1.weight": False}
     assert not model[1].weight.any()
 
@@ -1361,9 +1362,178 @@ def test_an_optimizer_of_another_model():
         sparse.attach(adamw(network()))
 
 
-def test_masks_come_before_the_optimizer():
-    with pytest.raises(ConfigError, match="There are no masks yet"):
-        make(network(), method="static", density=0.2).attach(adamw(network()))
+def test_masks_come_before_the_optimizer_and_steps():
+    sparse = make(network(), method="static", density=0.2)
+    with pytest.raises(ConfigError, match=r"There are no masks yet: .* before attach\(\)"):
+        sparse.attach(adamw(network()))
+    with pytest.raises(ConfigError, match=r"There are no masks yet: .* before step\(\)"):
+        sparse.step(1, lambda: None)
+
+
+@pytest.mark.parametrize("state", ["dense", "active", "compact"])
+def test_several_optimizers(state: str):
+    """Each with the corrections of its kind, as one over all where they are alike."""
+
+    def trained(*parts: Callable[[Any], torch.optim.Optimizer]) -> list[Tensor]:
+        model = network()
+        sparse = make(model, method="set", density=0.3, update_interval=3, optimizer_state=state)
+        sparse.start()
+        optimizers = [part(model) for part in parts]
+        sparse.attach(*optimizers)
+        every: Any = types.SimpleNamespace(
+            step=lambda: [optimizer.step() for optimizer in optimizers],
+            zero_grad=lambda: [optimizer.zero_grad() for optimizer in optimizers],
+        )
+        learn(sparse, model, every, 20)
+        for name, mask in sparse.masks.items():
+            assert not model.get_parameter(name)[~mask].any()
+            for value in sparse.optimizers[name].state[sparse.values.get(name, model.get_parameter(name))].values():
+                if state == "active" and value.ndim:
+                    assert not value[~mask].any()
+        return list(model.parameters())
+
+    apart = trained(lambda m: adamw(m[:4]), lambda m: adamw(m[4:]))
+    for one, other in zip(apart, trained(adamw), strict=True):
+        torch.testing.assert_close(one, other)
+    trained(lambda m: torch.optim.SGD(m[:4].parameters(), 0.1, momentum=0.9), lambda m: adamw(m[4:]))
+
+
+def test_optimizers_hold_every_masked_weight_once():
+    model = network()
+    sparse = make(model, method="set", density=0.2)
+    sparse.start()
+    with pytest.raises(ConfigError, match=r"No optimizer holds 0\.weight, .* all optimizers at once"):
+        sparse.attach(adamw(model[4:]))
+    with pytest.raises(ConfigError, match=r"Two optimizers hold 0\.weight"):
+        sparse.attach(adamw(model), adamw(model))
+    with pytest.raises(ConfigError, match="takes optimizers of torch, not Conv2d"):
+        sparse.attach(model[0])
+    sparse.attach(adamw(model))
+    with pytest.raises(ConfigError, match="was called before"):
+        sparse.attach(adamw(model))
+
+
+def test_a_compact_optimizer_is_attached_before_it_remembers():
+    model = network()
+    sparse = make(model, method="set", density=0.2, optimizer_state="compact")
+    sparse.start()
+    sparse.attach(optimizer := adamw(model))
+    learn(sparse, model, optimizer, 3)
+    other = network()
+    again = make(other, method="set", density=0.2, optimizer_state="compact")
+    again.load_state_dict(sparse.state_dict(), sparse.masks)
+    fresh = adamw(other)
+    fresh.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ConfigError, match=r"attach\(\) comes before its first step, and before its load_state_dict"):
+        again.attach(fresh)
+
+
+@pytest.mark.parametrize("method", ["static", "rigl"])
+def test_a_scaler_and_clipping_within_the_step(method: str):
+    """What the module's docstring says; gradients that overflow at first leave steps out."""
+
+    def trained(state: str) -> tuple[list[Tensor], int]:
+        model = network()
+        options = {} if method == "static" else {"update_interval": 5}
+        sparse = make(model, method=method, density=0.3, distribution="uniform", optimizer_state=state, **options)
+        sparse.start()
+        sparse.attach(optimizer := torch.optim.SGD(model.parameters(), 1.0))
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+
+        def step() -> bool:
+            scaler.unscale_(optimizer)
+            held = [weight for group in optimizer.param_groups for weight in group["params"]]
+            nn.utils.clip_grad_norm_(held, 0.5)
+            scaler.step(optimizer)
+            scale = scaler.get_scale()
+            scaler.update()
+            return scaler.get_scale() >= scale
+
+        for update in range(1, 21):
+            images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(update))
+            scaler.scale(100 * model(images).square().mean()).backward()
+            sparse.step(update, step)
+            optimizer.zero_grad()
+        return list(model.parameters()), sparse.steps
+
+    active, steps = trained("active")
+    compact, others = trained("compact")
+    assert steps == others
+    assert 0 < steps < 20
+    for one, other in zip(active, compact, strict=True):
+        assert one.isfinite().all()
+        torch.testing.assert_close(one, other)
+
+
+def test_a_layer_without_a_gradient_rests():
+    model = network()
+    sparse = make(model, method="static", density=0.3, optimizer_state="compact")
+    sparse.start()
+    sparse.attach(optimizer := torch.optim.SGD(model.parameters(), 0.1))
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    sparse.step(1, optimizer.step)
+    model.zero_grad()
+    before = copy.deepcopy(model.state_dict())
+    model[7](torch.randn(4, 16)).sum().backward()
+    sparse.step(2, optimizer.step)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[7].weight, before["7.weight"])
+
+
+def test_a_layer_that_never_had_a_gradient_stays_finite():
+    model: Any = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
+    sparse = make(model, method="rigl", density=0.3, update_interval=2)
+    sparse.start()
+    sparse.attach(optimizer := torch.optim.Adagrad(model.parameters()))
+    for update in range(1, 10):
+        model["used"](torch.randn(4, 8)).square().mean().backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("state", ["dense", "active", "compact"])
+def test_gradients_without_bounds_where_a_weight_is_masked(state: str):
+    model: Any = network()
+    sparse = make(model, method="static", density=0.3, optimizer_state=state)
+    sparse.start()
+    sparse.attach(optimizer := torch.optim.SGD(model.parameters(), 0.1))
+    model(torch.randn(4, 3, 8, 8)).sum().backward()
+    mask = sparse.masks["4.weight"]
+    model[4].weight.grad[~mask] = math.inf
+    sparse.step(1, optimizer.step)
+    assert not model[4].weight[~mask].any()
+    assert model[4].weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"growth": "gradients"}, r"sparsity.growth must be 'none' or .*, not 'gradients'\. Did you mean gradient"),
+        ({"masks": "magnitdue"}, "Did you mean magnitude"),
+        ({"optimizer_state": 3}, "sparsity.optimizer_state must be 'dense' or 'active' or 'compact', not 3"),
+        ({"density": "0.3"}, "sparsity.density must be float or int, not '0.3'"),
+        ({"density": True}, "sparsity.density must be float or int, not True"),
+        ({"update_interval": "epochs"}, "sparsity.update_interval must be 'epoch' or int, not 'epochs'"),
+        ({"update_interval": 1.5}, "not 1.5"),
+        ({"update_instead_of_step": "yes"}, "sparsity.update_instead_of_step must be bool, not 'yes'"),
+        ({"layers": 3}, "sparsity.layers must be str or tuple, not 3"),
+    ],
+)
+def test_values_of_other_types(values: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        SparsityConfig(**{"method": "rigl", "density": 0.3, **values})
+
+
+@pytest.mark.parametrize("change", [lambda m: m.float() * 2, torch.ones_like, torch.zeros_like])
+def test_masks_of_another_density(change: Callable[[Tensor], Tensor]):
+    sparse = make(network(), method="static", density=0.3)
+    sparse.start()
+    masks = {name: change(mask) for name, mask in sparse.masks.items()}
+    with pytest.raises(CheckpointError, match=r"The mask of 0\.weight keeps \d+ weights .*, not the \d+ of"):
+        make(network(), method="static", density=0.3).load_state_dict(sparse.state_dict(), masks)
+    with pytest.raises(CheckpointError, match="This is no state of sparse training"):
+        make(network(), method="static", density=0.3).load_state_dict({}, sparse.masks)
 
 
 def test_cautious_optimizers_ask_for_a_state_that_zeros_do_not_shrink():

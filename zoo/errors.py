@@ -59,7 +59,7 @@ PART = 3  # letters from which on a part of a name is meant for it
 
 def did_you_mean(name: str, options: Iterable[str], count: int = 3) -> str:
     """`" Did you mean a, b or c?"`, or the empty string when nothing is near and nothing contains `name`."""
-    name, options = name.lower(), sorted(options)
+    name, options = str(name).lower(), sorted(options)
 
     def likeness(option: str) -> float:
         return difflib.SequenceMatcher(None, option, name).ratio()

@@ -26,6 +26,7 @@ from zoo.files import check_folder, checkpoint_folder, checkpoint_places, fresh_
 from zoo.layers.folding import check_plain
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
+from zoo.sparsity.masks import MASKS
 from zoo.weights import (
     DEFAULT_FILES,
     HUB_PREFIXES,
@@ -71,7 +72,8 @@ def save_pretrained(
             `generation_config.json`.
         note: what there is to say about the weights, kept in `config.json`.
         dtype: what floating-point tensors are saved as, such as torch.float16; by default what they are.
-        overwrite: replace the model in a folder that is not empty; other files in it stay.
+        overwrite: replace the model in a folder that is not empty; other files in it stay, but for masks of its
+            weights.
 
     Returns the folder. Raises ConfigError for a model, labels or folder that will not do, also for a model that was
     changed so that its description builds another, or that has hooks, adapters or parametrizations; CheckpointError.
@@ -98,6 +100,7 @@ def save_pretrained(
         if _is_entry(config["architecture"]):
             _check_opens(fresh, model, unwrap(tensors, "The model"))
         put_in_place(fresh, folder)
+        (folder / MASKS).unlink(missing_ok=True)  # of the weights that were there before
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {str(folder)!r}: {error.strerror or error}. Nothing was left behind."

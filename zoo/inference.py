@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from zoo.layers.convnext import timms_fast_stage
 from zoo.layers.folding import fold_batch_norm, has_hooks, is_changed, package_of
 from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear, is_gelu
+from zoo.layers.wrappers import copied
 
 Model = TypeVar("Model", bound=nn.Module)
 METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")  # that users of timm's models call
@@ -52,7 +52,7 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     if has_meta(model):
         raise ConfigError("A model on the meta device has no weights to fold: create it on another, or load them.")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = copied(model)
     model.eval().requires_grad_(False)
     with torch.no_grad():
         fast = _replace_modules(model, _fast_form)

@@ -21,6 +21,7 @@ from zoo.exporting.onnx import MODEL, decoder_feeds, empty_past, image_size, wri
 from zoo.exporting.transformers import write_json, write_tokenizer, write_transformers
 from zoo.files import check_folder, fresh_folder, put_in_place
 from zoo.layers.decoder import Decoder
+from zoo.layers.wrappers import copied
 
 __all__ = ["FORMATS", "Export", "Format", "check_input", "export"]
 
@@ -172,9 +173,10 @@ def _write_onnx(
 def _check_runs(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Raise ConfigError with the model's reason where it takes no images of this size: torch's exporter buries it."""
     images = check_input(model, input_size)
+    twin = copied(model).to("cpu", torch.float32)
     try:
         with torch.inference_mode():
-            copy.deepcopy(model).to("cpu", torch.float32)(images)
+            twin(images)
     except Exception as error:  # models have reasons of their own kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         size = "x".join(map(str, input_size))

@@ -10,7 +10,6 @@ A vision model's takes `pixel_values` and gives `logits`. Sizes of batch, text a
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import re
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.exporting.layout import decoder_of
 from zoo.layers.decoder import Decoder, Visible
+from zoo.layers.wrappers import copied
 
 __all__ = ["MODEL", "decoder_feeds", "empty_past", "image_size", "write_onnx"]
 
@@ -114,7 +114,7 @@ def write_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError('ONNX needs onnx and onnxscript: pip install "backbone-zoo[export]".') from error
-    model = copy.deepcopy(model).to("cpu", dtype).eval().requires_grad_(False)
+    model = copied(model).to("cpu", dtype).eval().requires_grad_(False)
     if isinstance(model, Decoder):
         decoder_of(model, "ONNX")
         graph: nn.Module = DecoderStep(model)

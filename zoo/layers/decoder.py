@@ -24,7 +24,7 @@ from zoo.layers.folding import has_hooks, has_own_forward, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights, on_meta
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
-from zoo.layers.observers import is_exporting
+from zoo.layers.observers import is_exporting, is_transformed
 from zoo.layers.token_loss import IGNORED, mean_token_loss
 
 __all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "reorder_rotary"]
@@ -615,7 +615,7 @@ class Decoder(ZooModelHubMixin, nn.Module):
                 f"positions must be whole numbers of the tokens' shape, {tuple(tokens.shape)}, not "
                 f"{tuple(positions.shape)}."
             )
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or tokens.device.type != "cpu":
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or tokens.device.type != "cpu":
             return
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:

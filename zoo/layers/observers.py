@@ -14,6 +14,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) in that memory format, but under `torch.func.vmap`, which cannot tell it."""
+    return x if is_transformed() else x.contiguous(memory_format=torch.channels_last)
+
+
 def is_observed() -> bool:
     """Whether a mode sees each operator, as `FlopCounterMode` and `FakeTensorMode` do, which know PyTorch's alone."""
     return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()

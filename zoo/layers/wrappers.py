@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 from torch import nn
 
-__all__ = ["unwrapped"]
+from zoo.errors import ConfigError
+
+__all__ = ["copied", "unwrapped"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def copied(model: Model) -> Model:
+    """A copy with weights of its own. Raises ConfigError for a model that PyTorch cannot copy."""
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        if "created explicitly by the user" not in str(error):
+            raise
+        raise ConfigError(
+            f"{type(model).__name__} cannot be copied: it holds tensors that were computed from others, as under "
+            "torch.nn.utils.prune, whose remove(module, 'weight') makes weights of them."
+        ) from error
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

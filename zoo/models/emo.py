@@ -40,6 +40,7 @@ from zoo.layers.arguments import (
 )
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
+from zoo.layers.observers import channels_last
 from zoo.layers.staged import Head, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -567,7 +568,7 @@ class FastStem(nn.Module):
         self.proj = as_linear(stem.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        x = self.act(self.conv(channels_last(x)))
         x = self.se(F.silu(self.dwconv(x), inplace=True))
         return self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

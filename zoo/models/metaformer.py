@@ -37,7 +37,7 @@ from zoo.layers.arguments import (
 )
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
-from zoo.layers.observers import is_batched, is_exporting, is_transformed
+from zoo.layers.observers import channels_last, is_batched, is_exporting, is_transformed
 from zoo.layers.packed import Activation, PackedConv2d, may_overwrite, needs_gradients
 from zoo.layers.staged import Head, StagedNet
 from zoo.layers.stochastic_depth import is_per_sample, stochastic_add, trains_eagerly
@@ -594,7 +594,7 @@ class FastStem(nn.Module):
         self.conv, self.norm = PackedConv2d(stem.conv), stem.norm
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.conv(channels_last(x)))
 
 
 class FastStage(nn.Module):
@@ -614,7 +614,7 @@ class FastStage(nn.Module):
         x = self.downsample(x)
         if not may_overwrite(x):
             return self.blocks(x)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         if not self.owns_input:
             x = x.clone()
         samples = len(x)

@@ -40,6 +40,7 @@ from zoo.layers.convnext import FastConvNeXtBlock, FastConvNeXtStage
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
+from zoo.layers.observers import channels_last
 from zoo.layers.packed import PackedConv2d
 from zoo.layers.staged import Head, StagedNet
 from zoo.layers.training_mlp import training_mlp
@@ -413,7 +414,7 @@ class FastStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, self.stride, self.stride, self.needed)
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.conv(channels_last(x)))
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
-from zoo.layers.wrappers import unwrapped
+from zoo.layers.wrappers import copied, unwrapped
 from zoo.sparsity.densities import plain_name
 from zoo.sparsity.masks import Masks, check_masks, masks_of
 
@@ -155,7 +155,7 @@ def _twin(model: nn.Module) -> nn.Module:
     """A copy of `model` in double precision, in evaluation, with weights among which no mistake stays hidden."""
     if any(tensor.is_meta for tensor in model.parameters()):
         raise ConfigError(f"{type(model).__name__} is on the meta device: it has no channels to look at.")
-    twin = copy.deepcopy(unwrapped(model)).cpu().double().eval().requires_grad_(True)
+    twin = copied(unwrapped(model)).cpu().double().eval().requires_grad_(True)
     generator = _generator()
     with torch.no_grad():
         for tensor in (*twin.parameters(), *twin.buffers()):

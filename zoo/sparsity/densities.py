@@ -153,6 +153,9 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 
 def _proportional(dimensions: Shapes, shapes: Shapes, density: float) -> dict[str, float]:
     density = _checked(density)
+    for name, shape in shapes.items():
+        if not shape or not math.prod(shape) > 0:
+            raise ConfigError(f"{name} has no weights to make sparse: its shape is {tuple(shape)}.")
     raw = {name: sum(shape) / math.prod(shape) for name, shape in dimensions.items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     dense: set[str] = set()
@@ -182,8 +185,12 @@ def densities(shapes: Shapes, density: float, rule: str = "erk") -> dict[str, fl
 def counts(shapes: Shapes, layer_densities: Mapping[str, float]) -> dict[str, int]:
     """How many weights of each layer are non-zero, in whole numbers whose sum is the nearest to the densities'.
 
-    Every layer is within one weight of its own density: the largest remainders are rounded up.
+    Every layer is within one weight of its own density: the largest remainders are rounded up. Raises ConfigError for
+    densities that are none.
     """
+    for name in shapes:
+        if not 0 <= layer_densities[name] <= 1 + 1e-9:
+            raise ConfigError(f"The density of {name} must be from 0 to 1, not {layer_densities[name]!r}.")
     exact = {name: layer_densities[name] * math.prod(shape) for name, shape in shapes.items()}
     whole = {name: math.floor(share + 1e-9) for name, share in exact.items()}
     left = round(sum(exact.values())) - sum(whole.values())

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import CheckpointError, ConfigError, did_you_mean
 from zoo.files import whole_file
 from zoo.layers.wrappers import unwrapped
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
 from zoo.sparsity.densities import is_depthwise, outputs_first
-from zoo.sparsity.masks import check_masks, follows_n_m
+from zoo.sparsity.masks import MASKS, check_masks, follows_n_m
 from zoo.units import humanize
 
 __all__ = ["SparseLayer", "SparseModel", "report"]
@@ -213,8 +213,8 @@ def report(
 
     `input_size` is (channels, height, width), by default what the model's `pretrained_cfg` says. Weights that `masks`
     are of count as these say: a weight that has just appeared is zero, and kept. Raises ConfigError for a model without
-    weights that can be sparse, or on the meta device, CheckpointError for masks of another model, and what
-    `zoo.profile` raises.
+    weights that can be sparse, or on the meta device, CheckpointError for masks of another model or of other weights,
+    and what `zoo.profile` raises.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"report() takes a module with weights, not {type(model).__name__}.")
@@ -224,7 +224,13 @@ def report(
         model = copy.deepcopy(model)
         with torch.no_grad():
             for name, parameter in check_masks(model, masks).items():
-                parameter.copy_(masks[name])  # as weights of one, none of which is zero by chance
+                mask = masks[name].to(parameter.device, torch.bool)
+                if beyond := int(parameter.masked_fill(mask, 0).count_nonzero()):
+                    raise CheckpointError(
+                        f"The masks are not of these weights: {name} has {beyond} that its mask leaves out and that "
+                        f"are not zero. Remove {MASKS}, or give the masks of this checkpoint."
+                    )
+                parameter.copy_(mask)  # as weights of one, none of which is zero by chance
     costs = profile(model, input_size=input_size)
     model = unwrapped(model)
     weights = sparse_weights(model)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from zoo.data import ImageSplit, preprocessing
 from zoo.errors import ConfigError, DataError
 from zoo.evaluation.targets import class_outputs
+from zoo.hub import is_language_model
 from zoo.loading import load_model
 from zoo.training.config import DistillConfig
 from zoo.training.learner import Learner
@@ -59,6 +60,8 @@ class Teacher:
     ) -> None:
         assert config.teacher is not None
         model = load_model(config.teacher, config.checkpoint_path).eval().requires_grad_(False)
+        if is_language_model(model):
+            raise ConfigError(f"distill.teacher: {config.teacher} is a language model, and the student sees images.")
         self.model: Any = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         own = preprocessing(self.model)
         self.size: tuple[int, int] = tuple(own["input_size"][1:])

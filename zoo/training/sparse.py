@@ -16,6 +16,17 @@ In a training loop of one's own:
         sparse.step(update, optimizer.step)
         optimizer.zero_grad()
 
+What scales or clips gradients belongs into the step, over what the optimizer holds, since `optimizer_state: compact`
+hands it the kept weights alone:
+
+    def step():
+        scaler.unscale_(optimizer)
+        clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], 1.0)
+        scaler.step(optimizer)
+        scale = scaler.get_scale()
+        scaler.update()
+        return scaler.get_scale() >= scale
+
 Weights that appear start at zero, and so does what the optimizer remembers of them. Adam would then take far too long
 steps: it corrects its averages for their beginning at zero by the number of all updates, so that after k of them a
 weight of steady gradient moves by (1 - beta1**k) / sqrt(1 - beta2**k) of the learning rate, up to 6.6 times of it
@@ -139,8 +150,7 @@ class SparseTraining:
         self.final: dict[str, int] = {}  # and that it keeps in the end
         self.steps = 0  # of the optimizer
         self.born: dict[str, Tensor] = {}  # the step at which a weight appeared; 0: it was there from the start
-        self.optimizer: torch.optim.Optimizer | None = None
-        self.kind: str | None = None  # of the optimizer, where its corrections are known
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}  # that hold the masked weights
         self.groups: dict[str, dict[str, Any]] = {}
         self.values: dict[str, nn.Parameter] = {}  # compact: the kept weights alone, in the optimizer's hands
         self.channels: dict[str, ChannelGroup] = {}  # those that may die out
@@ -249,44 +259,76 @@ class SparseTraining:
         digest = hashlib.sha256(f"{self.seed}/{update}/{name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take charge of what `optimizer`, made over the model's parameters, remembers; before its first step.
+    def attach(self, *optimizers: torch.optim.Optimizer) -> None:
+        """Take charge of what optimizers, made over the model's parameters, remember; of all, before their first step.
 
-        Raises ConfigError for an optimizer that cannot do what the rule says or holds none of the masked weights, and
-        where there are no masks yet.
+        Where they go on from a checkpoint, their `load_state_dict` comes after this. Raises ConfigError for optimizers
+        that cannot do what the rule says or hold not all of the masked weights, or some twice, and where there are no
+        masks yet.
         """
         if not self.masks:
             raise ConfigError("There are no masks yet: start() or load_state_dict() comes before attach().")
-        kind = type(optimizer).__name__
-        self.optimizer = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
-        self.kind = next((c.__name__ for c in type(self.optimizer).__mro__ if c.__name__ in CORRECTIONS), None)
-        if self.kind in BEGINNINGS:
-            self.optimizer.register_step_pre_hook(self._begin)
+        if self.optimizers:
+            raise ConfigError("attach() was called before: give it all optimizers at once.")
+        held: dict[str, torch.optim.Optimizer] = {}
         names = {id(self.parameters[name]): name for name in self.masks}
-        compact = self.rule.optimizer_state == "compact"
-        if compact and kind not in ELEMENTWISE:
+        for optimizer in optimizers:
+            if not isinstance(optimizer, torch.optim.Optimizer):
+                raise ConfigError(f"attach() takes optimizers of torch, not {type(optimizer).__name__}.")
+            for name in filter(None, (names.get(id(p)) for group in optimizer.param_groups for p in group["params"])):
+                if held.setdefault(name, optimizer) is not optimizer:
+                    raise ConfigError(f"Two optimizers hold {name}.")
+        missing = [name for name in self.masks if name not in held]
+        if len(missing) == len(self.masks):
+            raise ConfigError("The optimizer holds none of the weights that are masked: is it another model's?")
+        if missing and self.moves:
             raise ConfigError(
-                f"sparsity.optimizer_state compact needs an optimizer that treats each weight by itself, which {kind} "
-                "does not: take adamw or sgd, or optimizer_state active."
+                f"No optimizer holds {missing[0]}, whose mask would move without its weights' learning: give attach() "
+                "all optimizers at once, or choose sparsity.layers, or freeze what is not to learn."
             )
+        for optimizer in optimizers:
+            self._attach(optimizer, names)
+
+    def _attach(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+        kind = type(optimizer).__name__
+        base = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        if _known(base) in BEGINNINGS:
+            base.register_step_pre_hook(self._begin)
+        compact = self.rule.optimizer_state == "compact"
         for group in optimizer.param_groups:
-            if group.get("caution") and self.rule.optimizer_state == "active":
-                raise ConfigError(
-                    f"{kind} with caution divides by a mean over the whole tensor, of which weights at zero are part: "
-                    "its steps would be too long. Take sparsity.optimizer_state dense, or compact where it can be."
-                )
-            if self.rule.growth == "momentum" and not ("betas" in group or group.get("momentum")):
-                raise ConfigError(f"sparsity.growth momentum: {kind} keeps none. Choose another optimizer or growth.")
             for i, parameter in enumerate(group["params"]):
                 name = names.get(id(parameter))
                 if name is None:
                     continue
-                self.groups[name] = group
+                self._check_group(kind, group)
+                self.groups[name], self.optimizers[name] = group, base
                 if compact:
+                    if base.state.get(parameter):
+                        raise ConfigError(
+                            f"{kind} remembers something of {name}: with sparsity.optimizer_state compact, attach() "
+                            "comes before its first step, and before its load_state_dict()."
+                        )
                     self.values[name] = nn.Parameter(parameter.detach()[self.masks[name]])
                     group["params"][i] = self.values[name]
-        if not self.groups:
-            raise ConfigError("The optimizer holds none of the weights that are masked: is it another model's?")
+
+    def _check_group(self, kind: str, group: Mapping[str, Any]) -> None:
+        """Raises ConfigError where an optimizer cannot do with masked weights what the rule says."""
+        if self.rule.optimizer_state == "compact" and kind not in ELEMENTWISE:
+            raise ConfigError(
+                f"sparsity.optimizer_state compact needs an optimizer that treats each weight by itself, which {kind} "
+                "does not: take adamw or sgd, or optimizer_state active."
+            )
+        if group.get("caution") and self.rule.optimizer_state == "active":
+            raise ConfigError(
+                f"{kind} with caution divides by a mean over the whole tensor, of which weights at zero are part: "
+                "its steps would be too long. Take sparsity.optimizer_state dense, or compact where it can be."
+            )
+        if self.rule.growth == "momentum" and not ("betas" in group or group.get("momentum")):
+            raise ConfigError(f"sparsity.growth momentum: {kind} keeps none. Choose another optimizer or growth.")
+
+    def _state(self, name: str) -> dict[str, Any]:
+        """What the optimizer remembers of a weight."""
+        return self.optimizers[name].state.get(self._held(name), {}) if name in self.optimizers else {}
 
     # ------------------------------------------------------------------------------------------------------------ steps
 
@@ -294,8 +336,12 @@ class SparseTraining:
         """One update: `step()`, masks applied, and masks moved where the time has come.
 
         `update` counts from 1. Gradients are there, those of all processes and accumulated batches together. `step`
-        may clip them; it answers False where it did nothing, as mixed precision does when gradients overflow.
+        may clip them; it answers False where it did nothing, as mixed precision does when gradients overflow. With
+        `update_instead_of_step`, as of RigL, it is not called where masks move. Raises ConfigError where there are no
+        masks yet.
         """
+        if not self.masks:
+            raise ConfigError("There are no masks yet: start() or load_state_dict() comes before step().")
         due = self.is_due(update)
         scores = self._gradients() if due and self.rule.growth == "gradient" else {}
         self._confine_gradients()
@@ -315,7 +361,7 @@ class SparseTraining:
             if name in self.values:
                 self.parameters[name].masked_scatter_(mask, self.values[name].detach())
             else:
-                self.parameters[name].mul_(mask)
+                self.parameters[name].masked_fill_(~mask, 0)
 
     def average(self, ema: ModelEmaV3, update: int) -> None:
         """Update an average of the model so that it has the same zeros.
@@ -328,7 +374,8 @@ class SparseTraining:
         with torch.no_grad():
             for name, mask in self.masks.items():
                 average = averages[name]
-                average.copy_(torch.where(fresh[name], self.parameters[name].to(average), average) * mask)
+                newest = torch.where(fresh[name], self.parameters[name].to(average), average)
+                average.copy_(newest.masked_fill_(~mask, 0))
 
     def _held(self, name: str) -> nn.Parameter:
         """The parameter in the optimizer's hands."""
@@ -347,12 +394,11 @@ class SparseTraining:
             return
         for name, mask in self.masks.items():
             parameter = self.parameters[name]
-            if parameter.grad is None:
-                continue
             if name in self.values:
-                self.values[name].grad, parameter.grad = parameter.grad[mask], None
-            else:
-                parameter.grad.mul_(mask)
+                self.values[name].grad = None if parameter.grad is None else parameter.grad[mask]
+                parameter.grad = None
+            elif parameter.grad is not None:
+                parameter.grad.masked_fill_(~mask, 0)
 
     def _is_rescaled(self, name: str) -> bool:
         return name in self.born or self.rule.lr_density_power != 0
@@ -375,11 +421,10 @@ class SparseTraining:
     def _cold_start(self, name: str, age: Tensor) -> Tensor:
         """What a step must be multiplied with so that its averages are corrected for `age` updates of a weight, and
         that it is warmed up."""
-        assert self.optimizer is not None
         young, warmup = torch.ones_like(age), self.rule.regrow_warmup
         if name in self.groups:
-            state, group = self.optimizer.state.get(self._held(name), {}), self.groups[name]
-            correction = CORRECTIONS.get(self.kind or "")
+            state, group = self._state(name), self.groups[name]
+            correction = CORRECTIONS.get(_known(self.optimizers[name]) or "")
             if correction is None and state.keys() >= {"exp_avg", "exp_avg_sq"} and len(group.get("betas", ())) == 2:
                 correction = _as_adam  # one of another package
             if correction is not None:
@@ -390,13 +435,12 @@ class SparseTraining:
         return young * (age / warmup).clamp(max=1) if warmup else young
 
     @torch.no_grad()
-    def _begin(self, *args: Any) -> None:
+    def _begin(self, optimizer: torch.optim.Optimizer, *args: Any) -> None:
         """Let the optimizer, about to step, remember what it would of weights that take their first one."""
-        assert self.optimizer is not None
-        key, beginning = BEGINNINGS[str(self.kind)]
+        key, beginning = BEGINNINGS[str(_known(optimizer))]
         for name, born in self.born.items():
-            held, state = self._held(name), self.optimizer.state.get(self._held(name), {})
-            if key in state and held.grad is not None:
+            held, state = self._held(name), self._state(name)
+            if self.optimizers.get(name) is optimizer and key in state and held.grad is not None:
                 state[key] = torch.where((born > 0) & (born == self.steps), beginning(held.grad), state[key])
 
     # ------------------------------------------------------------------------------------------------------- topologies
@@ -540,7 +584,7 @@ class SparseTraining:
 
     def _momentum(self, name: str) -> Tensor:
         """How far the optimizer would move each weight: |m| / (sqrt(v) + 1e-8), or |m| where it keeps no v."""
-        state = self.optimizer.state.get(self.parameters[name], {}) if self.optimizer is not None else {}
+        state = self._state(name)
         momentum = state.get("exp_avg", state.get("momentum_buffer"))
         if momentum is None:
             return torch.zeros_like(self.parameters[name])
@@ -550,11 +594,11 @@ class SparseTraining:
     def _adopt(self, name: str, new: Tensor) -> None:
         """Change a mask, and with it the weights and what the optimizer remembers of them."""
         old, parameter = self.masks[name], self.parameters[name]
-        parameter.mul_(new)
+        parameter.masked_fill_(~new, 0)
         self.masks[name] = new
-        if self.rule.optimizer_state == "dense" or self.optimizer is None:
+        if self.rule.optimizer_state == "dense" or not self.optimizers:
             return
-        held, state = self._held(name), self.optimizer.state.get(self._held(name), {})
+        held, state = self._held(name), self._state(name)
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == held.shape and value.ndim:
                 state[key] = self._carried(name, value, old, new)
@@ -570,7 +614,7 @@ class SparseTraining:
     def _carried(self, name: str, value: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """What is remembered for each held weight, under another mask: zero for weights that appeared."""
         if name not in self.values:
-            return value * (old & new)
+            return value.masked_fill(~(old & new), 0)
         return torch.zeros(old.shape, dtype=value.dtype, device=value.device).masked_scatter_(old, value)[new]
 
     # ------------------------------------------------------------------------------------------------------ checkpoints
@@ -589,9 +633,12 @@ class SparseTraining:
     def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """Go on from a checkpoint: before `attach`.
 
-        Raises CheckpointError for masks of another model or of weights that are frozen now, a rule that the masks do
-        not follow, and an optimizer's state of another kind.
+        Raises CheckpointError for what is no such state, masks of another model or of weights that are frozen now, a
+        rule or a number of weights that the masks do not follow, and an optimizer's state of another kind.
         """
+        wanted = ("optimizer_state", "final", "steps", "born", "retired")
+        if not isinstance(state, Mapping) or not all(key in state for key in wanted):
+            raise CheckpointError(f"This is no state of sparse training, which has {', '.join(wanted)}.")
         if (state["optimizer_state"] == "compact") != (self.rule.optimizer_state == "compact"):
             raise CheckpointError(
                 f"The checkpoint was trained with sparsity.optimizer_state {state['optimizer_state']}, not "
@@ -613,6 +660,13 @@ class SparseTraining:
                 raise CheckpointError(
                     f"The checkpoint has a mask of {name}, which is frozen now, or not among sparsity.layers: unfreeze "
                     "it, or begin a run in another output.dir."
+                )
+        for name, mask in masks.items():
+            final, kept = state["final"].get(name), int(mask.count_nonzero())
+            if mask.dtype != torch.bool or final is None or kept < final or (kept > final and not self.falls):
+                raise CheckpointError(
+                    f"The mask of {name} keeps {kept} weights ({str(mask.dtype).removeprefix('torch.')}), not the "
+                    f"{final} of the checkpoint (bool): it is another one's."
                 )
         self.masks = {name: mask.to(found[name].device) for name, mask in masks.items()}
         self.final, self.steps = dict(state["final"]), state["steps"]
@@ -675,9 +729,10 @@ class SparseTraining:
                 f"{', '.join(left_out[:3])}{' and others' * (len(left_out) > 3)}."
             )
         starts_anew = self.rule.growth != "none" and self.rule.optimizer_state != "dense"
-        if starts_anew and self.optimizer is not None and self.kind is None and not self.rule.regrow_warmup:
+        unknown = [type(o).__name__ for o in self.optimizers.values() if _known(o) is None]
+        if starts_anew and unknown and not self.rule.regrow_warmup:
             text += (
-                f" How {type(self.optimizer).__name__} begins with a weight is not known here: unless it keeps Adam's "
+                f" How {unknown[0]} begins with a weight is not known here: unless it keeps Adam's "
                 f"averages, the steps of weights that appear grow over {UNKNOWN_WARMUP} updates "
                 "(sparsity.regrow_warmup)."
             )
@@ -739,6 +794,11 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
     return {name: int(part.count_nonzero()) for name, part in zip(scores, parts, strict=True)}
 
 
+def _known(optimizer: torch.optim.Optimizer) -> str | None:
+    """The kind of an optimizer whose corrections are known."""
+    return next((c.__name__ for c in type(optimizer).__mro__ if c.__name__ in CORRECTIONS), None)
+
+
 def _plain(value: Any) -> Any:
     """As a checkpoint holds it."""
     return list(value) if isinstance(value, tuple) else value
@@ -789,7 +849,7 @@ def _as_rmsprop(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor,
 
 def _as_adagrad(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
     """A sum over all steps shortens them."""
-    return (age / step).sqrt()
+    return (age / step.clamp(min=1)).sqrt()
 
 
 def _as_adafactor(group: Mapping[str, Any], state: Mapping[str, Any], age: Tensor, step: Tensor) -> Tensor:
