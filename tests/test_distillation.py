@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import zoo
 from tests.hub_stub import Hub
+from tests.language import small
 from tests.test_data import make_folder
 from tests.test_training import SMALL, assert_goes_on_exactly, configure
 from zoo.data import DataConfig, load_split
@@ -172,6 +173,12 @@ def test_the_teacher_of_images_of_another_kind(tmp_path: Path):
     own_kind = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     images = torch.randn(2, 3, 32, 32)
     assert Teacher(DistillConfig(teacher=str(folder)), own_kind, CPU).view(images) is images
+
+
+def test_a_language_model_teaches_no_images(tmp_path: Path):
+    folder = zoo.save_pretrained(small(), tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="is a language model, and the student sees images"):
+        Teacher(DistillConfig(teacher=str(folder)), PREPROCESS, CPU)
 
 
 def test_colour_becomes_grey_as_pillow_makes_it(teacher: Path):

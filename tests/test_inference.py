@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
@@ -103,6 +104,15 @@ def test_who_watches_operators_sees_pytorchs(name):
     assert 0.97 * flops[0] <= flops[1] <= flops[0]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert fast(mode.from_tensor(batch)).shape == model(mode.from_tensor(batch)).shape
+
+
+@models
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented the batching rule")
+def test_vmap_over_images(name):
+    model = randomize(create(name))
+    fast = zoo.optimize_for_inference(model)
+    close(torch.func.vmap(lambda image: fast(image[None])[0])(images()), model(images()))
 
 
 @few_models
@@ -399,6 +409,15 @@ def test_a_wrong_width_is_told_by_pytorch():
     fast = zoo.optimize_for_inference(nn.Sequential(nn.Conv2d(64, 64, 3)))
     with pytest.raises(RuntimeError, match="64 channels"):
         fast(torch.ones(2, 32, 8, 8))
+
+
+def test_a_pruned_model_is_told_how_to_become_plain():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    with pytest.raises(ConfigError, match=r"Sequential cannot be copied: .* whose remove\(module, 'weight'\)"):
+        zoo.optimize_for_inference(model)
+    prune.remove(model[0], "weight")
+    close(zoo.optimize_for_inference(model)(images()), model(images()).detach())
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 import zoo
 from tests import golden
+from zoo.cli import main
 from zoo.errors import CheckpointError, ConfigError
 from zoo.sparsity import (
     apply_masks,
@@ -223,6 +225,34 @@ def test_masks_of_another_model_are_errors(tmp_path):
         apply_masks(model, {"stem.conv.weight": torch.zeros(16, 3, 7, 7), "head.fc.weight": torch.ones(9, 32)})
     assert torch.equal(before, model.head.fc.weight)
     assert model.stem.conv.weight.count_nonzero()
+
+
+def test_masks_of_other_weights_are_errors(tmp_path, capsys):
+    """As those that stay behind where a file of weights is exchanged; what writes a model removes them itself."""
+    model, masks = tiny(), random_masks(tiny(), 0.3)
+    apply_masks(model, masks)
+    folder = zoo.save_pretrained(model, tmp_path / "model")
+    save_masks(masks, folder / "masks.safetensors")
+    assert zoo.sparsity.report(model, masks=load_masks(folder / "masks.safetensors")).density < 0.4
+    zoo.save_pretrained(tiny(), tmp_path / "dense")
+    shutil.copy(tmp_path / "dense" / "model.safetensors", folder)
+    with pytest.raises(
+        CheckpointError, match=r"The masks are not of these weights: \S+ has \d+ that its mask leaves out"
+    ):
+        zoo.sparsity.report(tiny(), masks=masks)
+    assert main(["sparsity", str(folder)]) == 1
+    assert "The masks are not of these weights" in capsys.readouterr().err
+    zoo.save_pretrained(tiny(), folder, overwrite=True)
+    assert main(["sparsity", str(folder)]) == 0
+    assert "100.00%" in capsys.readouterr().out
+
+
+def test_densities_that_are_none_are_errors():
+    with pytest.raises(ConfigError, match="The density of a must be from 0 to 1, not 2"):
+        counts({"a": (4, 4)}, {"a": 2})
+    for rule in ("er", "erk"):
+        with pytest.raises(ConfigError, match=r"a has no weights to make sparse: its shape is \(0, 3\)"):
+            densities({"a": (0, 3), "b": (4, 4)}, 0.5, rule)
 
 
 def test_a_file_that_holds_no_masks_is_an_error(tmp_path):
