@@ -1525,6 +1525,17 @@ def test_values_of_other_types(values: dict[str, Any], message: str):
         SparsityConfig(**{"method": "rigl", "density": 0.3, **values})
 
 
+def test_arguments_of_other_types():
+    rule = SparsityConfig(method="static", density=0.2).rule()
+    with pytest.raises(ConfigError, match=r"rule is what SparsityConfig\(...\).rule\(\) gives, and not str"):
+        SparseTraining(network(), "static", updates=10)
+    for updates in (0, 1.5, None):
+        with pytest.raises(ConfigError, match="updates must be a whole number from 1 up"):
+            SparseTraining(network(), rule, updates=updates)
+    with pytest.raises(ConfigError, match="The rule needs a density"):
+        SparseTraining(network(), SparsityRule(), updates=10).start()
+
+
 @pytest.mark.parametrize("change", [lambda m: m.float() * 2, torch.ones_like, torch.zeros_like])
 def test_masks_of_another_density(change: Callable[[Tensor], Tensor]):
     sparse = make(network(), method="static", density=0.3)

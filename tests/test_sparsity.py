@@ -17,6 +17,7 @@ from zoo.cli import main
 from zoo.errors import CheckpointError, ConfigError
 from zoo.sparsity import (
     apply_masks,
+    channel_groups,
     counts,
     densities,
     density_of,
@@ -245,6 +246,25 @@ def test_masks_of_other_weights_are_errors(tmp_path, capsys):
     zoo.save_pretrained(tiny(), folder, overwrite=True)
     assert main(["sparsity", str(folder)]) == 0
     assert "100.00%" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        (sparse_parameters, [None], "A model is a torch.nn.Module, and not None"),
+        (sparse_parameters, [tiny(), 3], "layers is all, decomposed, or names of layers, and not 3"),
+        (masks_of, [nn.Linear], "A model is a torch.nn.Module"),
+        (channel_groups, ["resnet18"], "A model is a torch.nn.Module, and not 'resnet18'"),
+        (apply_masks, [tiny(), None], "Masks are tensors by the names of their weights, and not NoneType"),
+        (apply_masks, [tiny(), {"head.fc.weight": None}], "The mask of 'head.fc.weight' must be a tensor"),
+        (density_of, [[1]], "and not list"),
+        (save_masks, [{3: torch.ones(1)}, "masks.safetensors"], "The mask of 3 must be a tensor"),
+        (n_m_mask, [torch.ones(4), 2, 4], "along the inputs of a weight, its second dimension, and this has 1"),
+    ],
+)
+def test_arguments_of_other_types(function, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        function(*arguments)
 
 
 def test_densities_that_are_none_are_errors():

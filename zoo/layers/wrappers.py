@@ -28,7 +28,9 @@ def copied(model: Model) -> Model:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside data-parallel and compiled wrappers."""
+    """The module inside data-parallel and compiled wrappers. Raises ConfigError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"A model is a torch.nn.Module, and not {model!r}.")
     while True:
         parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
         inner = getattr(model, "module" if parallel else "_orig_mod", None)

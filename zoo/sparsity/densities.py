@@ -39,7 +39,7 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
     tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     able = {name: p for name, p in parameters.items() if _can_be_sparse(name, modules) and id(p) not in tables}
     what = type(model).__name__
-    if not isinstance(layers, str) and len(layers) == 1 and layers[0] in ("all", "decomposed"):
+    if isinstance(layers, Sequence) and len(layers) == 1 and layers[0] in ("all", "decomposed"):
         layers = layers[0]
     if layers == "all":
         if not able:
@@ -57,8 +57,11 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
                 "or all."
             )
         return chosen
+    patterns = [layers] if isinstance(layers, str) else layers
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"layers is all, decomposed, or names of layers, and not {layers!r}.")
     names: dict[str, None] = {}
-    for pattern in [layers] if isinstance(layers, str) else layers:
+    for pattern in patterns:
         found = [name for name in (*modules, *parameters) if name and fnmatch.fnmatchcase(name, pattern)]
         if not found:
             near = did_you_mean(pattern, ("all", "decomposed", *modules, *able)) or f" There are: {_some(able)}."

@@ -56,10 +56,14 @@ def masks_of(model: nn.Module, layers: str | Sequence[str] = "all") -> Masks:
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters that masks belong to. Raises CheckpointError for a mask without one, or of another shape."""
+    """The parameters that masks belong to.
+
+    Raises CheckpointError for a mask without one, or of another shape, and ConfigError for what are no masks.
+    """
     parameters = {
         plain_name(name): parameter for name, parameter in unwrapped(model).named_parameters(remove_duplicate=False)
     }
+    _check_mapping(masks)
     for name, mask in masks.items():
         if name not in parameters:
             near = did_you_mean(name, parameters)
@@ -80,9 +84,18 @@ def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def density_of(masks: Mapping[str, Tensor]) -> float:
-    """The share of weights that all masks together keep; 1 without masks."""
+    """The share of weights that all masks together keep; 1 without masks. Raises ConfigError for what are no masks."""
+    _check_mapping(masks)
     total = sum(mask.numel() for mask in masks.values())
     return sum(int(mask.count_nonzero()) for mask in masks.values()) / total if total else 1.0
+
+
+def _check_mapping(masks: Mapping[str, Tensor]) -> None:
+    if not isinstance(masks, Mapping):
+        raise ConfigError(f"Masks are tensors by the names of their weights, and not {type(masks).__name__}.")
+    for name, mask in masks.items():
+        if not (isinstance(name, str) and isinstance(mask, Tensor)):
+            raise ConfigError(f"The mask of {name!r} must be a tensor, not {type(mask).__name__}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -105,7 +118,11 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write masks to a safetensors file, one bit for each weight, whole or not at all. Raises CheckpointError."""
+    """Write masks to a safetensors file, one bit for each weight, whole or not at all.
+
+    Raises CheckpointError, and ConfigError for what are no masks.
+    """
+    _check_mapping(masks)
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     metadata = {"kind": FORMAT, "shapes": json.dumps(shapes)}
     write_safetensors({name: pack(mask) for name, mask in masks.items()}, path, metadata)
@@ -147,9 +164,11 @@ def n_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
     """A mask that keeps the `n` highest scores of every `m` along the input dimension (the second).
 
     Of equal scores the first is kept. Where `m` does not divide the inputs, the last group is shorter. Raises
-    ConfigError unless 0 < n <= m.
+    ConfigError unless 0 < n <= m, and for a weight without an input dimension.
     """
     _check_n_m(n, m)
+    if scores.ndim < 2:
+        raise ConfigError(f"N:M is along the inputs of a weight, its second dimension, and this has {scores.ndim}.")
     groups = _groups(scores, m, -math.inf)
     best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, : scores.shape[1]]

@@ -50,6 +50,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
+from zoo.layers.arguments import check_counts
 from zoo.layers.wrappers import unwrapped
 from zoo.sparsity import (
     ChannelGroup,
@@ -119,6 +120,9 @@ class SparseTraining:
         agree: Callable[[list[Tensor]], None] = lambda tensors: None,
         input_size: tuple[int, int, int] | None = None,
     ) -> None:
+        if not isinstance(rule, SparsityRule):
+            raise ConfigError(f"rule is what SparsityConfig(...).rule() gives, and not {type(rule).__name__}.")
+        check_counts(1, updates=updates, updates_per_epoch=updates_per_epoch)
         self.model, self.rule, self.seed, self.agree, self.input_size = model, rule, seed, agree, input_size
         chosen = sparse_parameters(model, rule.layers)
         self.parameters = {name: parameter for name, parameter in chosen.items() if parameter.requires_grad}
@@ -177,7 +181,8 @@ class SparseTraining:
             masks = {name: parameter.detach() != 0 for name, parameter in self.parameters.items()}
             self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
         else:
-            assert rule.density is not None  # the configuration's to check
+            if rule.density is None:
+                raise ConfigError("The rule needs a density: the share of weights to keep, such as 0.2.")
             if rule.distribution == "snip":
                 total = sum(score.numel() for score in scores.values())
                 self.final = largest(scores, round(rule.density * total))
