@@ -433,3 +433,9 @@ def test_output_that_cannot_spell_a_name_is_still_output():
     result = subprocess.run([*COMMAND, "info", "poolformer_s12"], capture_output=True, env=env)
     assert result.returncode == 0, result.stderr
     assert b"11,915,176" in result.stdout
+
+
+def test_info_asks_for_an_architecture(tmp_path):
+    result = run("info", f"local-dir:{tmp_path}")
+    assert result.returncode == 1
+    assert "That names weights, and this asks for an architecture" in result.stderr

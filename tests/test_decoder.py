@@ -534,6 +534,10 @@ def test_exports_with_any_length(form):
     ("args", "message"),
     [
         ({"depth": 0}, "depth must be a whole number from 1 up, not 0"),
+        ({"tie_embeddings": "false"}, "tie_embeddings must be True or False, not 'false'"),
+        ({"qk_norm": 1}, "qk_norm must be True or False, not 1"),
+        ({"global_layers": 1}, "global_layers must be numbers of layers, not 1"),
+        ({"global_layers": (0, "1")}, r"global_layers must be numbers of layers, not \(0, '1'\)"),
         ({"dim": 32.0}, "dim must be a whole number"),
         ({"vocab_size": True}, "vocab_size must be a whole number"),
         ({"num_kv_heads": 3}, r"num_kv_heads \(3\) must divide num_heads \(4\)"),

@@ -15,6 +15,7 @@ import torch
 import zoo
 from tests.language import random_model, small
 from zoo.data.text import TextDataConfig
+from zoo.errors import DataError
 from zoo.evaluation import perplexity
 from zoo.evaluation.config import LanguageEvaluationConfig, parse_evaluation
 from zoo.evaluation.language import windows
@@ -369,3 +370,16 @@ def test_mean_accuracy_needs_one_of_each_task():
     assert "  b  acc       0.5000 +- 0.0100  (zero-shot, 100 samples)" in str(two)
     assert results(score("a", "acc", 0.25)).mean_accuracy is None
     assert results(score("a", "acc", 0.25), score("b", "exact_match", 0.5)).mean_accuracy is None
+
+
+@pytest.mark.parametrize("number", [257, 2**40, -1])
+def test_tokens_outside_the_vocabulary(model: Any, number: int):
+    """Also where they would only be predicted, behind all others."""
+    with pytest.raises(DataError, match=rf"hold token {number}, and the model's vocabulary has 257"):
+        zoo.evaluate(model, [[1, 2, number]], tokenizer="bytes")
+
+
+def test_a_context_or_batch_of_nothing(model: Any):
+    for what in ("context", "batch_size"):
+        with pytest.raises(zoo.ZooError, match=f"{what} must be .* not 0"):
+            zoo.evaluate(model, ["text"], tokenizer="bytes", **{what: 0})

@@ -382,6 +382,32 @@ def test_what_cannot_be_is_said(home: Path, tmp_path: Path, changes: dict[str, A
         train(configure(home, tmp_path / "run", **changes))
 
 
+def test_weights_bring_their_tokenizer(home: Path, tmp_path: Path):
+    """To a run that starts from them, by whatever names them, unless another is named."""
+    few = {"train": {"max_updates": 2}}
+    learned = {"tokenizer": {"name": "bpe", "vocab_size": 270}, "model": {"args": {"vocab_size": 270}}}
+    first = train(configure(home, tmp_path / "first", **few, **learned)).best_checkpoint
+    wanted = (first / "tokenizer.json").read_text()
+    for key, value in (("name", first), ("name", tmp_path / "first"), ("checkpoint_path", first)):
+        model = {key: str(value), "args": {"vocab_size": 270}}
+        again = train(configure(home, tmp_path / f"again_{key}_{value.name}", **few, model=model)).best_checkpoint
+        assert (again / "tokenizer.json").read_text() == wanted
+    bare = zoo.save_pretrained(small(depth=2, context_length=64), tmp_path / "bare")
+    changes: dict[str, Any] = {**few, "model": {"args": {}, "name": str(bare)}}
+    with pytest.raises(ConfigError, match=r"come without a tokenizer: name theirs with tokenizer\.name, such as bytes"):
+        train(configure(home, tmp_path / "nameless", **changes))
+    run = train(configure(home, tmp_path / "named", **changes, tokenizer={"name": "bytes"}))
+    assert create_tokenizer(run.best_checkpoint).vocab_size == 257
+
+
+def test_quantised_weights_are_not_trained(home: Path, tmp_path: Path):
+    folder = zoo.save_pretrained(
+        zoo.quantize(small(depth=2, context_length=64), "int8"), tmp_path / "int8", tokenizer="bytes"
+    )
+    with pytest.raises(ConfigError, match=r"are in int8 and have no gradients: train the model as it was"):
+        train(configure(home, tmp_path / "run", model={"args": {}, "name": str(folder)}))
+
+
 def test_tokens_that_the_model_does_not_have(home: Path, tmp_path: Path):
     write_jsonl(tmp_path / "train.jsonl", [[1, 2, 300] * 99], "token_ids")
     write_jsonl(tmp_path / "val.jsonl", [[1, 2, 3] * 99], "token_ids")

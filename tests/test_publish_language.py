@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.hub_stub import Hub
 from tests.language import small
 from tests.sparse_runs import make_sparse
 from zoo import cli
+from zoo.cli import main
 from zoo.data.text import TextDataConfig
 from zoo.data.tokenizers import create_tokenizer
 from zoo.errors import ConfigError
@@ -426,3 +428,31 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "Nothing was published" in said.err
     assert cli.main(["card", str(run), "--tokenizer", "nothing"]) == 1
     assert "no tokenizer 'nothing'" in capsys.readouterr().err
+
+
+def test_the_card_of_a_quantised_model(tmp_path: Path):
+    """Counts what the packed weights stand for."""
+    (tmp_path / "text.md").write_text("The sea of Rome is red. " * 20)
+    zoo.save_pretrained(small(), tmp_path / "plain", tokenizer="bytes")
+    assert main(["quantize", f"{tmp_path}/plain", f"{tmp_path}/int8", "--text", f"{tmp_path}/text.md"]) == 0
+    plain, quantised = (model_card(tmp_path / name, license="mit") for name in ("plain", "int8"))
+    for row in ("parameters", "MACs", "attention"):
+        pattern = rf"\| {row} \| (.*) \|"
+        assert re.findall(pattern, plain) == re.findall(pattern, quantised) != []
+    assert "| weights | int8, a scale in float16 for every 32 of a row |" in quantised
+    assert re.search(r"changed the perplexity on \d+ tokens of text.md from [\d.]+ to [\d.]+, measured", quantised)
+    assert "without measured results" in plain
+    assert "without measured results" not in quantised
+
+
+@pytest.mark.parametrize("form", ["shared layers", "int8"])
+def test_tokenizers_open_where_transformers_has_no_such_model(form: str, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    model = small(layer_map=(0, 0, 1, 2)) if form == "shared layers" else zoo.quantize(small(), "int8")
+    folder = zoo.save_pretrained(model, tmp_path / "model", tokenizer="bytes")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("sea", add_special_tokens=False)["input_ids"] == [*b"sea"]
+    tokens = torch.tensor([[1, 2, 3]])
+    assert torch.equal(zoo.create_model(f"local-dir:{folder}").eval()(tokens), model(tokens))
+    with pytest.raises(ValueError, match="model type `zoo`"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)

@@ -110,6 +110,11 @@ def test_splits_of_a_folder(tmp_path: Path):
         load_texts(alone, False)
     both = TextDataConfig(path=str(tmp_path / "other.txt"), val_path=str(tmp_path / "validation.txt"))
     assert list(load_texts(both, False).documents()) == ["validation"]
+    within = TextDataConfig(path=str(tmp_path / "*.txt"), val_path=str(tmp_path / "other.txt"), train_split="none")
+    assert list(load_texts(within, True).documents()) == ["train-00", "train-01"]
+    same = TextDataConfig(path=str(tmp_path), val_path=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"All texts of .* are those of data\.val_path: none is left to train on"):
+        load_texts(same, True)
     train, val = (set(load_texts(TextDataConfig(name="pydoc"), part).documents()) for part in (True, False))
     assert not train & val
 
@@ -288,6 +293,23 @@ def test_of_a_chat_the_answers_are_learned(tmp_path: Path):
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(DataError, match="does not write turn 1 of a conversation as it writes it without"):
         encode_document(messages, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1, -3], "document 0: there is no token -3"),
+        ([1, 2**40], f"there is no token {2**40}"),
+        ([{"role": "user", "content": "hello"}], "there is no message of the assistant's, of which to learn"),
+        ([{"role": "assistant", "content": None}], "the content of message 0 is no text, but NoneType"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": [1]}], "message 1 is no text, but list"),
+    ],
+)
+def test_documents_that_nothing_can_be_learned_of(tmp_path: Path, value: list[Any], message: str):
+    source = FileTexts([str(write_jsonl(tmp_path / "a.jsonl", [value, value], "messages"))], "messages")
+    found = list(source.documents())
+    assert all(isinstance(document, Damaged) and message.replace("document 0", f"document {i}") in document.problem
+               for i, document in enumerate(found))  # fmt: skip
 
 
 def test_data_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

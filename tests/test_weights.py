@@ -1095,3 +1095,11 @@ def test_convert_keeps_every_class_and_channel(tmp_path: Path) -> None:
         torch.save(published(model.state_dict()), tmp_path / "net.pth")
         zoo.convert_checkpoint(tmp_path / "net.pth", tmp_path / "out.safetensors", "poolformer_s12", overwrite=True)
         assert equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), model.state_dict())
+
+
+def test_whole_numbers_are_no_weights(tmp_path):
+    model = zoo.create_model("slak_test", pretrained=False)
+    scaled = {key: (value * 100).to(torch.int8) for key, value in model.state_dict().items()}
+    torch.save(scaled, tmp_path / "int8.pt")
+    with pytest.raises(CheckpointError, match=r"holds whole numbers \(int8\), and the model's are not"):
+        zoo.load_checkpoint(model, tmp_path / "int8.pt")

@@ -42,6 +42,7 @@ __all__ = ["describe", "load_config", "save_pretrained", "tokenizer_beside"]
 
 CONFIG = "config.json"
 WEIGHTS = DEFAULT_FILES[0]
+OWN_TYPE = "zoo"  # the `model_type` of what no class of transformers computes: its tokenizers look for one
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
@@ -68,8 +69,8 @@ def save_pretrained(
         model: any model of the zoo, trained or not.
         folder: new or empty; its parent must exist.
         labels: the names of the classes, in order.
-        tokenizer: of a language model, from `create_tokenizer`: its files are written beside the weights, with a
-            `generation_config.json`.
+        tokenizer: of a language model, from `create_tokenizer`, or what names one: its files are written beside the
+            weights, with a `generation_config.json`.
         note: what there is to say about the weights, kept in `config.json`.
         dtype: what floating-point tensors are saved as, such as torch.float16; by default what they are.
         overwrite: replace the model in a folder that is not empty; other files in it stay, but for masks of its
@@ -80,6 +81,10 @@ def save_pretrained(
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
+    if isinstance(tokenizer, str | Path):
+        from zoo.data.tokenizers import create_tokenizer
+
+        tokenizer = create_tokenizer(tokenizer)
     config = describe(model, labels=labels, tokenizer=tokenizer, note=note, dtype=dtype)
     folder = Path(folder).expanduser().absolute()
     check_folder(folder, overwrite)
@@ -205,6 +210,8 @@ def _language_config(
         stack = model.model  # whose norms may be in float32 where the rest is not
         dtype = dtype or getattr(stack.embed_tokens, "weight", stack.norm.weight).dtype
         config = transformers_config(model.config, dtype=dtype, tokenizer=tokenizer)
+    elif tokenizer is not None:
+        config = {"model_type": OWN_TYPE}
     described = {key: cfg[key] for key in ("tag", "license", "origin_url") if cfg.get(key)}
     if cfg.get("tag") and not hasattr(model, "load_report"):  # of published weights, which this model never had
         described = {key: value for key, value in described.items() if key == "origin_url"}
@@ -346,7 +353,7 @@ def _parse_config(
             args = args | {"kept_widths": ours["kept_widths"]}
         if isinstance(ours.get("quantization"), dict):
             args = args | {"quantization": ours["quantization"]}
-        if "model_type" in config:
+        if config.get("model_type", OWN_TYPE) != OWN_TYPE:
             args = args | _changed_by_transformers(config, architecture, args, source)
     elif not _is_published(architecture, origin["hf_hub_id"]):  # trained with timm, and so as timm computes
         args = dict(_timm_args(architecture)) | args
@@ -402,7 +409,7 @@ def _transformers_args(config: dict[str, Any], source: str) -> tuple[str, dict[s
 
     try:
         found = decoder_args(config, source)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The {CONFIG} of {source} is no whole configuration: it lacks {error}.") from error
     if found is None:
         raise CheckpointError(

@@ -13,13 +13,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor, nn
 
 from zoo.cards import bibtex, cite, markdown_table, module_docstring
 from zoo.errors import ConfigError
 from zoo.exporting.gguf import gguf_architecture
-from zoo.layers.decoder import DecoderConfig
+from zoo.layers.decoder import DecoderConfig, outline
 from zoo.model_card import (
     HUB,
     Base,
@@ -99,11 +100,12 @@ def render_language_card(
         trained_on=dataset or _hub_data(run),
         measured=_measured(*stated, data_name, dataset, repo_id, results, files),
     )
-    is_exported = getattr(model, "quantization", None) is None  # else only the model that it was made from is
+    quantization = getattr(model, "quantization", None)
+    is_exported = quantization is None  # else only the model that it was made from is
     sections = {
         "Model": _model_section(model, config, cfg, info, tokenizer, half, sparse, "masks.png" in files),
         "Use": _use_section(place, config if is_exported else None, tokenizer is not None, opens_in_transformers),
-        "Evaluation": _evaluation_section(data_name, figures, tasks, run, results, rounded),
+        "Evaluation": _evaluation_section(data_name, figures, tasks, run, results, rounded, quantization),
         "Training": training_section(run, base, files),
         "Limits": _limits_section(run, data_name, base),
         "Licence": licence_section(license, base, info),
@@ -260,7 +262,8 @@ def _model_section(
     sparse: SparseModel | None,
     has_picture: bool,
 ) -> str:
-    costs = token_costs(model)
+    plain, quantization = outline(model), getattr(model, "quantization", None)
+    costs = token_costs(plain)
     layers = f"{config.depth}"
     if len(config.executed) != config.depth:
         layers = f"{config.depth} stored, {len(config.executed)} executed"
@@ -271,11 +274,15 @@ def _model_section(
     if config.sliding_window is not None:
         everything = sum(config.window(i) is None for i in range(len(config.executed)))
         attention += f"; {everything} layers see everything, the others {config.sliding_window} tokens"
-    width = next(parameter.element_size() for parameter in model.parameters())
+    kept = torch.bfloat16 if quantization else next(model.parameters()).dtype  # as caches are by default
+    width = kept.itemsize
     memory = f"{costs.kv_elements * width:,} bytes of keys and values"
     if costs.windowed_kv_elements:
         memory += f", of which {costs.windowed_kv_elements * width:,} are forgotten again"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
+    weights = "float16, halved after training" if half else dtypes_of(model)
+    if quantization:
+        weights = f"{quantization.to}, a scale in float16 for every {quantization.group_size} of a row"
     rows = [
         ("architecture", f"`{cfg['architecture']}`"),
         ("parameters", f"{parameters:,}" + (", embedding and head being one" if config.tie_embeddings else "")),
@@ -286,7 +293,7 @@ def _model_section(
         ("MACs", f"{humanize(costs.macs)} a token, and {humanize(costs.attention_macs)} for each remembered one"),
         *(sparsity_rows(sparse, f" for a text of {sparse.input_size[-1]} tokens") if sparse else []),
         ("memory", f"{memory} a token"),
-        ("weights", "float16, halved after training" if half else dtypes_of(model)),
+        ("weights", weights),
     ]
     text = [
         markdown_table(("", ""), rows),
@@ -299,6 +306,17 @@ def _model_section(
     if info and info.paper:
         text.append(f"Paper: {cite(info.paper)}")
     return "\n\n".join(text)
+
+
+def _quantised_text(quantization: Any) -> list[str]:
+    """What quantising changed, where that was measured."""
+    measured = quantization and quantization.perplexity
+    if not measured:
+        return []
+    return [
+        f"Quantising changed the perplexity on {measured['tokens']:,} tokens of {measured['text']} from "
+        f"{measured['before']:.4g} to {measured['after']:.4g}, measured."
+    ]
 
 
 def _use_section(place: str, config: DecoderConfig | None, has_tokenizer: bool, opens_in_transformers: bool) -> str:
@@ -342,16 +360,20 @@ def _evaluation_section(
     run: RunRecord | None,
     results: Mapping[str, Any] | None,
     rounded: bool,
+    quantization: Any,
 ) -> str:
+    text = _quantised_text(quantization)
     if not figures and not tasks:
-        return "These weights come without measured results."
-    text = []
+        return "\n\n".join(text) or "These weights come without measured results."
     if figures:
         rows = [(METRICS[key], f"{value:.4f}") for key, value in figures.items()]
         text.append(markdown_table(("metric", ">value"), rows))
     if results is None:
         assert run is not None
-        text.append(measured_by(run, f"the evaluation part of {data_name}"))
+        ends = (
+            " The token that ends a text counts, too, which `eval.py` leaves out." if "bits_per_byte" in figures else ""
+        )
+        text.append(measured_by(run, f"the evaluation part of {data_name}") + ends)
     elif figures:
         text.append(_how(data_name, results))
     if tasks:

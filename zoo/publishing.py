@@ -45,7 +45,7 @@ from zoo.exporting.checked import check_input
 from zoo.factory import create_model
 from zoo.files import checkpoint_places, whole_file
 from zoo.history import FIGURES, SHRUNK
-from zoo.hub import CONFIG, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
+from zoo.hub import CONFIG, OWN_TYPE, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
 from zoo.model_card import (
     ENVIRONMENT,
@@ -857,7 +857,7 @@ def _opens_in_timm(folder: Path, images: Tensor, logits: Tensor) -> bool:
 
 def _opens_in_transformers(folder: Path, tokens: Tensor, logits: Tensor, remarks: list[str]) -> bool:
     """Whether transformers makes a model of the folder that gives these logits."""
-    if "model_type" not in read_json(folder / CONFIG):
+    if read_json(folder / CONFIG).get("model_type", OWN_TYPE) == OWN_TYPE:
         return False
     try:
         from transformers import AutoModelForCausalLM

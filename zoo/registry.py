@@ -480,6 +480,8 @@ def get_entry(name: str) -> Entry:
 def _meant_by_path(name: str) -> str:
     if name.startswith("timm/"):
         return f" timm.create_model({name[5:]!r}) makes timm's; zoo.loading.load_model takes both."
+    if name.startswith(("local-dir:", "hf-hub:")):
+        return " That names weights, and this asks for an architecture: zoo profile and zoo card take weights."
     if Path(name).expanduser().is_dir():
         return f" For the model in that folder, write local-dir:{name}."
     return f" For a folder, write local-dir:{name}; for a repository on the Hub, hf-hub:{name}."

@@ -43,7 +43,8 @@ class TextDataConfig:
             "files" (text, Markdown, JSONL, parquet) or "hub" (`path` is an id on the Hub).
         path: a file, a folder, a pattern with wildcards or braces, a URL, or the id on the Hub. Of a folder whose files
             are named after splits (train.parquet, train-00000.jsonl) the files of `train_split` are learned.
-        val_path: the same of the texts to evaluate on; by default the split `val_split` of `path`.
+        val_path: the same of the texts to evaluate on, which are not trained on though they lie in `path`; by default
+            the split `val_split` of `path`.
         train_split: what the names of a folder's files for training begin with, or the name of a split on the Hub.
         val_split: the same for evaluation; by default the first there is of val, validation and test.
         subset: of a data set of the Hub that has several.
@@ -172,6 +173,12 @@ def load_texts(config: TextDataConfig, training: bool) -> TextSource:
     files = find_texts(config.path)
     of_split = [file for split in splits for file in files if _begins_with(file, split)]
     if training:
+        if config.val_path:
+            evaluated = {os.path.realpath(file) for file in find_texts(config.val_path)}
+            files = [file for file in files if os.path.realpath(file) not in evaluated]
+            of_split = [file for file in of_split if file in files]
+            if not files:
+                raise ConfigError(f"All texts of {config.path!r} are those of data.val_path: none is left to train on.")
         held_out = {file for split in VAL_SPLITS for file in files if _begins_with(file, split)}
         return FileTexts(of_split or [file for file in files if file not in held_out] or files, config.column)
     if of_split:
@@ -453,8 +460,15 @@ def _document(value: Any, column: str, where: str) -> Document | Damaged:
         return _decode(value, where)
     if isinstance(value, list):
         if all(type(item) is int for item in value):
-            return value
+            wrong = next((item for item in value if not 0 <= item < 2**31), None)
+            return value if wrong is None else Damaged(f"{where}: there is no token {wrong}.")
         if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in value):
+            for turn, message in enumerate(value):
+                if not (isinstance(message["content"], str) or message.get("tool_calls")):
+                    kind = type(message["content"]).__name__
+                    return Damaged(f"{where}: the content of message {turn} is no text, but {kind}.")
+            if not any(message["role"] == "assistant" for message in value):
+                return Damaged(f"{where}: there is no message of the assistant's, of which to learn.")
             return [dict(item) for item in value]
     return Damaged(f"{where}: {column!r} is neither text, token numbers nor messages, but {type(value).__name__}.")
 

@@ -27,7 +27,7 @@ from zoo.devices import choose_device
 from zoo.errors import ConfigError, DataError, ZooError
 from zoo.evaluation.language_results import DocumentScore, LanguageResults, TaskScore, TextScores
 from zoo.generation.prompts import weights_of
-from zoo.layers.decoder import Decoder, DecoderConfig
+from zoo.layers.decoder import outline
 from zoo.layers.token_loss import token_losses, tokens_at_once
 
 __all__ = ["check_language_model", "evaluate_language", "perplexity", "predicts_tokens", "windows"]
@@ -102,7 +102,8 @@ def perplexity(
     counts = _Counts([] if per_document else None, max_tokens)
     with evaluating(model, device, amp):
         started = time.perf_counter()
-        given = counts.windows(_joined(texts, separator) if joined else texts, tokenizer, context, stride)
+        known = _known(_joined(texts, separator) if joined else texts, predict.vocab_size)
+        given = counts.windows(known, tokenizer, context, stride)
         for batch in batches(given, batch_size):
             counts.add(batch, window_losses(predict, batch))
             if progress is not None:
@@ -180,7 +181,8 @@ def evaluate_language(
     if isinstance(tokenizer, str | Path):
         tokenizer = create_tokenizer(tokenizer)
     source = data if isinstance(data, TextDataConfig) else None
-    batch_size = batch_size or (8 if source is None else source.batch_size)
+    if batch_size is None:
+        batch_size = 8 if source is None else source.batch_size
     how: dict[str, Any] = {"batch_size": batch_size, "device": device, "amp": amp}
     scores: Sequence[TaskScore] = ()
     versions = {}
@@ -207,7 +209,7 @@ def evaluate_language(
                 model,
                 _texts(data, damage) if isinstance(data, TextDataConfig) else data,
                 tokenizer,
-                context=context or (source.sequence_length if source else None),
+                context=source.sequence_length if context is None and source else context,
                 stride=stride,
                 joined=joined,
                 max_tokens=source.val_tokens if source else None,
@@ -218,8 +220,8 @@ def evaluate_language(
     results = LanguageResults(
         model=name or _name(model),
         tokenizer=tokenizer.name,
-        params=_count(model),
-        weights=_weights(model),
+        params=sum(parameter.numel() for parameter in outline(model).parameters()),
+        weights=precision_of(model),
         text=text,
         data="" if source is None else str(source.val_path or source.path or source.name),
         split=None if source is None else source.val_split,
@@ -240,16 +242,7 @@ def _name(model: nn.Module) -> str:
     return cfg.get("architecture", type(model).__name__) if isinstance(cfg, Mapping) else type(model).__name__
 
 
-def _count(model: nn.Module) -> int:
-    """Parameters, which are packed in quantised forms."""
-    config = model.config
-    if isinstance(config, DecoderConfig):
-        with torch.device("meta"):
-            model = Decoder(config)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _weights(model: nn.Module) -> str:
+def precision_of(model: nn.Module) -> str:
     """The precision of the weights: a dtype, or what they are quantised to."""
     quantization: Any = getattr(model, "quantization", None)
     if quantization is not None:
@@ -348,6 +341,16 @@ class _Counts:
             self.nats += nats
             if self.each is not None:
                 self.each[window.document][2] += nats
+
+
+def _known(texts: Iterable[str | Sequence[int]], vocab_size: int) -> Iterator[str | Sequence[int]]:
+    """Raises DataError for numbers that are no tokens of the model's."""
+    for text in texts:
+        if isinstance(text, list | tuple):
+            wrong = next((number for number in text if not 0 <= int(number) < vocab_size), None)
+            if wrong is not None:
+                raise DataError(f"The texts hold token {wrong}, and the model's vocabulary has {vocab_size:,}.")
+        yield text
 
 
 def _joined(texts: Iterable[str | Sequence[int]], separator: str) -> Iterator[str]:

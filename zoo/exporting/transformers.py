@@ -249,6 +249,7 @@ def decoder_args(saved: Mapping[str, Any], source: str) -> tuple[str, dict[str, 
 
     depth = saved["num_hidden_layers"]
     rope = saved.get("rope_parameters") or saved.get("rope_scaling") or {}
+    need(isinstance(rope, Mapping), "rotary positions that are no object")
     default_theta = 5e5 if kind == "llama4_text" else 1e4
     need(rope.get("rope_type", rope.get("type", "default")) == "default", "scaled rotary positions")
     need(saved.get("hidden_act", "silu") in ("silu", "swish"), f"the activation {saved.get('hidden_act')}")

@@ -22,6 +22,8 @@ from zoo.generation.prompts import Generation, prepare
 from zoo.generation.sampling import Sampling
 from zoo.loading import load_model, model_task
 
+MAX_THREADS = 1024  # of which systems make so many
+
 __all__ = ["run_chat", "run_generate", "run_tokenizer"]
 
 
@@ -137,8 +139,8 @@ def _load(args: argparse.Namespace, for_chat: bool = False) -> tuple[Any, Tokeni
     if args.compile and (args.quantize or args.engine == "native"):
         raise ConfigError("Steps of --engine native and of --quantize are compiled already: leave out --compile.")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ConfigError(f"--threads must be from 1 up, not {args.threads}.")
+        if not 1 <= args.threads <= MAX_THREADS:
+            raise ConfigError(f"--threads must be from 1 to {MAX_THREADS}, not {args.threads}.")
         torch.set_num_threads(args.threads)
     _check_language(args.model)
     if args.random:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from zoo.errors import CheckpointError, ConfigError
+from zoo.layers.arguments import check_flags
 from zoo.layers.folding import has_hooks, has_own_forward, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights, on_meta
@@ -27,7 +28,7 @@ from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
 from zoo.layers.observers import is_exporting, is_transformed
 from zoo.layers.token_loss import IGNORED, mean_token_loss
 
-__all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "reorder_rotary"]
+__all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "outline", "reorder_rotary"]
 
 COUNTERS = ("fvcore", "zoo")  # packages whose hooks note the calls of a module, and change nothing
 COUNTS = (  # fields of DecoderConfig that are whole numbers from 1 up
@@ -69,6 +70,11 @@ class DecoderConfig:
     embed_init_std: float | None = None  # of the embedding; None: the same
 
     def __post_init__(self) -> None:
+        check_flags(**{name: getattr(self, name) for name in ("rope_interleaved", "qk_norm", "tie_embeddings")})
+        if isinstance(self.global_layers, list):  # as JSON has it
+            object.__setattr__(self, "global_layers", tuple(self.global_layers))
+        if not isinstance(self.global_layers, tuple) or any(type(layer) is not int for layer in self.global_layers):
+            raise ConfigError(f"global_layers must be numbers of layers, not {self.global_layers!r}.")
         for name in COUNTS:
             value = getattr(self, name)
             if value is None and name in ("num_kv_heads", "sliding_window", "q_rank", "kv_rank"):
@@ -604,6 +610,8 @@ class Decoder(ZooModelHubMixin, nn.Module):
         return self.forward_head(features)
 
     def _check(self, tokens: Tensor, positions: Tensor | None) -> None:
+        if not isinstance(tokens, Tensor):
+            raise ConfigError(f"tokens must be a tensor (batch, length), not {type(tokens).__name__}.")
         if tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32) or 0 in tokens.shape:
             kind = str(tokens.dtype).removeprefix("torch.")
             raise ConfigError(
@@ -722,6 +730,15 @@ def _visible(
     if window is not None:
         mask = mask & (distance < window)
     return Visible((mask | (now < 0)[:, :, None])[:, None], is_causal=False)  # padding may see anything
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """Of a decoder in any form, quantised too, one whose parameters have their shapes and no values; others as is."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, DecoderConfig):
+        return model
+    with torch.device("meta"):
+        return Decoder(config)
 
 
 def build_decoder(**fields: Any) -> Decoder:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError
-from zoo.layers.decoder import Decoder
+from zoo.layers.decoder import outline
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.report import Profile, costs_of
 from zoo.profiling.resolve import check_count
@@ -127,8 +127,7 @@ def _quantized(model: Any) -> dict[str, Any]:
     """The fields of a profile about weights that no parameters hold, where they are stored in 8 or 4 bits."""
     if getattr(model, "quantization", None) is None:
         return {}
-    with torch.device("meta"):
-        params = sum(p.numel() for p in Decoder(model.config).parameters())
+    params = sum(p.numel() for p in outline(model).parameters())
     stored: Counter[str] = Counter()
     for tensor in model.state_dict().values():
         stored[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes

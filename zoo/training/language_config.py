@@ -57,11 +57,12 @@ class TokenizerConfig:
 
     Args:
         name: "bytes", a folder or file, "hf-hub:owner/name", the name of a model, or the folder of a run; "bpe" learns
-            one, a byte-level BPE, from the training texts; null where the data are token numbers.
+            one, a byte-level BPE, from the training texts; null where the data are token numbers. "auto" is the one
+            that lies beside the weights which training starts from, and "bytes" where it starts from none.
         vocab_size: of "bpe".
     """
 
-    name: str | None = "bytes"
+    name: str | None = "auto"
     vocab_size: int | None = None
 
     def __post_init__(self) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from zoo.data import DamageReport
 from zoo.data.packing import PackedLoader, StreamLoader, TokenBatch, evaluation_batches, prepare_tokens
 from zoo.data.text import TextSource, load_texts
-from zoo.data.tokenizers import Tokenizer, check_fits, create_tokenizer, train_tokenizer
-from zoo.errors import ConfigError, DataError, ZooError
+from zoo.data.tokenizers import BYTES, Tokenizer, check_fits, create_tokenizer, train_tokenizer
+from zoo.errors import CheckpointError, ConfigError, DataError, UnknownModelError, ZooError
 from zoo.factory import create_model
 from zoo.files import whole_file
 from zoo.hub import save_pretrained
@@ -133,6 +133,8 @@ class LanguageModeling:
         tokenizer = self.config.tokenizer
         if tokenizer.name is None:
             return None
+        if tokenizer.name == "auto":
+            return _tokenizer_of_weights(self.config.model)
         if tokenizer.name != "bpe":
             return create_tokenizer(tokenizer.name)
         home = Path(self.config.output.dir).expanduser() / TOKENIZER
@@ -321,13 +323,35 @@ def _exponential(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
+def _starts_from_published(config: LanguageModelConfig) -> bool:
+    """Whether the weights are those that `config.name` names."""
+    name = of_run(config.name, "local-dir:")
+    return (":" in name or "." in name) if config.pretrained is None else config.pretrained
+
+
+def _tokenizer_of_weights(config: LanguageModelConfig) -> Tokenizer:
+    """The one beside the weights that training starts from; bytes where it starts from none."""
+    source = config.checkpoint_path
+    if source is None:
+        if not _starts_from_published(config):
+            return create_tokenizer(BYTES)
+        source = config.name
+    elif Path(source).expanduser().is_file():
+        source = str(Path(source).expanduser().parent)
+    try:
+        return create_tokenizer(source)
+    except (CheckpointError, ConfigError, UnknownModelError) as error:
+        raise ConfigError(
+            f"The weights of {source} come without a tokenizer: name theirs with tokenizer.name, such as bytes. {error}"
+        ) from error
+
+
 def build_language_model(config: LanguageModelConfig, tokenizer: Tokenizer | None) -> Decoder:
     """The model that `config` names. Raises ConfigError and UnknownModelError."""
     args = dict(config.args)
     name = of_run(config.name, "local-dir:")
-    wanted = (":" in name or "." in name) if config.pretrained is None else config.pretrained
-    starts_from_nothing = not wanted and config.checkpoint_path is None
-    if starts_from_nothing and tokenizer is not None:
+    wanted = _starts_from_published(config)
+    if not wanted and config.checkpoint_path is None and tokenizer is not None:
         args.setdefault("vocab_size", tokenizer.vocab_size)
     checkpoint_path = config.checkpoint_path and of_run(config.checkpoint_path)
     try:
@@ -338,6 +362,12 @@ def build_language_model(config: LanguageModelConfig, tokenizer: Tokenizer | Non
         raise ConfigError(f"model.args do not fit {config.name}: {error}") from None
     if not isinstance(model, Decoder):
         raise ConfigError(f"{config.name} is no language model: leave out `task: language` to train it.")
+    quantization: Any = getattr(model, "quantization", None)
+    if quantization is not None:
+        raise ConfigError(
+            f"The weights of {config.name} are in {quantization.to} and have no gradients: train the model as it "
+            "was, then quantise it."
+        )
     if tokenizer is not None:
         check_fits(tokenizer, model)
     return model
