@@ -30,7 +30,8 @@ of each multiprocessor), and of the instructions (`python benchmarks/large_kerne
 | 4 | 998 x 7x7, 13 | 0.005, 0.003 | 0.001 | 0.005, 0.004 | 0.005, 0.004 |
 
 So in float32 nothing forbids half the bandwidth, twice the time of the bytes; for 16 bits the products and near memory
-do at stage 1, near memory does at stage 2, and little room is left at stages 3 and 4. None of it has been timed yet:
+do at stage 1, near memory does at stage 2, and little room is left at stages 3 and 4. Not counted: the copies' way
+through the second-level cache, about as many bytes as the map's. None of it has been timed yet:
 benchmarks/large_kernel.py.
 
 Precision: all sums are in float32. bfloat16 and float16 are multiplied as they are; a kernel is rounded to the map's
