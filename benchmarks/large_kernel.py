@@ -138,7 +138,7 @@ class Clock:
         if capture:
             nothing = medians.pop("nothing")
             medians = {name: ms - nothing for name, ms in medians.items()}
-            if not min(medians.values()) > 0:
+            if medians and not min(medians.values()) > 0:
                 raise ZooError("Too short to be told from emptying the cache: take a larger --batch-size.")
         found = {name: {"ms": round(ms, 5 if self.on_gpu else 3)} for name, ms in medians.items()}
         if not self.on_gpu:
@@ -187,8 +187,9 @@ def compare_operators(
                 row = {"form": form, "kernels": kernels, "stage": stage, "shape": shape, "edges": edges}
                 label = f"{form:<10} {kernels} stage {stage}"
                 try:
-                    row |= {"error": errors(clock.device, shape, edges, dtype)}
-                    row |= compare_operator(clock, shape, edges, dtype, peaks)
+                    tolerance = 1e-5 if arguments.ieee else TOLERANCES[arguments.dtype]
+                    row["error"] = errors(clock.device, shape, edges, dtype, tolerance)
+                    compare_operator(clock, shape, edges, dtype, peaks, row)
                 except Exception as error:  # what went before is kept, and what follows may do
                     row["failed"] = tell_failure(label, error)
                 else:
@@ -205,7 +206,7 @@ def tell_failure(label: str, error: Exception) -> str:
 
 
 def errors(
-    device: torch.device, shape: tuple[int, ...], edges: list[tuple[int, int]], dtype: torch.dtype
+    device: torch.device, shape: tuple[int, ...], edges: list[tuple[int, int]], dtype: torch.dtype, tolerance: float
 ) -> dict[str, float]:
     """How far ours and F.conv2d are off from float64, some images of `shape`: of output, or of a gradient, the largest.
 
@@ -230,16 +231,28 @@ def errors(
     for name, convolve in (("ours", depthwise_conv2d), ("conv2d", conv2d)):
         pairs = zip(results(convolve, dtype), exact, strict=True)
         found[name] = max(((ours.double() - true).abs().max() / true.abs().max()).item() for ours, true in pairs)
-    kind = str(dtype).removeprefix("torch.")
-    if not found["ours"] < TOLERANCES[kind]:
-        raise ZooError(f"Ours is off by {found['ours']:.1e} of the largest value, more than {kind} explains.")
+    if device.type == "cuda" and importlib.util.find_spec("triton"):
+        from zoo.layers import large_kernel_programs as programs
+
+        for program in (programs.band_program, programs.weight_program):
+            program.cache.clear()  # a form is chosen anew for the whole batch
+    if not found["ours"] < tolerance:
+        raise ZooError(f"Ours is off by {found['ours']:.1e} of the largest value, more than the type explains.")
     return {name: float(f"{error:.2g}") for name, error in found.items()}
 
 
 def compare_operator(
-    clock: Clock, shape: tuple[int, ...], edges: list[tuple[int, int]], dtype: torch.dtype, peaks: dict
-) -> dict[str, Any]:
-    """Forward, and forward and backward, of ours and F.conv2d in both formats, and the machine's limit."""
+    clock: Clock,
+    shape: tuple[int, ...],
+    edges: list[tuple[int, int]],
+    dtype: torch.dtype,
+    peaks: dict,
+    row: dict[str, Any],
+) -> None:
+    """Put into `row` forward, and forward and backward, of ours and F.conv2d in both formats, and the machine's limit.
+
+    Raises ZooError at the end where ours failed.
+    """
     torch.manual_seed(0)
     device = clock.device
     weights = [torch.randn(shape[1], 1, *edge, device=device, dtype=dtype, requires_grad=True) for edge in edges]
@@ -269,7 +282,7 @@ def compare_operator(
         both[f"ours_{name}"] = functools.partial(training, depthwise_conv2d)
         both[f"conv2d_{name}"] = functools.partial(training, conv2d)
 
-    found: dict[str, Any] = {}
+    ours_failed: list[str] = []
     operations = 2 * shape[0] * shape[1] * sum(meetings(shape[2], h) * meetings(shape[3], w) for h, w in edges)
     map_bytes = torch.Size(shape).numel() * dtype.itemsize
     for name, steps, passes, maps in (
@@ -278,26 +291,27 @@ def compare_operator(
     ):
         with torch.set_grad_enabled(name != "forward"):
             times, failed = clock.compare(steps, capture=True)
-        ours_failed = [f"{side}: {message}" for side, message in failed.items() if side.startswith("ours")]
-        if ours_failed:
-            raise ZooError("; ".join(ours_failed))
+        ours_failed += [f"{name}, {side}: {text}" for side, text in failed.items() if side.startswith("ours")]
         arithmetic, traffic = passes * operations / peaks["gflops"] / 1e6, maps * map_bytes / peaks["gb_per_s"] / 1e6
-        found[name] = {
+        row[name] = {
             **times,
             "arithmetic_ms": round(arithmetic, 4),
             "traffic_ms": round(traffic, 4),
             "limit_ms": round(max(arithmetic, traffic), 4),
             "limited_by": "arithmetic" if arithmetic > traffic else "traffic",
-            "share_of_bandwidth": {f: round(traffic / cost(times[f"ours_{f}"]), 3) for f in FORMATS},
+            "share_of_bandwidth": {
+                f: round(traffic / cost(times[f"ours_{f}"]), 3) for f in FORMATS if f"ours_{f}" in times
+            },
             "speedup": {
                 f: round(cost(times[f"conv2d_{f}"]) / cost(times[f"ours_{f}"]), 2)
                 for f in FORMATS
-                if f"conv2d_{f}" in times
+                if {f"conv2d_{f}", f"ours_{f}"} <= times.keys()
             },
         }
         if failed:
-            found[name]["failed"] = failed
-    return found
+            row[name]["failed"] = failed
+    if ours_failed:
+        raise ZooError("; ".join(ours_failed))
 
 
 # --------------------------------------------------------------------------------------------------------------- models

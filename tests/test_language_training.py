@@ -394,10 +394,40 @@ def test_weights_bring_their_tokenizer(home: Path, tmp_path: Path):
         assert (again / "tokenizer.json").read_text() == wanted
     bare = zoo.save_pretrained(small(depth=2, context_length=64), tmp_path / "bare")
     changes: dict[str, Any] = {**few, "model": {"args": {}, "name": str(bare)}}
-    with pytest.raises(ConfigError, match=r"come without a tokenizer: name theirs with tokenizer\.name, such as bytes"):
+    with pytest.raises(
+        ConfigError, match=r"No tokenizer lies beside the weights of .*: name theirs with tokenizer\.name"
+    ):
         train(configure(home, tmp_path / "nameless", **changes))
     run = train(configure(home, tmp_path / "named", **changes, tokenizer={"name": "bytes"}))
     assert create_tokenizer(run.best_checkpoint).vocab_size == 257
+
+
+def test_a_run_goes_on_with_its_tokenizer(home: Path, tmp_path: Path):
+    """Though another lies beside the weights that it began with, as of runs from before these were looked at."""
+    few = {"train": {"max_updates": 2}}
+    learned = {"tokenizer": {"name": "bpe", "vocab_size": 270}, "model": {"args": {"vocab_size": 270}}}
+    first = train(configure(home, tmp_path / "first", **few, **learned)).best_checkpoint
+    begun: dict[str, Any] = {"model": {"name": str(first), "args": {"vocab_size": 270}}}
+    train(configure(home, tmp_path / "run", **few, **begun, tokenizer={"name": "bytes"}))
+    run = train(configure(home, tmp_path / "run", train={"max_updates": 4}, **begun, resume="auto"))
+    assert create_tokenizer(run.folder / "last").vocab_size == 257
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "mobilellm_125n", "pretrained": True}, "There is no model called 'mobilellm_125n'"),
+        ({"name": "poolformer_s12.sail_in1k"}, "poolformer_s12"),
+        ({"name": "local-dir:/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"checkpoint_path": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ],
+)
+def test_weights_that_are_not_there_are_not_asked_for_a_tokenizer(
+    home: Path, tmp_path: Path, model: dict[str, Any], message: str
+):
+    with pytest.raises(zoo.ZooError, match=message) as raised:
+        train(configure(home, tmp_path / "run", model={"args": {}, **model}))
+    assert "tokenizer" not in str(raised.value)
 
 
 def test_quantised_weights_are_not_trained(home: Path, tmp_path: Path):

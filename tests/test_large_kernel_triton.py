@@ -397,4 +397,5 @@ def test_more_lines_than_shared_memory_holds_are_not_held(code):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_slaks_stages_on_a_gpu(channels, size, tap, dtype, precision):
     tolerance = TOLERANCES[precision if dtype == torch.float32 else dtype]
+    tolerance = max(tolerance, 1e-5)  # tensor cores cut their sums off, where the interpreter rounds
     compare((4, channels, size, size), [(tap, 5), (5, tap), (5, 5)], dtype, tolerance, "cuda")

@@ -256,9 +256,9 @@ def test_masks_of_other_weights_are_errors(tmp_path, capsys):
         (masks_of, [nn.Linear], "A model is a torch.nn.Module"),
         (channel_groups, ["resnet18"], "A model is a torch.nn.Module, and not 'resnet18'"),
         (apply_masks, [tiny(), None], "Masks are tensors by the names of their weights, and not NoneType"),
-        (apply_masks, [tiny(), {"head.fc.weight": None}], "The mask of 'head.fc.weight' must be a tensor"),
+        (apply_masks, [tiny(), {"head.fc.weight": None}], "The mask of head.fc.weight must be a tensor"),
         (density_of, [[1]], "and not list"),
-        (save_masks, [{3: torch.ones(1)}, "masks.safetensors"], "The mask of 3 must be a tensor"),
+        (save_masks, [{3: torch.ones(1)}, "masks.safetensors"], "by the name of its weight, and not by 3"),
         (n_m_mask, [torch.ones(4), 2, 4], "along the inputs of a weight, its second dimension, and this has 1"),
     ],
 )

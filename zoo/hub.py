@@ -26,7 +26,7 @@ from zoo.files import check_folder, checkpoint_folder, checkpoint_places, fresh_
 from zoo.layers.folding import check_plain
 from zoo.registry import get_entry
 from zoo.sparsity.channels import kept_widths
-from zoo.sparsity.masks import MASKS
+from zoo.sparsity.masks import MASKS, load_masks
 from zoo.weights import (
     DEFAULT_FILES,
     HUB_PREFIXES,
@@ -73,18 +73,19 @@ def save_pretrained(
             weights, with a `generation_config.json`.
         note: what there is to say about the weights, kept in `config.json`.
         dtype: what floating-point tensors are saved as, such as torch.float16; by default what they are.
-        overwrite: replace the model in a folder that is not empty; other files in it stay, but for masks of its
-            weights.
+        overwrite: replace the model in a folder that is not empty; other files in it stay, but for masks that
+            these weights do not follow.
 
     Returns the folder. Raises ConfigError for a model, labels or folder that will not do, also for a model that was
     changed so that its description builds another, or that has hooks, adapters or parametrizations; CheckpointError.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.float16, not {dtype!r}.")
-    if isinstance(tokenizer, str | Path):
-        from zoo.data.tokenizers import create_tokenizer
+    if tokenizer is not None:
+        from zoo.data.tokenizers import Tokenizer, create_tokenizer
 
-        tokenizer = create_tokenizer(tokenizer)
+        if not isinstance(tokenizer, Tokenizer):
+            tokenizer = create_tokenizer(tokenizer)
     config = describe(model, labels=labels, tokenizer=tokenizer, note=note, dtype=dtype)
     folder = Path(folder).expanduser().absolute()
     check_folder(folder, overwrite)
@@ -105,7 +106,7 @@ def save_pretrained(
         if _is_entry(config["architecture"]):
             _check_opens(fresh, model, unwrap(tensors, "The model"))
         put_in_place(fresh, folder)
-        (folder / MASKS).unlink(missing_ok=True)  # of the weights that were there before
+        _remove_masks_of_others(folder / MASKS, tensors)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write {str(folder)!r}: {error.strerror or error}. Nothing was left behind."
@@ -113,6 +114,21 @@ def save_pretrained(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+def _remove_masks_of_others(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Of the weights that were there before, where these are not zero where masks say so."""
+    if not path.is_file():
+        return
+    try:
+        fit = all(
+            name in tensors and tensors[name].shape == mask.shape and not tensors[name].cpu()[~mask].any()
+            for name, mask in load_masks(path).items()
+        )
+    except CheckpointError:
+        fit = False
+    if not fit:
+        path.unlink()
 
 
 def describe(

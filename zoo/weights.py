@@ -1037,7 +1037,8 @@ def _assign(model: nn.Module, tensors: StateDict, ours: bool) -> None:
     """Put checked tensors into the model: copied, or where it is on the meta device, taken as they are if `ours`."""
     targets = model.state_dict(keep_vars=True)
     for key, tensor in tensors.items():
-        if targets[key].is_floating_point() and not (tensor.is_floating_point() or tensor.is_complex()):
+        is_real = tensor.is_floating_point() or tensor.is_complex()
+        if targets[key].is_floating_point() and not is_real and tensor.any():
             raise CheckpointError(
                 f"{key} holds whole numbers ({str(tensor.dtype).removeprefix('torch.')}), and the model's are not: is "
                 "it quantised? Load the weights that it was made from."

@@ -173,12 +173,10 @@ def load_texts(config: TextDataConfig, training: bool) -> TextSource:
     files = find_texts(config.path)
     of_split = [file for split in splits for file in files if _begins_with(file, split)]
     if training:
-        if config.val_path:
+        if config.val_path:  # what is left of one file, which is evaluated, is that file
             evaluated = {os.path.realpath(file) for file in find_texts(config.val_path)}
-            files = [file for file in files if os.path.realpath(file) not in evaluated]
-            of_split = [file for file in of_split if file in files]
-            if not files:
-                raise ConfigError(f"All texts of {config.path!r} are those of data.val_path: none is left to train on.")
+            files = [file for file in files if os.path.realpath(file) not in evaluated] or files
+            of_split = [file for file in of_split if os.path.realpath(file) not in evaluated]
         held_out = {file for split in VAL_SPLITS for file in files if _begins_with(file, split)}
         return FileTexts(of_split or [file for file in files if file not in held_out] or files, config.column)
     if of_split:
@@ -464,7 +462,9 @@ def _document(value: Any, column: str, where: str) -> Document | Damaged:
             return value if wrong is None else Damaged(f"{where}: there is no token {wrong}.")
         if all(isinstance(item, Mapping) and {"role", "content"} <= item.keys() for item in value):
             for turn, message in enumerate(value):
-                if not (isinstance(message["content"], str) or message.get("tool_calls")):
+                content, calls = message["content"], message.get("tool_calls") or message.get("function_call")
+                parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
+                if not (isinstance(content, str) or parts or calls):
                     kind = type(message["content"]).__name__
                     return Damaged(f"{where}: the content of message {turn} is no text, but {kind}.")
             if not any(message["role"] == "assistant" for message in value):

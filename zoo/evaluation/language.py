@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -221,7 +222,7 @@ def evaluate_language(
         model=name or _name(model),
         tokenizer=tokenizer.name,
         params=sum(parameter.numel() for parameter in outline(model).parameters()),
-        weights=precision_of(model),
+        weights=_precision(model),
         text=text,
         data="" if source is None else str(source.val_path or source.path or source.name),
         split=None if source is None else source.val_split,
@@ -242,7 +243,7 @@ def _name(model: nn.Module) -> str:
     return cfg.get("architecture", type(model).__name__) if isinstance(cfg, Mapping) else type(model).__name__
 
 
-def precision_of(model: nn.Module) -> str:
+def _precision(model: nn.Module) -> str:
     """The precision of the weights: a dtype, or what they are quantised to."""
     quantization: Any = getattr(model, "quantization", None)
     if quantization is not None:
@@ -347,9 +348,9 @@ def _known(texts: Iterable[str | Sequence[int]], vocab_size: int) -> Iterator[st
     """Raises DataError for numbers that are no tokens of the model's."""
     for text in texts:
         if isinstance(text, list | tuple):
-            wrong = next((number for number in text if not 0 <= int(number) < vocab_size), None)
-            if wrong is not None:
-                raise DataError(f"The texts hold token {wrong}, and the model's vocabulary has {vocab_size:,}.")
+            wrong = [token for token in text if not (isinstance(token, Integral) and 0 <= int(token) < vocab_size)]
+            if wrong:
+                raise DataError(f"The texts hold token {wrong[0]!r}, and the model's vocabulary has {vocab_size:,}.")
         yield text
 
 

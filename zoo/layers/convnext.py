@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.layers.folding import as_conv2d, fold_scale
-from zoo.layers.observers import channels_last
 from zoo.layers.packed import PackedConv2d, is_gelu, may_overwrite
 
 __all__ = ["FastConvNeXtBlock", "FastConvNeXtStage", "timms_fast_stage"]
@@ -38,7 +38,7 @@ class FastConvNeXtStage(nn.Module):
             x = self.downsample(x)
         if not may_overwrite(x):
             return self.blocks(x)
-        x = channels_last(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         if self.downsample is None:  # then the map is somebody else's
             x = x.clone()
         samples = len(x)

@@ -25,7 +25,7 @@ from zoo.layers.folding import has_hooks, has_own_forward, is_changed
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights, on_meta
 from zoo.layers.kv_cache import KVCache, LayerCache, LayerShape
-from zoo.layers.observers import is_exporting, is_transformed
+from zoo.layers.observers import is_exporting, is_observed, is_transformed
 from zoo.layers.token_loss import IGNORED, mean_token_loss
 
 __all__ = ["Decoder", "DecoderConfig", "build_decoder", "convert_published", "outline", "reorder_rotary"]
@@ -71,8 +71,8 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_flags(**{name: getattr(self, name) for name in ("rope_interleaved", "qk_norm", "tie_embeddings")})
-        if isinstance(self.global_layers, list):  # as JSON has it
-            object.__setattr__(self, "global_layers", tuple(self.global_layers))
+        if self.global_layers is None or isinstance(self.global_layers, list | range):  # as JSON has it
+            object.__setattr__(self, "global_layers", tuple(self.global_layers or ()))
         if not isinstance(self.global_layers, tuple) or any(type(layer) is not int for layer in self.global_layers):
             raise ConfigError(f"global_layers must be numbers of layers, not {self.global_layers!r}.")
         for name in COUNTS:
@@ -623,7 +623,9 @@ class Decoder(ZooModelHubMixin, nn.Module):
                 f"positions must be whole numbers of the tokens' shape, {tuple(tokens.shape)}, not "
                 f"{tuple(positions.shape)}."
             )
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or tokens.device.type != "cpu":
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_observed():
+            return
+        if tokens.device.type != "cpu":
             return
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.config.vocab_size:

@@ -37,8 +37,8 @@ benchmarks/large_kernel.py.
 Precision: all sums are in float32. bfloat16 and float16 are multiplied as they are; a kernel is rounded to the map's
 type once, after smaller ones were added. Where `torch.backends.cudnn` allows TF32 for convolutions (PyTorch's default),
 float32 is rounded to the 11 bits of TF32, in bands as float16 scaled by a power of two for each image, which tensor
-cores multiply twice as fast; where it does not, three such products keep 21 bits. Since zeros of the matrices are
-multiplied too, an infinity or NaN spreads over its map.
+cores multiply twice as fast; where it does not, three such products keep 21 bits, less what tensor cores cut off as
+they add. Since zeros of the matrices are multiplied too, an infinity or NaN spreads over its map.
 
 Maps in channels_last are copied to NCHW and back. The first call for a kernel, tile size and type compiles and times a
 few forms, which cannot be captured in a CUDA graph; set TRITON_CACHE_AUTOTUNING=1 to keep the choice.

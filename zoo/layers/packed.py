@@ -139,6 +139,7 @@ def _activate(x: Tensor, act: Activation) -> Tensor:
 def _takes_packed(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == weight.device.type == "cpu"
+        and type(x) in (Tensor, nn.Parameter)  # not fake, or another's
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (needs_gradients(x) or needs_gradients(weight))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zoo.errors import ConfigError
 from zoo.layers import native_step
 from zoo.layers.native_step import CMatrix, address
-from zoo.layers.observers import is_observed
+from zoo.layers.observers import is_observed, is_transformed
 
 __all__ = ["BITS", "QuantizedEmbedding", "QuantizedLinear", "quantize_matrix"]
 
@@ -145,6 +145,7 @@ class QuantizedLinear(nn.Module):
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or is_observed()
+            or is_transformed()
             or (torch.is_grad_enabled() and x.requires_grad)
             or x.dtype == torch.float64
         ):

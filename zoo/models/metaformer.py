@@ -614,7 +614,7 @@ class FastStage(nn.Module):
         x = self.downsample(x)
         if not may_overwrite(x):
             return self.blocks(x)
-        x = channels_last(x)
+        x = x.contiguous(memory_format=torch.channels_last)
         if not self.owns_input:
             x = x.clone()
         samples = len(x)

@@ -157,7 +157,7 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
 def _proportional(dimensions: Shapes, shapes: Shapes, density: float) -> dict[str, float]:
     density = _checked(density)
     for name, shape in shapes.items():
-        if not shape or not math.prod(shape) > 0:
+        if not shape or not all(size > 0 for size in shape):
             raise ConfigError(f"{name} has no weights to make sparse: its shape is {tuple(shape)}.")
     raw = {name: sum(shape) / math.prod(shape) for name, shape in dimensions.items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}

@@ -94,8 +94,10 @@ def _check_mapping(masks: Mapping[str, Tensor]) -> None:
     if not isinstance(masks, Mapping):
         raise ConfigError(f"Masks are tensors by the names of their weights, and not {type(masks).__name__}.")
     for name, mask in masks.items():
-        if not (isinstance(name, str) and isinstance(mask, Tensor)):
-            raise ConfigError(f"The mask of {name!r} must be a tensor, not {type(mask).__name__}.")
+        if not isinstance(name, str):
+            raise ConfigError(f"A mask goes by the name of its weight, and not by {name!r}.")
+        if not isinstance(mask, Tensor):
+            raise ConfigError(f"The mask of {name} must be a tensor, not {type(mask).__name__}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -167,6 +169,8 @@ def n_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
     ConfigError unless 0 < n <= m, and for a weight without an input dimension.
     """
     _check_n_m(n, m)
+    if not isinstance(scores, Tensor):
+        raise ConfigError(f"The scores of a weight are a tensor, and not {type(scores).__name__}.")
     if scores.ndim < 2:
         raise ConfigError(f"N:M is along the inputs of a weight, its second dimension, and this has {scores.ndim}.")
     groups = _groups(scores, m, -math.inf)

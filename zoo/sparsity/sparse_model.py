@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fnmatch
 import json
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
 from zoo.files import whole_file
-from zoo.layers.wrappers import unwrapped
+from zoo.layers.wrappers import copied, unwrapped
 from zoo.plots import check_picture
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
@@ -221,7 +220,7 @@ def report(
     if getattr(model, "quantization", None) is not None:
         raise ConfigError("A quantised model has no weights to count zeros in: give the one that it was made from.")
     if masks:
-        model = copy.deepcopy(model)
+        model = copied(model)
         with torch.no_grad():
             for name, parameter in check_masks(model, masks).items():
                 mask = masks[name].to(parameter.device, torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import typing
 from typing import Any, Literal
 
@@ -424,18 +425,22 @@ class SparsityConfig:
             raise ConfigError("sparsity.dead_channels needs masks that move: set sparsity.growth, too.")
 
 
+NUMBERS = (numbers.Real, numbers.Integral)  # NumPy's among them
+
+
 def _check_types(section: str, config: Any) -> None:
     """Raise ConfigError for values that are not of their fields' types, as the command line does by itself."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), typing.get_args(hint) or (hint,)
         words = [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
         plain = {typing.get_origin(kind) or kind for kind in kinds if typing.get_origin(kind) is not Literal}
-        plain |= {int} if float in plain else {list} if tuple in plain else set()
+        plain |= {numbers.Real} if float in plain else {numbers.Integral} if int in plain else set()
+        plain |= {list} if tuple in plain else set()
         fits = isinstance(value, tuple(plain)) and (type(value) is not bool or bool in plain)
         if fits or (isinstance(value, str) and value in words):
             continue
         near = did_you_mean(value, words) if isinstance(value, str) else ""
-        told = [repr(word) for word in words] + sorted(kind.__name__ for kind in plain - {type(None), list})
+        told = [repr(word) for word in words] + sorted(k.__name__ for k in plain - {type(None), list, *NUMBERS})
         raise ConfigError(f"{section}.{name} must be {' or '.join(told)}, not {value!r}.{near}")
 
 

@@ -20,10 +20,10 @@ from zoo.data import DamageReport
 from zoo.data.packing import PackedLoader, StreamLoader, TokenBatch, evaluation_batches, prepare_tokens
 from zoo.data.text import TextSource, load_texts
 from zoo.data.tokenizers import BYTES, Tokenizer, check_fits, create_tokenizer, train_tokenizer
-from zoo.errors import CheckpointError, ConfigError, DataError, UnknownModelError, ZooError
+from zoo.errors import ConfigError, DataError, ZooError
 from zoo.factory import create_model
 from zoo.files import whole_file
-from zoo.hub import save_pretrained
+from zoo.hub import save_pretrained, tokenizer_beside
 from zoo.layers.decoder import Decoder
 from zoo.layers.token_loss import IGNORED, token_losses
 from zoo.loading import of_run
@@ -73,8 +73,15 @@ class LanguageModeling:
         self.config, self.accelerator = config, accelerator
         data, processes, rank = config.data, accelerator.num_processes, accelerator.process_index
         training, evaluation = load_texts(data, training=True), load_texts(data, training=False)
-        self.tokenizer = self._make_tokenizer(training)
-        self.model: Any = build_language_model(config.model, self.tokenizer)
+        self.tokenizer: Tokenizer | None
+        self.model: Any
+        if config.tokenizer.name == "auto" and _starts_from_weights(config.model):
+            self.model = build_language_model(config.model, None)  # says first what is wrong with its name
+            self.tokenizer = self._resumed_tokenizer() or _tokenizer_of_weights(config.model)
+            check_fits(self.tokenizer, self.model)
+        else:
+            self.tokenizer = self._make_tokenizer(training)
+            self.model = build_language_model(config.model, self.tokenizer)
         freeze(self.model, config.model.freeze)
         context = self.model.config.context_length
         self.length = context if data.sequence_length is None else data.sequence_length
@@ -134,7 +141,7 @@ class LanguageModeling:
         if tokenizer.name is None:
             return None
         if tokenizer.name == "auto":
-            return _tokenizer_of_weights(self.config.model)
+            return self._resumed_tokenizer() or create_tokenizer(BYTES)
         if tokenizer.name != "bpe":
             return create_tokenizer(tokenizer.name)
         home = Path(self.config.output.dir).expanduser() / TOKENIZER
@@ -143,14 +150,17 @@ class LanguageModeling:
                 self._learn_tokenizer(training, home)
             return create_tokenizer(home)
 
+    def _resumed_tokenizer(self) -> Tokenizer | None:
+        """The one of the run that is gone on with."""
+        if self.config.resume is None:
+            return None
+        resumed = find_checkpoint(self.config.resume, Path(self.config.output.dir).expanduser())
+        return None if resumed is None else create_tokenizer(resumed)
+
     def _learn_tokenizer(self, training: TextSource, home: Path) -> None:
         """Put a new tokenizer at `home`, or the one of the run that is gone on with."""
-        resumed = None
-        if self.config.resume is not None:
-            resumed = find_checkpoint(self.config.resume, home.parent)
-        if resumed is not None:
-            tokenizer = create_tokenizer(resumed)
-        else:
+        tokenizer = self._resumed_tokenizer()
+        if tokenizer is None:
             texts = (document for document in training.documents() if isinstance(document, str))
             assert self.config.tokenizer.vocab_size is not None
             tokenizer = train_tokenizer(texts, self.config.tokenizer.vocab_size)
@@ -329,21 +339,22 @@ def _starts_from_published(config: LanguageModelConfig) -> bool:
     return (":" in name or "." in name) if config.pretrained is None else config.pretrained
 
 
+def _starts_from_weights(config: LanguageModelConfig) -> bool:
+    return config.checkpoint_path is not None or _starts_from_published(config)
+
+
 def _tokenizer_of_weights(config: LanguageModelConfig) -> Tokenizer:
-    """The one beside the weights that training starts from; bytes where it starts from none."""
-    source = config.checkpoint_path
-    if source is None:
-        if not _starts_from_published(config):
-            return create_tokenizer(BYTES)
-        source = config.name
-    elif Path(source).expanduser().is_file():
-        source = str(Path(source).expanduser().parent)
-    try:
+    """The one beside the weights that training starts from. Raises ConfigError where there is none."""
+    source = config.name if config.checkpoint_path is None else config.checkpoint_path
+    if not Path(source.removeprefix("local-dir:")).expanduser().exists():
         return create_tokenizer(source)
-    except (CheckpointError, ConfigError, UnknownModelError) as error:
+    tokenizer: Tokenizer | None = tokenizer_beside(source)
+    if tokenizer is None:
         raise ConfigError(
-            f"The weights of {source} come without a tokenizer: name theirs with tokenizer.name, such as bytes. {error}"
-        ) from error
+            f"No tokenizer lies beside the weights of {source}: name theirs with tokenizer.name, such as bytes, or set "
+            "it to null where the data are token numbers."
+        )
+    return tokenizer
 
 
 def build_language_model(config: LanguageModelConfig, tokenizer: Tokenizer | None) -> Decoder:

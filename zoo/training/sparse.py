@@ -38,7 +38,6 @@ remedies; the formulas are ours.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +50,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_counts
-from zoo.layers.wrappers import unwrapped
+from zoo.layers.wrappers import copied, unwrapped
 from zoo.sparsity import (
     ChannelGroup,
     channel_counts,
@@ -292,32 +291,40 @@ class SparseTraining:
                 "all optimizers at once, or choose sparsity.layers, or freeze what is not to learn."
             )
         for optimizer in optimizers:
+            self._check_optimizer(optimizer, names)
+        for optimizer in optimizers:
             self._attach(optimizer, names)
 
     def _attach(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
-        kind = type(optimizer).__name__
-        base = getattr(optimizer, "_base_optimizer", optimizer)  # of timm's Lookahead
+        base = _base(optimizer)
         if _known(base) in BEGINNINGS:
             base.register_step_pre_hook(self._begin)
-        compact = self.rule.optimizer_state == "compact"
         for group in optimizer.param_groups:
             for i, parameter in enumerate(group["params"]):
                 name = names.get(id(parameter))
                 if name is None:
                     continue
-                self._check_group(kind, group)
                 self.groups[name], self.optimizers[name] = group, base
-                if compact:
-                    if base.state.get(parameter):
-                        raise ConfigError(
-                            f"{kind} remembers something of {name}: with sparsity.optimizer_state compact, attach() "
-                            "comes before its first step, and before its load_state_dict()."
-                        )
+                if self.rule.optimizer_state == "compact":
                     self.values[name] = nn.Parameter(parameter.detach()[self.masks[name]])
                     group["params"][i] = self.values[name]
 
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
+        """Raises ConfigError where it cannot do with masked weights what the rule says."""
+        kind = type(optimizer).__name__
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names.get(id(parameter))
+                if name is None:
+                    continue
+                self._check_group(kind, group)
+                if self.rule.optimizer_state == "compact" and _base(optimizer).state.get(parameter):
+                    raise ConfigError(
+                        f"{kind} remembers something of {name}: with sparsity.optimizer_state compact, attach() comes "
+                        "before its first step, and before its load_state_dict()."
+                    )
+
     def _check_group(self, kind: str, group: Mapping[str, Any]) -> None:
-        """Raises ConfigError where an optimizer cannot do with masked weights what the rule says."""
         if self.rule.optimizer_state == "compact" and kind not in ELEMENTWISE:
             raise ConfigError(
                 f"sparsity.optimizer_state compact needs an optimizer that treats each weight by itself, which {kind} "
@@ -667,11 +674,13 @@ class SparseTraining:
                     "it, or begin a run in another output.dir."
                 )
         for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                kind = str(mask.dtype).removeprefix("torch.")
+                raise CheckpointError(f"The mask of {name} must be of bool, not {kind}.")
             final, kept = state["final"].get(name), int(mask.count_nonzero())
-            if mask.dtype != torch.bool or final is None or kept < final or (kept > final and not self.falls):
+            if final is None or kept < final or (kept > final and not self.falls):
                 raise CheckpointError(
-                    f"The mask of {name} keeps {kept} weights ({str(mask.dtype).removeprefix('torch.')}), not the "
-                    f"{final} of the checkpoint (bool): it is another one's."
+                    f"The mask of {name} keeps {kept} weights, not the {final} of the checkpoint: it is another one's."
                 )
         self.masks = {name: mask.to(found[name].device) for name, mask in masks.items()}
         self.final, self.steps = dict(state["final"]), state["steps"]
@@ -772,15 +781,15 @@ def snip_scores(
     of the model in training mode, in which drop path and dropout rest: else a block that is dropped scores zero.
     `average` makes one gradient of all processes'. Raises ConfigError where scores are not finite, or all zero.
     """
-    copied = copy.deepcopy(model).train()
-    for module in copied.modules():
+    twin = copied(model).train()
+    for module in twin.modules():
         if isinstance(module, DropPath | nn.Dropout | nn.Dropout1d | nn.Dropout2d):
             module.eval()
         if isinstance(module, nn.MultiheadAttention) or isinstance(getattr(module, "attn_drop", None), nn.Dropout):
             module.training = False  # fused attention asks its module whether to drop
     for loss in losses:
-        (loss(copied) / len(losses)).backward()
-    parameters, scores = {plain_name(name): parameter for name, parameter in unwrapped(copied).named_parameters()}, {}
+        (loss(twin) / len(losses)).backward()
+    parameters, scores = {plain_name(name): parameter for name, parameter in unwrapped(twin).named_parameters()}, {}
     for name in names:
         weight = parameters[name].detach()
         gradient = parameters[name].grad
@@ -797,6 +806,11 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
     chosen = _best(everything, None, count)
     parts = chosen.split([score.numel() for score in scores.values()])
     return {name: int(part.count_nonzero()) for name, part in zip(scores, parts, strict=True)}
+
+
+def _base(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Within timm's Lookahead, the optimizer that remembers."""
+    return getattr(optimizer, "_base_optimizer", optimizer)
 
 
 def _known(optimizer: torch.optim.Optimizer) -> str | None:
