@@ -436,6 +436,5 @@ def test_output_that_cannot_spell_a_name_is_still_output():
 
 
 def test_info_asks_for_an_architecture(tmp_path):
-    result = run("info", f"local-dir:{tmp_path}")
-    assert result.returncode == 1
-    assert "That names weights, and this asks for an architecture" in result.stderr
+    for place in (tmp_path, "here"):
+        assert "That names weights, and this asks for an architecture" in fail(1, "info", f"local-dir:{place}")

@@ -471,7 +471,7 @@ def get_entry(name: str) -> Entry:
     if base not in _entries and base in _index():
         importlib.import_module(_index()[base].module)
     if base not in _entries:
-        if "/" in name or "\\" in name:
+        if any(mark in name for mark in "/\\:"):
             raise UnknownModelError(f"There is no model called {name!r}.{_meant_by_path(name)}")
         raise UnknownModelError(f"There is no model called {base!r}.{did_you_mean(base, _all_names())}")
     return _entries[base]
