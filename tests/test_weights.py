@@ -1101,5 +1101,5 @@ def test_whole_numbers_are_no_weights(tmp_path):
     model = zoo.create_model("slak_test", pretrained=False)
     scaled = {key: (value * 100).to(torch.int8) for key, value in model.state_dict().items()}
     torch.save(scaled, tmp_path / "int8.pt")
-    with pytest.raises(CheckpointError, match=r"holds whole numbers \(int8\), and the model's are not"):
+    with pytest.raises(CheckpointError, match=r"int8\.pt holds whole numbers \(int8\), and the model's are not"):
         zoo.load_checkpoint(model, tmp_path / "int8.pt")

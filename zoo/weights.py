@@ -946,6 +946,13 @@ class _Fit:
 
         The error says with which arguments a model would fit what was `given`, where the family can tell.
         """
+        for key, tensor in self.tensors.items():
+            is_real = tensor.is_floating_point() or tensor.is_complex()
+            if key in self.targets and self.targets[key].is_floating_point() and not is_real and tensor.any():
+                raise CheckpointError(
+                    f"{key} in {name} holds whole numbers ({str(tensor.dtype).removeprefix('torch.')}), and the "
+                    "model's are not: is it quantised? Load the weights that it was made from."
+                )
         missing = [key for key in self.targets if key not in self.tensors and key not in self.may_miss]
         unexpected = [key for key in self.tensors if key not in self.targets]
         misshapen = [
@@ -1036,13 +1043,6 @@ def _absent(model: nn.Module, name: str) -> str:
 def _assign(model: nn.Module, tensors: StateDict, ours: bool) -> None:
     """Put checked tensors into the model: copied, or where it is on the meta device, taken as they are if `ours`."""
     targets = model.state_dict(keep_vars=True)
-    for key, tensor in tensors.items():
-        is_real = tensor.is_floating_point() or tensor.is_complex()
-        if targets[key].is_floating_point() and not is_real and tensor.any():
-            raise CheckpointError(
-                f"{key} holds whole numbers ({str(tensor.dtype).removeprefix('torch.')}), and the model's are not: is "
-                "it quantised? Load the weights that it was made from."
-            )
     if not any(targets[key].is_meta for key in tensors):
         model.load_state_dict(tensors, strict=False)
         return

@@ -173,7 +173,7 @@ def load_texts(config: TextDataConfig, training: bool) -> TextSource:
     files = find_texts(config.path)
     of_split = [file for split in splits for file in files if _begins_with(file, split)]
     if training:
-        if config.val_path:  # what is left of one file, which is evaluated, is that file
+        if config.val_path:  # where all files are evaluated, all are trained on, too
             evaluated = {os.path.realpath(file) for file in find_texts(config.val_path)}
             files = [file for file in files if os.path.realpath(file) not in evaluated] or files
             of_split = [file for file in of_split if os.path.realpath(file) not in evaluated]
@@ -465,7 +465,7 @@ def _document(value: Any, column: str, where: str) -> Document | Damaged:
                 content, calls = message["content"], message.get("tool_calls") or message.get("function_call")
                 parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
                 if not (isinstance(content, str) or parts or calls):
-                    kind = type(message["content"]).__name__
+                    kind = type(content).__name__
                     return Damaged(f"{where}: the content of message {turn} is no text, but {kind}.")
             if not any(message["role"] == "assistant" for message in value):
                 return Damaged(f"{where}: there is no message of the assistant's, of which to learn.")

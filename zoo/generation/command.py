@@ -22,9 +22,9 @@ from zoo.generation.prompts import Generation, prepare
 from zoo.generation.sampling import Sampling
 from zoo.loading import load_model, model_task
 
-MAX_THREADS = 1024  # of which systems make so many
-
 __all__ = ["run_chat", "run_generate", "run_tokenizer"]
+
+MAX_THREADS = 1024  # a hundred times as many end the process
 
 
 def run_generate(args: argparse.Namespace) -> None:

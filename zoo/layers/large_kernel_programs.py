@@ -19,8 +19,8 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies no bfloat16; products of 16 bits are exact in float32
-POSITIONS = 256  # maps of up to so many positions take `map_program`
-BLOCK_POSITIONS = 64  # of which it takes so many at once, and `map_weight_program` all
+POSITIONS = 256  # maps of up to so many positions take `map_program`, where no matrices are held
+BLOCK_POSITIONS = 64  # which takes so many at once; maps of up to so many take it always, and `map_weight_program`
 PAD = tl.constexpr(4)  # lines of zeros on either side of an image's copy, at least half of the 7 that are held
 
 # TILE: positions that a program takes at once, images x tile height x tile width. The first call for a shape times them

@@ -261,7 +261,9 @@ def _bands(
             else:
                 matrices += _banded(weight, x.dtype, tiles[i], strips[i], wide=i == 1, turned=turned)
         copies = x
-        if held:
+        if not held:  # whatever the kernels were laid out as, one program reads their matrices
+            options |= {key: 0 for key in options if key.endswith(("_CHANNEL", "_ROW"))} | {"TURNED": False}
+        else:
             forms = [config.kwargs for config in programs._CONFIGS]
             most = max(programs.images_of(form["TILE"], *tiles, max_images, form["WARPS"]) for form in forms)
             room = channels * splits * programs.size_of_copies(most, *tiles)
