@@ -15,7 +15,7 @@ from zoo.errors import ConfigError
 from zoo.layers.convnext import timms_fast_stage
 from zoo.layers.folding import fold_batch_norm, has_hooks, is_changed, package_of
 from zoo.layers.init import has_meta
-from zoo.layers.packed import PackedConv2d, PackedLinear, is_gelu
+from zoo.layers.packed import PackedConv2d, PackedLinear, activation_of
 from zoo.layers.wrappers import copied
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -137,11 +137,7 @@ def _is_large_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _activation(module: nn.Module) -> Any:
     """What `module` is called where it can be joined to a layer."""
-    if is_changed(module):
-        return None
-    if type(module) is nn.ReLU:
-        return "relu"
-    return "gelu" if is_gelu(module) else None
+    return None if is_changed(module) else activation_of(module)
 
 
 def _join(

@@ -11,11 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from zoo.layers.folding import as_conv2d, fold_scale
-from zoo.layers.packed import PackedConv2d, is_gelu, may_overwrite
+from zoo.layers.packed import PackedConv2d, in_parts, is_gelu
 
 __all__ = ["FastConvNeXtBlock", "FastConvNeXtStage", "timms_fast_stage"]
 
@@ -36,17 +35,7 @@ class FastConvNeXtStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.downsample is not None:
             x = self.downsample(x)
-        if not may_overwrite(x):
-            return self.blocks(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        if self.downsample is None:  # then the map is somebody else's
-            x = x.clone()
-        samples = len(x)
-        if x.device.type == "cpu" and x.numel() > 0:
-            samples = self.hidden_bytes // (self.hidden * x[0, 0].numel() * x.element_size())
-        for part in x.split(max(1, samples)):
-            self.blocks(part)
-        return x
+        return in_parts(self.blocks, x, self.downsample is not None, self.hidden, self.hidden_bytes)
 
 
 class FastConvNeXtBlock(nn.Module):

@@ -46,6 +46,26 @@ def may_overwrite(x: Tensor) -> bool:
     return not needs_gradients(x)
 
 
+def in_parts(blocks: nn.Module, x: Tensor, owned: bool, hidden_channels: int, hidden_bytes: int) -> Tensor:
+    """`blocks(x)` for blocks that write over their input where `may_overwrite` it, on as many samples at a time as the
+    cache has room for. (B, C, H, W) -> (B, C, H, W)
+
+    A map that is not `owned` is somebody else's, and copied before. `hidden_channels` are those of the largest map
+    within a block, of which `hidden_bytes` are worked on together.
+    """
+    if not may_overwrite(x):
+        return blocks(x)
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not owned:
+        x = x.clone()
+    samples = len(x)
+    if x.device.type == "cpu" and x.numel() > 0:
+        samples = hidden_bytes // (hidden_channels * x[0, 0].numel() * x.element_size())
+    for part in x.split(max(1, samples)):
+        blocks(part)
+    return x
+
+
 class PackedConv2d(nn.Conv2d):
     """`conv`, then an activation. (B, in_channels, H, W) -> (B, out_channels, H', W').
 
@@ -130,6 +150,13 @@ def is_gelu(module: nn.Module) -> bool:
     timm = sys.modules.get("timm.layers")  # not imported for this, which takes seconds: no model has its GELU before
     gelus = (nn.GELU, timm.GELU) if timm else (nn.GELU,)
     return type(module) in gelus and getattr(module, "approximate", "none") == "none"
+
+
+def activation_of(module: nn.Module) -> Activation | None:
+    """What a packed layer calls the activation that `module` computes; None for others."""
+    if type(module) is nn.ReLU:
+        return "relu"
+    return "gelu" if is_gelu(module) else None
 
 
 def _activate(x: Tensor, act: Activation) -> Tensor:

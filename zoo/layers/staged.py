@@ -2,11 +2,12 @@
 
 # annotations must be types, not text: fx writes them into the code that it generates
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import SelectAdaptivePool2d
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -55,6 +56,27 @@ class Head(nn.Module):
         x = self.global_pool(self.norm(x)) if self.norm_first else self.norm(self.global_pool(x))
         x = self.flatten(x)
         return x if pre_logits else self.fc(self.drop(x))
+
+
+class Stage(nn.Module):
+    """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')
+
+    Blocks that take another layout than maps have a subclass, whose `forward` calls `run_blocks`.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run_blocks(self.downsample(x))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
 
 
 class StagedNet(ZooModelHubMixin, nn.Module):

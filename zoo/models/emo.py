@@ -25,7 +25,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, use_fused_attn
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -41,7 +40,7 @@ from zoo.layers.arguments import (
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.observers import channels_last
-from zoo.layers.staged import Head, StagedNet
+from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["EMO"]
@@ -266,20 +265,6 @@ class PlainStem(nn.Module):
         return FastStem(self)
 
 
-class EMOStage(nn.Module):
-    """The blocks of one resolution, the first of which halves it. (B, C, H, W) -> (B, C', H/2, W/2)."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
-
 class EMO(StagedNet):
     """Stages of inverted residual blocks, the last ones with attention. (B, in_chans, H, W) -> (B, num_classes).
 
@@ -373,7 +358,7 @@ class EMO(StagedNet):
                     )
                 )
                 before = dim
-            stages.append(EMOStage(blocks))
+            stages.append(Stage(nn.Identity(), blocks))
         self.stages = nn.Sequential(*stages)
         self.head = Head(
             dims[-1],

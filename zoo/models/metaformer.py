@@ -22,12 +22,12 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, use_fused_attn
-from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError, did_you_mean
 from zoo.layers.arguments import (
     check_above_zero,
+    check_choice,
     check_counts,
     check_numbers_or_none,
     check_rates,
@@ -38,8 +38,8 @@ from zoo.layers.arguments import (
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
 from zoo.layers.observers import channels_last, is_batched, is_exporting, is_transformed
-from zoo.layers.packed import Activation, PackedConv2d, may_overwrite, needs_gradients
-from zoo.layers.staged import Head, StagedNet
+from zoo.layers.packed import PackedConv2d, activation_of, in_parts, may_overwrite, needs_gradients
+from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.layers.stochastic_depth import is_per_sample, stochastic_add, trains_eagerly
 from zoo.layers.training_mlp import training_mlp
 from zoo.registry import Entry, Paper, Reported, Weights, register
@@ -381,28 +381,19 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-class MetaFormerStage(nn.Module):
+class MetaFormerStage(Stage):
     """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], tokens: bool) -> None:
-        super().__init__()
+        super().__init__(downsample, blocks)
         self.tokens = tokens
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
+        if not self.tokens:
+            return self.run_blocks(x)
         B, C, H, W = x.shape
-        if self.tokens:
-            x = x.flatten(2).transpose(1, 2)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        if self.tokens:
-            x = x.transpose(1, 2).reshape(B, C, H, W)
-        return x
+        return self.run_blocks(x.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(B, C, H, W)
 
     def fast_form(self) -> nn.Module:
         return FastStage(self)
@@ -490,9 +481,8 @@ class MetaFormer(StagedNet):
         depths, dims = check_widths(depths=depths, dims=dims)
         mixers = per_stage("token_mixers", token_mixers, len(depths))
         res_scales = per_stage("res_scale_init", res_scale_init, len(depths))
-        norms = {"group": GroupNorm, "layer": LayerNorm}
-        choose("norm", norm, norms)
-        choose("patch_conv_init", patch_conv_init, {"normal": True, "default": True})
+        check_choice("norm", norm, ("group", "layer"))
+        check_choice("patch_conv_init", patch_conv_init, ("normal", "default"))
         act = choose("mlp_act", mlp_act, ACTIVATIONS)
         check_counts(1, stem_kernel_size=stem_kernel_size, stem_stride=stem_stride)
         check_rates(drop_rate=drop_rate, proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
@@ -608,21 +598,11 @@ class FastStage(nn.Module):
         self.downsample = stage.downsample
         if isinstance(stage.downsample, Downsample):
             self.downsample = nn.Sequential(stage.downsample.norm, PackedConv2d(stage.downsample.conv))
-        self.blocks = nn.Sequential(*(FastBlock(cast(MetaFormerBlock, block)) for block in stage.blocks))
+        blocks = [FastBlock(cast(MetaFormerBlock, block)) for block in stage.blocks]
+        self.blocks, self.hidden = nn.Sequential(*blocks), blocks[0].mlp.fc1.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if not may_overwrite(x):
-            return self.blocks(x)
-        x = x.contiguous(memory_format=torch.channels_last)
-        if not self.owns_input:
-            x = x.clone()
-        samples = len(x)
-        if x.device.type == "cpu" and x.numel() > 0:
-            samples = self.hidden_bytes // (4 * x[0].numel() * x.element_size())
-        for part in x.split(max(1, samples)):
-            self.blocks(part)
-        return x
+        return in_parts(self.blocks, self.downsample(x), self.owns_input, self.hidden, self.hidden_bytes)
 
 
 class FastBlock(nn.Module):
@@ -852,17 +832,13 @@ class FastMlp(nn.Module):
             self.norm = PlainGroupNorm(block.norm2.eps)
         self.act: nn.Module = nn.Identity()
         self.squares = isinstance(mlp.act, StarReLU)
-        fused: Activation = "none"
+        fused = activation_of(mlp.act)
         if isinstance(mlp.act, StarReLU):
             fused = "relu"
             fc2 = fold_affine(fc2, *(value.expand(fc2.in_channels) for value in (mlp.act.scale, mlp.act.bias)))
-        elif type(mlp.act) is nn.GELU and mlp.act.approximate == "none":
-            fused = "gelu"
-        elif type(mlp.act) is nn.ReLU:
-            fused = "relu"
-        else:
+        elif fused is None:
             self.act = mlp.act
-        self.fc1, self.fc2 = PackedConv2d(fc1, fused), PackedConv2d(scaled(fc2, block.layer_scale2))
+        self.fc1, self.fc2 = PackedConv2d(fc1, fused or "none"), PackedConv2d(scaled(fc2, block.layer_scale2))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.fc1(self.norm(x)))

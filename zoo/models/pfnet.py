@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from timm.layers import Attention, DropPath, LayerNorm2d, Mlp
-from timm.models import checkpoint_seq
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ from zoo.layers.arguments import (
 from zoo.layers.hub_mixin import ZooModelHubMixin
 from zoo.layers.init import init_weights
 from zoo.layers.positions import resize_table
-from zoo.layers.staged import Head, StagedNet
+from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["PfResNet", "PiTMax", "ViTMax"]
@@ -214,22 +213,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
-    """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')"""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
+class TokenStage(Stage):
+    """Downsampling and the blocks of one resolution, which take (B, H, W, C). (B, C, H, W) -> (B, C', H', W')"""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        return self.run_blocks(self.downsample(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 torch.fx.wrap("resize_table")  # fx looks for the name in the module that calls it
@@ -288,7 +276,7 @@ class PfTransformer(StagedNet):
         for i, (dim, heads) in enumerate(zip(dims, num_heads, strict=True)):
             downsample = nn.Conv2d(dims[i - 1], dim, 3, 2, 1, groups=dims[i - 1]) if scales[i] > 1 else nn.Identity()
             mixers = [MaxLayer(dim) if j % 2 else TokenAttention(dim, heads) for j in range(depths[i])]
-            self.stages.append(Stage(downsample, [Block(dim, mixer, mlp_ratio, next(rates)) for mixer in mixers]))
+            self.stages.append(TokenStage(downsample, [Block(dim, mixer, mlp_ratio, next(rates)) for mixer in mixers]))
         norm = LayerNorm2d(dims[-1], eps=1e-6)
         self.head = Head(dims[-1], num_classes, global_pool, norm=norm, norm_first=True, drop_rate=drop_rate)
         init_weights(self)

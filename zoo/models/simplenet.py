@@ -21,7 +21,6 @@ import re
 from collections.abc import Sequence
 
 import torch
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
@@ -29,7 +28,7 @@ from zoo.layers.arguments import check_above_zero, check_counts, check_rates, pe
 from zoo.layers.folding import fold_batch_norm
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
-from zoo.layers.staged import Head, StagedNet
+from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["SimpleNet"]
@@ -70,22 +69,6 @@ class Pool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         check_map(x, 2, 2, self.needed)
         return self.drop(self.pool(x))
-
-
-class Stage(nn.Module):
-    """The layers of one resolution, behind a pooling or led by a convolution of stride 2."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
 
 
 class SimpleNet(StagedNet):

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
-from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
@@ -42,7 +41,7 @@ from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 from zoo.layers.observers import channels_last
 from zoo.layers.packed import PackedConv2d
-from zoo.layers.staged import Head, StagedNet
+from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.layers.training_mlp import training_mlp
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
@@ -275,21 +274,7 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-class SLaKStage(nn.Module):
-    """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')"""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
-        return self.blocks(x)
-
+class SLaKStage(Stage):
     def fast_form(self) -> nn.Module:
         blocks = [block for block in self.blocks if isinstance(block, SLaKBlock)]
         return FastConvNeXtStage(

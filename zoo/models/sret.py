@@ -28,7 +28,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, use_fused_attn
-from timm.models import checkpoint_seq
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -36,7 +35,7 @@ from zoo.layers.arguments import check_above_zero, check_choice, check_counts, c
 from zoo.layers.folding import fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.positions import resize_table
-from zoo.layers.staged import Head, StagedNet
+from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.registry import Entry, Paper, Reported, Weights, register
 
 __all__ = ["SReT"]
@@ -252,23 +251,13 @@ class Stem(nn.Module):
         return self.drop(x + resize_table(self.pos_embed, x.shape[2], x.shape[3]))
 
 
-class SReTStage(nn.Module):
+class SReTStage(Stage):
     """Downsampling and the recursive blocks of one resolution. (B, C, H, W) -> (B, C', H', W')."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         B, C, H, W = x.shape
-        x = x.flatten(2).transpose(1, 2)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
+        x = self.run_blocks(x.flatten(2).transpose(1, 2))
         return x.transpose(1, 2).reshape(B, C, H, W)
 
 
