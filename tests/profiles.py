@@ -7,6 +7,8 @@ import functools
 import zoo
 from zoo.profiling import Profile
 
+NORMS = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")  # operators whose work fvcore counts
+
 
 @functools.cache
 def profiled(name: str, size: tuple[int, int, int]) -> Profile:

@@ -225,7 +225,7 @@ def test_a_mixer_that_cannot_be_initialised_is_refused():
         ({"token_mixers": "pol"}, "Did you mean pool"),
         ({"token_mixers": ("pool", "pool")}, "token_mixers has 2 items for 4 stages"),
         ({"mlp_act": "gelus"}, "Did you mean gelu"),
-        ({"norm": "batch"}, "Choose one of group, layer"),
+        ({"norm": "batch"}, "Choose one of 'group', 'layer'"),
         ({"mlp_ratio": 0}, "mlp_ratio must be numbers above zero"),
         ({"norm_eps": -1.0}, "norm_eps must be numbers above zero"),
         ({"drop_rate": 2.0}, "drop_rate must be a number from 0"),

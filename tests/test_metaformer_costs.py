@@ -8,8 +8,7 @@ import pytest
 
 import zoo
 from tests.models import each_model
-from tests.profiles import profiled
-from zoo.profiling.flops import NORMS
+from tests.profiles import NORMS, profiled
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from tests.models import SIZE, create, each_vision_model
-from tests.profiles import profiled
+from tests.profiles import NORMS, profiled
 from zoo.errors import ConfigError, UnknownModelError
-from zoo.profiling.flops import FREE, HANDLES, NORMS, einsum_contractions
+from zoo.profiling.flops import FREE, HANDLES, einsum_contractions
 
 
 class Apply(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 from zoo.errors import ConfigError, ZooError
 from zoo.files import whole_file
 from zoo.registry import ModelInfo, Paper, Weights, list_models, model_info
-from zoo.units import humanize
+from zoo.units import humanize, shape_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_GROUPS = 6  # of a family's models that the table of families names; its card has them all
@@ -91,7 +91,7 @@ def image_models(infos: Sequence[ModelInfo], notes: dict[str, int]) -> list[str]
                 f"{info.params:,}" + (f" ({frozen:,} frozen)" if frozen else ""),
                 humanize(info.macs),
                 humanize(info.activations),
-                shape(info.input_size),
+                shape_text(info.input_size),
                 " / ".join(humanize(value) for value in (r.params, r.macs) if value is not None) if r else "",
             )
         )
@@ -152,7 +152,7 @@ def weights_section(infos: Sequence[ModelInfo]) -> str:
             f"`{info.name}.{w.tag}`" + mark(notes, w.note),
             w.dataset + (f" after {w.pretrained_on}" if w.pretrained_on else ""),
             f"{w.num_classes:,}",
-            shape(w.input_size),
+            shape_text(w.input_size),
             f"{w.crop_pct:g}",
             "" if w.top1 is None else f"{w.top1:.1f}",
             *(["" if w.miou is None else f"{w.miou:.1f}"] if segments else []),
@@ -397,10 +397,6 @@ def mark(notes: dict[str, int], note: str | None) -> str:
 def span(values: Sequence[int]) -> str:
     low, high = humanize(min(values)), humanize(max(values))
     return low if low == high else f"{low} to {high}"
-
-
-def shape(size: Iterable[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo import __version__
@@ -32,7 +32,7 @@ from zoo.registry import (
     pareto,
     search,
 )
-from zoo.units import humanize, parse_quantity
+from zoo.units import humanize, parse_quantity, shape_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -577,7 +577,7 @@ def run_profile(args: argparse.Namespace) -> None:
             print_json(costs.to_dict())
         else:
             print(costs.table())
-            print_text(f"{count('network', costs.stitches)} at {shape(costs.input_size)}. {STITCH_COSTS}")
+            print_text(f"{count('network', costs.stitches)} at {shape_text(costs.input_size)}. {STITCH_COSTS}")
         if args.plot:
             costs.plot(args.plot)
             note(f"Plot: {args.plot}")
@@ -723,7 +723,7 @@ def run_token_labels(args: argparse.Namespace) -> None:
     if made.skipped:
         note(f"Damaged, and without a map: {', '.join(made.skipped[:20])}{', ...' if len(made.skipped) > 20 else ''}.")
     kept = f", {made.kept:,} kept" if made.kept else ""
-    print(f"{made.written:,} label maps of {shape(made.shape)} written{kept}: {made.folder}")
+    print(f"{made.written:,} label maps of {shape_text(made.shape)} written{kept}: {made.folder}")
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -878,7 +878,7 @@ def print_models(infos: Sequence[ModelInfo]) -> None:
             info.name,
             humanize(info.params),
             humanize(info.macs),
-            "token" if info.language else shape(info.input_size),
+            "token" if info.language else shape_text(info.input_size),
             *(percent(getattr(info, accuracy)) for accuracy in accuracies),
             tags(info),
             licences(info),
@@ -928,7 +928,7 @@ def print_weights(infos: Sequence[ModelInfo]) -> None:
     table = new_table("name", "input", "trained on", *accuracies.values(), "licence")
     for info in infos:
         (weights,) = info.weights
-        size = "tokens" if info.language else shape(weights.input_size)
+        size = "tokens" if info.language else shape_text(weights.input_size)
         name = f"{info.name}.{weights.tag}"
         claims = (percent(getattr(weights, accuracy)) for accuracy in accuracies)
         table.add_row(name, size, weights.dataset, *claims, weights.license)
@@ -973,7 +973,7 @@ def print_info(info: ModelInfo) -> None:
 
 def image_costs(info: ModelInfo) -> list[tuple[str, str]]:
     return [
-        ("MACs", f"{info.macs:,} at {shape(info.input_size)}"),
+        ("MACs", f"{info.macs:,} at {shape_text(info.input_size)}"),
         ("fvcore total", f"{info.fvcore_total:,}"),
         ("activations", f"{info.activations:,}"),
     ]
@@ -1005,7 +1005,7 @@ def checkpoint(weights: Weights) -> str:
         claim = f", mIoU {weights.miou:.1f}% ({weights.accuracy_source})"
     lines = (
         f"{data}, {weights.num_classes:,} classes{claim}",
-        f"input {shape(weights.input_size)}, crop {weights.crop_pct:g}, {weights.interpolation}",
+        f"input {shape_text(weights.input_size)}, crop {weights.crop_pct:g}, {weights.interpolation}",
         f"licence {weights.license}",
         " ".join(filter(None, (weights.source, weights.filename))),
     )
@@ -1022,7 +1022,7 @@ def reported(info: ModelInfo) -> str:
     if info.reported is None:
         return ""
     r = info.reported
-    macs = "" if r.macs is None else f", {humanize(r.macs)} MACs at {shape(r.input_size)}"
+    macs = "" if r.macs is None else f", {humanize(r.macs)} MACs at {shape_text(r.input_size)}"
     return f"{humanize(r.params)} params{macs} ({r.source})"
 
 
@@ -1065,10 +1065,6 @@ def print_table(table: Table) -> None:
 def print_text(text: str) -> None:
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     print("\n" + textwrap.fill(text, min(columns, 120)))
-
-
-def shape(size: Iterable[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def percent(value: float | None) -> str:

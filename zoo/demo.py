@@ -18,6 +18,7 @@ from pathlib import Path
 
 from zoo.config import load_config, run_command
 from zoo.errors import ZooError
+from zoo.units import shape_text
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 RECIPE = CONFIGS / "vision" / "digits_poolformer.yaml"
@@ -67,7 +68,7 @@ def demo(output: Path, recipe: Path = RECIPE, least_top1: float = LEAST_TOP1) ->
     print(f"{'':<14}{'this model':>16}{'poolformer_s12':>18}")
     for what, name in (("parameters", "params"), ("MACs", "macs"), ("activations", "activations")):
         print(f"{what:<14}{getattr(small, name):>16,}{getattr(published, name):>18,}")
-    sizes = ("x".join(map(str, profile.input_size)) for profile in (small, published))
+    sizes = (shape_text(profile.input_size) for profile in (small, published))
     print("{:<14}{:>16}{:>18}".format("input", *sizes))
     print("MACs: one fused multiply-add counts one. `zoo profile poolformer_s12` shows where they lie.")
 

@@ -46,6 +46,17 @@ def describe_os_error(error: OSError) -> str:
     return ": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename))))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def some(names: Iterable[str], most: int = 20) -> str:
+    """The first of `names`, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def check_keywords(function: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise TypeError, as Python does, where one of the keywords that `function` passes on is not known there."""
     known = list(known)

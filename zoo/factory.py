@@ -15,7 +15,7 @@ from torch import nn
 from zoo.devices import find_device
 from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
 from zoo.layers.init import has_meta, materialize, on_meta
-from zoo.registry import Entry, Weights, get_entry, split_name
+from zoo.registry import PLACES, Entry, Weights, get_entry, split_name
 
 __all__ = ["build_module", "create_model", "feature_config"]
 
@@ -215,7 +215,7 @@ def _resolve(
     """(entry, weights entry, source for load_checkpoint or None, pretrained_cfg, saved model arguments)."""
     if isinstance(pretrained, str) and isinstance(name, str) and ":" in name:
         raise ConfigError(f"pretrained={pretrained!r} names a tag, but {name!r} is one checkpoint: leave it out.")
-    if isinstance(name, str) and name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if isinstance(name, str) and name.startswith(PLACES):
         from zoo.hub import load_config
 
         architecture, saved_args, saved_cfg = load_config(name, **where)

@@ -24,12 +24,11 @@ import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError
 from zoo.files import check_folder, checkpoint_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
 from zoo.layers.folding import check_plain
-from zoo.registry import get_entry
+from zoo.registry import HUB_PREFIXES, get_entry
 from zoo.sparsity.channels import kept_widths
 from zoo.sparsity.masks import MASKS, load_masks
 from zoo.weights import (
     DEFAULT_FILES,
-    HUB_PREFIXES,
     fetch_from_hub,
     origin_metadata,
     read_json,

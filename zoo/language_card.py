@@ -7,7 +7,6 @@ history of the run.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from zoo.model_card import (
     licence_metadata,
     licence_section,
     measured_by,
+    measured_figures,
     sparsity_of,
     sparsity_rows,
     sparsity_text,
@@ -85,7 +85,7 @@ def render_language_card(
     info = facts_of(str(cfg["architecture"]))
     place = repo_id or "OWNER/NAME"
     name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
-    figures, tasks = _figures(run, results), _tasks(results)
+    figures, tasks = measured_figures(run, results, METRICS), _tasks(results)
     data_name = _data_name(run, results, dataset)
     stated = ({}, []) if rounded else (figures, tasks)
     sparse = sparsity_of(model, masks)
@@ -93,7 +93,6 @@ def render_language_card(
         name=name,
         info=info,
         is_sparse=sparse is not None,
-        repo_id=repo_id,
         opens_in_transformers=opens_in_transformers,
         base=base,
         license=license,
@@ -115,13 +114,6 @@ def render_language_card(
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
-
-
-def _figures(run: RunRecord | None, results: Mapping[str, Any] | None) -> dict[str, float]:
-    """What was measured of these very weights on text: by an evaluation, or else by the run that trained them."""
-    found = results or {key.removeprefix("val_"): value for key, value in ((run and run.row) or {}).items()}
-    figures = {key: found[key] for key in METRICS if isinstance(found.get(key), int | float)}
-    return {key: float(value) for key, value in figures.items() if math.isfinite(value)}
 
 
 def _tasks(results: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -202,7 +194,6 @@ def _metadata(
     name: str,
     info: ModelInfo | None,
     is_sparse: bool,
-    repo_id: str | None,
     opens_in_transformers: bool,
     base: Base | None,
     license: str | None,

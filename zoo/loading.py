@@ -11,7 +11,7 @@ from zoo.errors import ConfigError, DownloadError, did_you_mean
 from zoo.factory import create_model
 from zoo.files import checkpoint_folder
 from zoo.hub import load_config
-from zoo.registry import get_entry, list_models, split_name
+from zoo.registry import PLACES, get_entry, list_models, split_name
 
 __all__ = [
     "create_timm_model",
@@ -19,6 +19,7 @@ __all__ = [
     "load_model",
     "looks_like_path",
     "model_task",
+    "names_weights",
     "of_run",
     "resolve_path",
 ]
@@ -55,7 +56,7 @@ def resolve_path(source: str) -> str:
     Raises ConfigError for a path at which there is neither.
     """
     path = Path(source).expanduser()
-    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
+    if path.exists() and not source.startswith(PLACES):
         folder = checkpoint_folder(path)
         if folder is not None:
             return f"local-dir:{folder}"
@@ -78,6 +79,13 @@ def of_run(path: str, prefix: str = "") -> str:
     return path if found is None else f"{prefix}{found}"
 
 
+def names_weights(name: str, pretrained: bool | None = None) -> bool:
+    """Whether a run of the model `name` starts from the weights of that name: as `pretrained` says, or else where the
+    name has a tag or is a place."""
+    name = of_run(name, "local-dir:")
+    return (":" in name or "." in name) if pretrained is None else pretrained
+
+
 def model_task(source: str) -> str:
     """What `load_model(source)` is made for, "vision", "segmentation" or "language", without building it.
 
@@ -86,12 +94,12 @@ def model_task(source: str) -> str:
     if source.startswith("timm/"):
         return "vision"
     path = Path(source).expanduser()
-    if path.exists() and not source.startswith(("hf-hub:", "local-dir:")):
+    if path.exists() and not source.startswith(PLACES):
         folder = checkpoint_folder(path)
         source = source if folder is None else f"local-dir:{folder}"
     if holds_timm_model(source):
         return "vision"
-    if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+    if source.startswith(PLACES):
         architecture, args, _ = load_config(source)
         return args.get("task") or get_entry(architecture).task
     return get_entry(split_name(source)[0]).task
@@ -108,7 +116,7 @@ def holds_timm_model(source: str) -> bool:
 
 def looks_like_path(source: str) -> bool:
     """Whether the name of a model can only be meant for a path: no other has slashes, save timm's and Hub ids."""
-    return "/" in source and not source.startswith(("timm/", "hf-hub:", "hf_hub:", "local-dir:"))
+    return "/" in source and not source.startswith(("timm/", *PLACES))
 
 
 def create_timm_model(name: str, **args: Any) -> nn.Module:

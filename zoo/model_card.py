@@ -11,19 +11,19 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from zoo.cards import bibtex, cite, markdown_table, module_docstring, shape
+from zoo.cards import bibtex, cite, markdown_table, module_docstring
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
 from zoo.history import FIGURES, SHRUNK, best_row
 from zoo.registry import UNSTATED, ModelInfo, model_info
-from zoo.units import humanize
+from zoo.units import humanize, shape_text
 
 if TYPE_CHECKING:
     from zoo.profiling import Profile
@@ -234,7 +234,7 @@ def render_model_card(
 
     about = _Data.of(run, results, dataset)
     place = repo_id or "OWNER/NAME"
-    figures = _figures(run, results)
+    figures = measured_figures(run, results, METRICS)
     name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
     costs = profile(model)
     sparse = sparsity_of(model, masks)
@@ -258,7 +258,7 @@ def render_model_card(
         "Use": _use_section(place, model, info, opens_in_timm),
         "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
         "Training": training_section(run, base, files),
-        "Limits": _limits_section(run, results, about, base),
+        "Limits": _limits_section(run, about, base),
         "Licence": licence_section(license, base, info),
         "Citation": f"```bibtex\n{bibtex(info.paper)}\n```" if info and info.paper else "",
     }
@@ -363,10 +363,12 @@ METRICS = {
 }
 
 
-def _figures(run: RunRecord | None, results: Mapping[str, Any] | None) -> dict[str, float]:
+def measured_figures(
+    run: RunRecord | None, results: Mapping[str, Any] | None, metrics: Iterable[str]
+) -> dict[str, float]:
     """What was measured of these very weights: by an evaluation, or else by the run that trained them."""
     found = results or {key.removeprefix("val_"): value for key, value in ((run and run.row) or {}).items()}
-    figures = {key: found[key] for key in METRICS if isinstance(found.get(key), int | float)}
+    figures = {key: found[key] for key in metrics if isinstance(found.get(key), int | float)}
     return {key: float(value) for key, value in figures.items() if math.isfinite(value)}
 
 
@@ -483,7 +485,7 @@ def _model_section(
         ("architecture", f"`{cfg['architecture']}`"),
         ("classes", f"{classes:,}{_some_labels(cfg)}" if classes else "none: features"),
         ("parameters", f"{costs.params:,}"),
-        ("MACs", f"{humanize(costs.macs)} for one input of {shape(size)}"),
+        ("MACs", f"{humanize(costs.macs)} for one input of {shape_text(size)}"),
         *(sparsity_rows(sparse) if sparse else []),
         ("activations", humanize(costs.activations)),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
@@ -593,7 +595,7 @@ def _evaluation_section(
     if results is not None:
         preprocess = results.get("preprocessing") or {}
         if isinstance(preprocess.get("input_size"), list):
-            where += f", at {shape(preprocess['input_size'])}"
+            where += f", at {shape_text(preprocess['input_size'])}"
         images = f" on {results['images']:,} images" if isinstance(results.get("images"), int) else ""
         source = f"Measured{images} of {where} with {tools_of(results)}; `results.json` holds every figure."
         if isinstance(results.get("command"), str):
@@ -643,7 +645,8 @@ def training_section(run: RunRecord | None, base: Base | None, files: Sequence[s
     if history:
         seconds = sum(row["seconds"] for row in history)
         updates = f", {history[-1]['updates']:,} updates" if history[-1].get("updates") else ""
-        text.append(f"{len(history)} epochs{updates}, {_duration(seconds)} of training without the evaluations.")
+        epochs = f"{len(history)} epoch{'s' * (len(history) != 1)}{updates}"
+        text.append(f"{epochs}, {_duration(seconds)} of training without the evaluations.")
     surroundings = dict.fromkeys(filter(None, map(_surroundings, run.environment)))
     if surroundings:
         text.append(f"Trained on {'; then on '.join(surroundings)}.")
@@ -703,9 +706,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _limits_section(
-    run: RunRecord | None, results: Mapping[str, Any] | None, data: _Data | None, base: Base | None
-) -> str:
+def _limits_section(run: RunRecord | None, data: _Data | None, base: Base | None) -> str:
     lines = []
     if run is not None and run.checkpoint == "best" and data is not None:
         lines.append(

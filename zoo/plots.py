@@ -1,9 +1,10 @@
-"""Pictures of the registry's facts. Needs matplotlib, which comes with the `train` extra."""
+"""Figures, and pictures of the registry's facts. Needs matplotlib, which comes with the `train` extra."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from zoo.errors import ConfigError, MissingDependencyError
 from zoo.files import check_writable, whole_file
@@ -27,14 +28,27 @@ def check_picture(path: str | Path) -> Path:
 
     Raises MissingDependencyError without matplotlib, ConfigError for an ending or a place that will not do.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+    endings = new_figure((1, 1)).canvas.get_supported_filetypes()
     path = check_writable(path)
-    endings = FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in endings:
         raise ConfigError(f"Cannot draw into {str(path)!r}: give it one of the endings {', '.join(sorted(endings))}.")
+    return path
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure of `size` (width and height in inches). Raises MissingDependencyError without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
+    return Figure(figsize=size, layout="constrained")
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write `figure` in the format of the path's ending, whole or not at all. Raises ConfigError."""
+    path = Path(path)
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=150)
     return path
 
 
@@ -46,13 +60,12 @@ def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str,
     Raises MissingDependencyError without matplotlib, ConfigError for a kind of file it cannot write.
     """
     path = check_picture(path)
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     def values(infos: Sequence[ModelInfo], axis: str) -> list[float]:
         return [getattr(info, axis) / _SCALES[axis] for info in infos]
 
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    figure = new_figure((10, 6.5))
     axes = figure.add_subplot()
     names = {info.name for info in front}
     others = [info for info in models if info.name not in names and None not in (getattr(info, x), getattr(info, y))]
@@ -84,6 +97,4 @@ def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str,
     axes.set_axisbelow(True)
     axes.legend(loc="lower right", frameon=False)
 
-    with whole_file(path) as file:
-        figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=150)
-    return path
+    return save_figure(figure, path)

@@ -40,6 +40,7 @@ from zoo.errors import (
     ZooError,
     check_keywords,
     did_you_mean,
+    first_line,
 )
 from zoo.exporting.checked import check_input
 from zoo.factory import create_model
@@ -47,6 +48,7 @@ from zoo.files import checkpoint_places, whole_file
 from zoo.history import FIGURES, SHRUNK
 from zoo.hub import CONFIG, OWN_TYPE, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
+from zoo.loading import names_weights
 from zoo.model_card import (
     ENVIRONMENT,
     Base,
@@ -56,9 +58,9 @@ from zoo.model_card import (
     render_model_card,
     without_paths,
 )
-from zoo.registry import UNSTATED, Weights, get_entry, is_restricted, list_models, model_info, split_name
+from zoo.registry import HUB_PREFIXES, UNSTATED, Weights, get_entry, is_restricted, list_models, model_info, split_name
 from zoo.sparsity.masks import MASKS, load_masks
-from zoo.weights import HUB_PREFIXES, convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id
+from zoo.weights import convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id, widths_of
 
 __all__ = ["Draft", "Publication", "model_card", "prepare", "publish"]
 
@@ -275,6 +277,7 @@ class _Hub:
         status = getattr(response, "status_code", None)
         stated = response.headers.get("X-Error-Message") if response is not None else None
         said = f" ({stated.rstrip('.')})" if stated else ""
+        words = first_line(error).rstrip(".")
         if isinstance(error, errors.OfflineModeIsEnabled):
             return "Offline mode (HF_HUB_OFFLINE) is on, and publishing needs the network: unset it."
         if status == 401 and (self.token or get_token()) is None:
@@ -297,13 +300,13 @@ class _Hub:
         if status is not None and status >= 500:
             return f"The Hub has trouble (HTTP {status}){said}: publish again later."
         if status is not None:
-            return f"The Hub refuses (HTTP {status}){said or f': {_first_line(error)}'}."
+            return f"The Hub refuses (HTTP {status}){said or f': {words}'}."
         if isinstance(error, ValueError) and "Invalid metadata" in str(error):
             reason = " ".join(str(error).split()).partition(". ")[2].removeprefix("- ").rstrip(".")
             return f"The Hub refuses the card's metadata: {reason}."
         if isinstance(error, json.JSONDecodeError | LookupError):
             return f"{host} does not answer as a Hub does: check HF_ENDPOINT, or try again later."
-        return f"The connection to {host} broke ({_first_line(error)}): publish again."
+        return f"The connection to {host} broke ({words}): publish again."
 
     def _state_now(self, before: str | None) -> str:
         """What an upload that failed has left: asked of the Hub, for a lost answer may have been a yes."""
@@ -330,11 +333,6 @@ def _seconds_to_wait(headers: Mapping[str, str], otherwise: float) -> float:
         return float(stated)
     limit = parse_ratelimit_headers(headers)
     return float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else otherwise
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------------ preparing
@@ -528,12 +526,7 @@ def _from_file(path: Path, name: str) -> _Source:
     with tempfile.TemporaryDirectory(prefix="zoo-convert-") as scratch:
         converted = Path(scratch) / WEIGHTS
         convert_checkpoint(path, converted, name)
-        tensors = read_state_dict(converted)
-        args: dict[str, Any] = {}
-        for argument, layers, axis in (("num_classes", entry.classifier, 0), ("in_chans", entry.first_conv, 1)):
-            weight = tensors.get(f"{layers if isinstance(layers, str) else layers[0]}.weight")
-            if weight is not None:
-                args[argument] = weight.shape[axis]
+        args = widths_of(read_state_dict(converted), entry)
         module = create_model(name, checkpoint_path=converted, **args)
     return _Source(model=module, base=_base_in_cfg(_cfg(module), module))
 
@@ -576,9 +569,7 @@ def _base_of_run(run: RunRecord, module: nn.Module) -> Base | None:
     checkpoint = checkpoint or section.get("backbone_weights")
     if isinstance(checkpoint, str) and checkpoint:
         return _base_by_name(checkpoint, module)
-    named = ":" in name or "." in name or Path(name).expanduser().is_dir()
-    pretrained = section.get("pretrained")
-    if not (named if pretrained is None else pretrained or ":" in name):
+    if not names_weights(name, section.get("pretrained")):
         return None
     return _base_by_name(name, module)
 

@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 INDEX_PATH = Path(__file__).with_name("index.json")
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")  # of a repository: timm writes it with a hyphen, and reads both
+PLACES = (*HUB_PREFIXES, "local-dir:")  # what stands before a place, in what names a model with its weights
 TASKS = ("vision", "segmentation", "language")  # "vision" is image classification
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -480,7 +482,7 @@ def get_entry(name: str) -> Entry:
 def _meant_by_path(name: str) -> str:
     if name.startswith("timm/"):
         return f" timm.create_model({name[5:]!r}) makes timm's; zoo.loading.load_model takes both."
-    if name.startswith(("local-dir:", "hf-hub:")):
+    if name.startswith(PLACES):
         return " That names weights, and this asks for an architecture: zoo profile and zoo card take weights."
     if Path(name).expanduser().is_dir():
         return f" For the model in that folder, write local-dir:{name}."

@@ -1,8 +1,9 @@
-"""Large numbers for people: `11915176` is `11.9M`, and `"1.2G"` is `1.2e9`."""
+"""Numbers for people: `11915176` is `11.9M`, `"1.2G"` is `1.2e9`, and `(3, 224, 224)` is `3x224x224`."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 _SUFFIXES = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([kmgt]?)", re.IGNORECASE)
@@ -18,6 +19,11 @@ def humanize(number: float) -> str:
         suffix = next(suffixes)
     decimals = 0 if not suffix or abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
     return f"{scaled:.{decimals}f}{suffix}"
+
+
+def shape_text(shape: Iterable[int]) -> str:
+    """`(3, 224, 224)` -> `"3x224x224"`, and no sides at all -> `"scalar"`."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def parse_quantity(text: str) -> float:

@@ -39,10 +39,11 @@ from huggingface_hub.utils import tqdm
 from torch import Tensor, nn
 
 import zoo
-from zoo.errors import CheckpointError, ConfigError, DownloadError, UnknownModelError, ZooError, did_you_mean
+from zoo.errors import CheckpointError, ConfigError, DownloadError, UnknownModelError, ZooError, did_you_mean, some
 from zoo.files import check_writable, whole_file
 from zoo.layers.wrappers import unwrapped
-from zoo.registry import UNSTATED, Entry, Weights, get_entry, is_restricted, split_name
+from zoo.registry import HUB_PREFIXES, UNSTATED, Entry, Weights, get_entry, is_restricted, split_name
+from zoo.units import shape_text
 
 __all__ = ["LoadReport", "convert_checkpoint", "fetch", "load_checkpoint", "locate", "read_state_dict"]
 
@@ -54,7 +55,6 @@ _logger = logging.getLogger(__name__)
 DEFAULT_FILES = ("model.safetensors", "pytorch_model.bin")  # in a repository or folder, the first that is there
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files, as transformers and huggingface_hub write it
 SUFFIXES = (".safetensors", ".pth", ".pth.tar", ".bin", ".pt")
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 OWN_WEIGHTS = "give a file of your own with checkpoint_path= (--checkpoint)"  # instead of a model's published weights
 
 
@@ -418,8 +418,8 @@ def _checkpoint_in(folder: Path) -> Path:
         return found[0]
     names = [path.name for path in found or sorted(folder.iterdir())]
     if found:
-        raise CheckpointError(f"The folder {str(folder)!r} holds several checkpoints: name one of {_some(names)}.")
-    there = f"It holds {_some(names)}." if names else "It is empty."
+        raise CheckpointError(f"The folder {str(folder)!r} holds several checkpoints: name one of {some(names)}.")
+    there = f"It holds {some(names)}." if names else "It is empty."
     raise CheckpointError(f"The folder {str(folder)!r} holds no checkpoint ({', '.join(SUFFIXES)}). {there}")
 
 
@@ -482,7 +482,7 @@ def _read_shards(index: Path) -> StateDict:
         tensors |= read_state_dict(index.parent / name)
     missing = [key for key in read_json(index)["weight_map"] if key not in tensors]
     if missing:
-        raise CheckpointError(f"The files of {str(index)!r} lack {len(missing)} of its tensors: {_some(missing)}.")
+        raise CheckpointError(f"The files of {str(index)!r} lack {len(missing)} of its tensors: {some(missing)}.")
     return tensors
 
 
@@ -547,12 +547,12 @@ def unwrap(loaded: Any, name: str, use_ema: bool = True) -> StateDict:
     tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
     others = [str(key) for key in loaded if key not in tensors]
     if not tensors:
-        held = f"holds no tensors, but {_some(others) if others else 'nothing at all'}"
+        held = f"holds no tensors, but {some(others) if others else 'nothing at all'}"
         inner = [key for key, value in loaded.items() if isinstance(value, Mapping) and _holds_tensors(value)]
-        hint = f" Tensors lie in {_some(map(repr, inner))}: save what you mean of it alone." if inner else ""
+        hint = f" Tensors lie in {some(map(repr, inner))}: save what you mean of it alone." if inner else ""
         raise CheckpointError(f"{name} {held}.{hint}")
     if others:
-        raise CheckpointError(f"{name} holds things that are not tensors among its tensors: {_some(others)}.")
+        raise CheckpointError(f"{name} holds things that are not tensors among its tensors: {some(others)}.")
     tensors = {key.replace("_orig_mod.", ""): value for key, value in tensors.items()}  # torch.compile
     while all(key.startswith("module.") for key in tensors):  # DataParallel and its kin
         tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
@@ -587,11 +587,6 @@ def _choice_of_weights(loaded: Any, use_ema: bool) -> str:
         if key is None:
             return ""
         loaded = loaded[key]
-
-
-def _some(names: Iterable[str], most: int = 20) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -963,10 +958,11 @@ class _Fit:
         if not (missing or unexpected or misshapen):
             return
         shapes = [
-            f"{key} ({_shape(self.tensors[key])}, the model has {_shape(self.targets[key])})" for key in misshapen
+            f"{key} ({shape_text(self.tensors[key].shape)}, the model has {shape_text(self.targets[key].shape)})"
+            for key in misshapen
         ]
         lists = [
-            f"{len(keys)} {kind}: {_some(keys)}"
+            f"{len(keys)} {kind}: {some(keys)}"
             for kind, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", shapes))
             if keys
         ]
@@ -1017,10 +1013,6 @@ def _fitting_arguments(entry: Entry | None, tensors: StateDict) -> str:
         return ""
     arguments = [f"{key}={value!r}" for key, value in found.items() if value != entry.default(key, value)]
     return f" Its shapes are those of zoo.create_model({', '.join([repr(entry.name), *arguments])})."
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"
 
 
 def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -1119,17 +1111,21 @@ def _model_for(tensors: StateDict, source: str | Path, entry: Entry, args: Mappi
     """A model on the meta device as wide, at its input and at its classifier, as the checkpoint is."""
     from zoo.factory import build_module
 
-    args = dict(args)
-    model = build_module(entry, args, device="meta")
-    found = _convert(entry.convert, tensors, model, os.fspath(source))
+    found = _convert(entry.convert, tensors, build_module(entry, args, device="meta"), os.fspath(source))
+    return build_module(entry, {**args, **widths_of(found, entry)}, device="meta")
+
+
+def widths_of(tensors: Mapping[str, Tensor], entry: Entry) -> dict[str, Any]:
+    """`num_classes` and `in_chans` of a model of `entry` that has these tensors, where it takes such arguments."""
     takes = inspect.signature(entry.build).parameters
+    args: dict[str, Any] = {}
     if entry.classifier and "num_classes" in takes:
-        heads = [found[key] for name in _names(entry.classifier) if (key := f"{name}.weight") in found]
+        heads = [tensors[key] for name in _names(entry.classifier) if (key := f"{name}.weight") in tensors]
         args["num_classes"] = heads[0].shape[0] if heads else 0
     if entry.first_conv and "in_chans" in takes:
-        stems = [found[key] for name in _names(entry.first_conv) if (key := f"{name}.weight") in found]
+        stems = [tensors[key] for name in _names(entry.first_conv) if (key := f"{name}.weight") in tensors]
         args |= {"in_chans": stems[0].shape[1]} if stems and stems[0].ndim == 4 else {}
-    return build_module(entry, args, device="meta")
+    return args
 
 
 def _saved_architecture(source: str | Path, path: Path, where: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -294,7 +294,7 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizes | None, strict
     dtype = np.uint16 if tokenizer is not None and tokenizer.vocab_size <= 1 << 16 else np.uint32
     starts: list[int] = []
     damaged: list[str] = []
-    total = characters = largest = 0
+    total = largest = 0
     text_bytes: int | None = 0
     any_uncounted = False
     with open(folder / "tokens.bin", "wb") as file, open(folder / "counted.bin", "wb") as counted_file:
@@ -315,7 +315,6 @@ def _write(folder: Path, source: TextSource, tokenizer: Tokenizes | None, strict
                 add(*encoded)
                 if isinstance(document, str) and text_bytes is not None:
                     text_bytes += len(document.encode())
-                    characters += len(document)
                 else:
                     text_bytes = None
             if max_tokens is not None and total >= max_tokens:

@@ -548,7 +548,8 @@ def create_tokenizer(
     Raises UnknownModelError for a name that is none of these, CheckpointError for files that are missing or damaged,
     DownloadError, and MissingDependencyError where the library that reads the file is not installed.
     """
-    from zoo.weights import HUB_PREFIXES, split_hub_id
+    from zoo.registry import HUB_PREFIXES
+    from zoo.weights import split_hub_id
 
     if not isinstance(name_or_path, str | os.PathLike):
         raise ConfigError(f"A tokenizer is named by a str or a path, not by {type(name_or_path).__name__}.")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
-from zoo.errors import DataError
+from zoo.errors import DataError, first_line
 
 __all__ = ["dead_workers_told", "next_batch"]
 
@@ -44,4 +44,4 @@ def next_batch(batches: Iterator[T], workers: int) -> T:
 
 
 def _died(error: Exception) -> DataError:
-    return DataError(f"{MESSAGE} {(str(error).splitlines() or [type(error).__name__])[0]}")
+    return DataError(f"{MESSAGE} {first_line(error)}")

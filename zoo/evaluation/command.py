@@ -29,6 +29,7 @@ from zoo.evaluation.targets import check_label_map
 from zoo.files import check_writable, make_folder
 from zoo.hub import tokenizer_beside
 from zoo.loading import load_model
+from zoo.units import shape_text
 
 __all__ = ["run"]
 
@@ -236,7 +237,7 @@ def _check_sizes(model: nn.Module, name: str, sizes: Sequence[int]) -> None:
     own = tuple(cfg["input_size"][1:])
     others = [size for size in sizes if (size, size) != own]
     if cfg.get("fixed_input_size") and others:
-        shape = "x".join(map(str, own))
+        shape = shape_text(own)
         raise ConfigError(f"{name} runs at its own input size alone, {shape}: it has no results at {others[0]}.")
 
 
@@ -287,7 +288,7 @@ def _segmentation_table(rows: Sequence[SegmentationResults]) -> str:
     """One line for each model, the best first."""
     lines: list[tuple[str, ...]] = [("model", "size", "mIoU", "mean acc.", "pixel acc.", "loss", "images/s")]
     for row in sorted(rows, key=lambda row: -row.miou):
-        size = "x".join(map(str, row.preprocessing["input_size"][1:]))
+        size = shape_text(row.preprocessing["input_size"][1:])
         figures = (f"{value:.2f}" for value in (row.miou, row.mean_accuracy, row.pixel_accuracy))
         speed = f"{row.model_images_per_second or row.images_per_second:.1f}"
         lines.append((row.model, size, *figures, f"{row.loss:.4f}", speed))

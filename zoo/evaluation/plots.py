@@ -5,13 +5,12 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zoo.data.segmentation import CITYSCAPES
-from zoo.errors import MissingDependencyError
-from zoo.files import whole_file
+from zoo.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from zoo.evaluation.results import Results
@@ -33,7 +32,7 @@ def plot_confusion(
     count = len(classes)
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     side = float(np.clip(2.5 + 0.42 * count, 5, 14))
-    figure = _figure((side + 1, side))
+    figure = new_figure((side + 1, side))
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, shrink=0.8, label=f"share of the {of} of the class")
@@ -49,7 +48,7 @@ def plot_confusion(
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_calibration(calibration: np.ndarray, title: str, path: str | Path) -> Path:
@@ -57,7 +56,7 @@ def plot_calibration(calibration: np.ndarray, title: str, path: str | Path) -> P
 
     `calibration` is (bins, 3): images, right answers, sum of confidence. Raises as `plot_confusion` does.
     """
-    figure = _figure((6, 6))
+    figure = new_figure((6, 6))
     upper, lower = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     images, right, confidence = np.asarray(calibration).T
     width = 1 / len(images)
@@ -75,12 +74,12 @@ def plot_calibration(calibration: np.ndarray, title: str, path: str | Path) -> P
     lower.set_ylabel("share of images")
     lower.set_xlabel("confidence: probability of the most probable class")
     lower.set_xlim(0, 1)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_sizes(results: Sequence[Results], path: str | Path) -> Path:
     """Draw top-1 and the model's throughput against the size of its input, into a PNG. Raises as `plot_confusion`."""
-    figure = _figure((8, 4.5))
+    figure = new_figure((8, 4.5))
     left, right = figure.add_subplot(), None
     for number, method in enumerate(dict.fromkeys(result.method for result in results)):
         line = [result for result in results if result.method == method]
@@ -99,12 +98,12 @@ def plot_sizes(results: Sequence[Results], path: str | Path) -> Path:
     left.grid(True, color="0.92")
     left.legend(loc="lower left", frameon=False)
     left.set_title(f"{results[0].model}: {results[0].images} images at each size")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_models(results: Sequence[Results], path: str | Path) -> Path:
     """Draw top-1 of several models against their throughput, into a PNG. Raises as `plot_confusion` does."""
-    figure = _figure((9, 6))
+    figure = new_figure((9, 6))
     axes = figure.add_subplot()
     speeds = [result.model_images_per_second or result.images_per_second for result in results]
     tops, errors = [result.top1 for result in results], [result.top1_stderr for result in results]
@@ -117,7 +116,7 @@ def plot_models(results: Sequence[Results], path: str | Path) -> Path:
     axes.set_ylabel("top-1 with standard error (%)")
     axes.margins(x=0.2, y=0.12)
     axes.grid(True, which="major", color="0.92")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_masks(samples: Sequence[Sample], classes: Sequence[str], title: str, path: str | Path) -> Path:
@@ -130,7 +129,7 @@ def plot_masks(samples: Sequence[Sample], classes: Sequence[str], title: str, pa
     colours = np.array([*_colours(classes), (255, 255, 255)], dtype=np.uint8)
     height, width = np.max([sample.mask.shape for sample in samples], axis=0)
     each = 4.0, float(np.clip(4.0 * height / width, 1.0, 8.0))
-    figure = _figure((3 * each[0], len(samples) * each[1] + 1.2))
+    figure = new_figure((3 * each[0], len(samples) * each[1] + 1.2))
     grid = figure.subplots(len(samples), 3, squeeze=False)
     seen = np.zeros(len(classes) + 1, dtype=np.int64)
     for row, sample in zip(grid, samples, strict=True):
@@ -148,7 +147,7 @@ def plot_masks(samples: Sequence[Sample], classes: Sequence[str], title: str, pa
     patches = [Patch(color=colours[n] / 255, label=classes[n]) for n in named if seen[n]]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(10, max(1, len(patches))), fontsize=8)
     figure.suptitle(title)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _colours(classes: Sequence[str]) -> list[tuple[int, int, int]]:
@@ -161,17 +160,3 @@ def _colours(classes: Sequence[str]) -> list[tuple[int, int, int]]:
         rgb = colorsys.hsv_to_rgb(number * GOLDEN_RATIO % 1, 0.75, strength)
         found.append((round(255 * rgb[0]), round(255 * rgb[1]), round(255 * rgb[2])))
     return found
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
-    return Figure(figsize=size, layout="constrained")
-
-
-def _save(figure: Any, path: str | Path) -> Path:
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    return Path(path)

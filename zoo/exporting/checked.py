@@ -22,6 +22,7 @@ from zoo.exporting.transformers import write_json, write_tokenizer, write_transf
 from zoo.files import check_folder, fresh_folder, put_in_place
 from zoo.layers.decoder import Decoder
 from zoo.layers.wrappers import copied
+from zoo.units import shape_text
 
 __all__ = ["FORMATS", "Export", "Format", "check_input", "export"]
 
@@ -179,7 +180,7 @@ def _check_runs(model: nn.Module, input_size: tuple[int, int, int]) -> None:
             twin(images)
     except Exception as error:  # models have reasons of their own kinds
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        size = "x".join(map(str, input_size))
+        size = shape_text(input_size)
         raise ConfigError(f"{type(model).__name__} cannot run on images of {size}: {reason.strip()}") from error
 
 

@@ -91,7 +91,8 @@ class LargeKernelConv(nn.ModuleDict):
     ) -> None:
         super().__init__()
         large, small = kernel_size, small_kernel_size
-        if decompose and small is not None:
+        if decompose:
+            assert small is not None  # the network checks it
             self["LoRA1"] = Branch(dim, (large, small), batch_norm)
             self["LoRA2"] = Branch(dim, (small, large), batch_norm)
         else:
@@ -120,7 +121,8 @@ class MergedLargeKernelConv(nn.Module):
     def __init__(self, dim: int, kernel_size: int, small_kernel_size: int | None, decompose: bool) -> None:
         super().__init__()
         self.LoRA1 = self.LoRA2 = self.lkb_reparam = None
-        if decompose and small_kernel_size is not None:
+        if decompose:
+            assert small_kernel_size is not None  # the network checks it
             self.LoRA1 = DepthwiseConv2d(dim, (kernel_size, small_kernel_size), bias=True)
             self.LoRA2 = DepthwiseConv2d(dim, (small_kernel_size, kernel_size))
         else:

@@ -173,7 +173,6 @@ OTHER: dict[str, Handle] = {
     "aten::upsample_bicubic2d": elementwise_flop_counter(0, 16),
     "aten::grid_sampler": elementwise_flop_counter(0, 4),
 }
-NORMS = ("batch_norm", "group_norm", "layer_norm", "instance_norm", "rms_norm")
 
 # Known to be outside all three counts; a trailing underscore (in place) makes no difference.
 _FREE_BY_KIND = {

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.errors import ConfigError
+from zoo.errors import ConfigError, first_line
 from zoo.layers.decoder import outline
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.report import Profile, costs_of
@@ -155,7 +155,7 @@ def profile_language(
         try:
             trace = Trace(twin, (torch.zeros(batch_size, new, dtype=torch.long, device="meta"),))
         except Exception as error:
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            reason = first_line(error)
             raise ConfigError(f"{name} cannot be traced with {batch_size} x {new} tokens: {reason}") from error
         return costs_of(model, trace, sparsity, sparsity_rule)
 

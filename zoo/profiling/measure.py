@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from zoo.devices import DEVICES, device_name, find_device
-from zoo.errors import ConfigError, ZooError, did_you_mean
+from zoo.errors import ConfigError, ZooError, did_you_mean, first_line
 from zoo.inference import optimize_for_inference
 from zoo.loading import model_task
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.registry import get_entry
-from zoo.units import humanize
+from zoo.units import humanize, shape_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = ("inference", "train")
@@ -289,7 +289,7 @@ def cannot_run(subject: Subject, batch_size: int, error: Exception) -> ZooError:
         return error
     settings = subject.settings
     how = f"{settings.mode} on {settings.device} with batch size {batch_size}, input {subject.input_size}"
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    reason = first_line(error)
     return ConfigError(f"{subject.name} cannot run {how}: {reason}")
 
 
@@ -505,7 +505,7 @@ def benchmark_table(results: Sequence[BenchmarkResult], width: int = 120) -> str
         memory = "-" if result.peak_memory is None else f"{result.peak_memory / 2**20:.1f} MiB"
         table.add_row(
             result.name,
-            "x".join(map(str, result.input_size)),
+            shape_text(result.input_size),
             str(result.batch_size),
             f"{result.latency_ms:.2f}",
             f"{result.latency_p10_ms:.2f} - {result.latency_p90_ms:.2f}",

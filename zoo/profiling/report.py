@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.errors import ConfigError
-from zoo.files import whole_file
+from zoo.errors import ConfigError, first_line
 from zoo.layers.wrappers import unwrapped
 from zoo.loading import load_model, resolve_path
-from zoo.plots import check_picture
+from zoo.plots import check_picture, new_figure, save_figure
 from zoo.profiling.effective import ZEROS, Effective, check_sparsity, effective_costs
 from zoo.profiling.flops import Trace, meta_twin
 from zoo.profiling.resolve import build, check_channels, check_count, check_input_size, default_input_size
 from zoo.registry import list_models
-from zoo.units import humanize
+from zoo.units import humanize, shape_text
 
 CONVENTION = (
     "MACs: convolution, linear, matmul and attention, one fused multiply-add counts one. "
@@ -181,13 +180,10 @@ class Profile:
         """
         check_count("depth", depth)
         path = check_picture(path)
-        from matplotlib.figure import Figure
-
         bars = self._bars(depth)
         if not bars:
             raise ConfigError(f"{self.name} has neither parameters nor MACs: there is nothing to draw.")
-        figure = Figure(figsize=(12, 1.6 + 0.28 * len(bars)), layout="constrained")
-        ending = path.suffix.lstrip(".").lower()
+        figure = new_figure((12, 1.6 + 0.28 * len(bars)))
         panels = figure.subplots(1, 3, sharey=True)
         totals = (("MACs", self.macs), ("parameters", self.params), ("activations", self.activations))
         for panel, (title, total), column in zip(
@@ -204,11 +200,9 @@ class Profile:
             panel.set_xlabel("% of the model")
             panel.spines[["top", "right"]].set_visible(False)
         panels[0].invert_yaxis()
-        size = "x".join(map(str, self.input_size))
+        size = shape_text(self.input_size)
         figure.suptitle(f"{self.name}, batch {self.batch_size} of {size}. One fused multiply-add counts one MAC.")
-        with whole_file(path) as file:
-            figure.savefig(file, format=ending, dpi=150)
-        return path
+        return save_figure(figure, path)
 
     def _bars(self, depth: int) -> list[tuple[str, tuple[int, int, int]]]:
         """(label, (MACs, parameters, activations)) of the modules at `depth`, and of what those above do themselves."""
@@ -364,8 +358,8 @@ def _trace(given: nn.Module | str, original: nn.Module, shape: tuple[int, ...], 
                 return Trace(copied.cpu().eval(), (torch.zeros(shape, dtype=dtype),)), "cpu"
             except Exception as error:
                 failure = error
-    reason = str(failure).strip().split("\n")[0] or type(failure).__name__
-    channels = "x".join(map(str, shape[1:]))
+    reason = first_line(failure)
+    channels = shape_text(shape[1:])
     raise ConfigError(f"{name} cannot run on a batch of {shape[0]} at {channels}: {reason}") from failure
 
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 
 from zoo.errors import ConfigError
-from zoo.files import whole_file
-from zoo.plots import check_picture
+from zoo.plots import check_picture, new_figure, save_figure
 from zoo.profiling.report import profile
 from zoo.profiling.resolve import build, check_input_size, default_input_size
 from zoo.units import humanize
@@ -76,10 +75,8 @@ class StitchCosts:
         if top1 is not None and len(top1) != len(self):
             raise ConfigError(f"There are {len(self)} stitches, but {len(top1)} accuracies.")
         path = check_picture(path)
-        from matplotlib.figure import Figure
-
         heights = [cost.params / 1e6 for cost in self] if top1 is None else list(top1)
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = new_figure((8, 5))
         axes = figure.add_subplot()
         for label, colour, size, stitched in (("stitches", "C0", 18, True), ("anchors alone", "C3", 60, False)):
             chosen = [cost for cost in self if (" > " in cost.path) == stitched]
@@ -96,9 +93,7 @@ class StitchCosts:
         axes.grid(True, color="0.92")
         axes.set_axisbelow(True)
         axes.legend(frameon=False)
-        with whole_file(path) as file:
-            figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=150)
-        return path
+        return save_figure(figure, path)
 
 
 def stitch_costs(model: nn.Module | str, input_size: tuple[int, int, int] | None = None) -> StitchCosts:

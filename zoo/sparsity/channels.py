@@ -27,10 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo.errors import ConfigError, MissingDependencyError, did_you_mean
+from zoo.errors import ConfigError, MissingDependencyError, did_you_mean, first_line
 from zoo.layers.wrappers import copied, unwrapped
 from zoo.sparsity.densities import plain_name
 from zoo.sparsity.masks import Masks, check_masks, masks_of
+from zoo.units import shape_text
 
 __all__ = [
     "ChannelGroup",
@@ -110,9 +111,9 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
                         kind = (type(part.dep.target.module).__name__ for part in item)
                         kinds.setdefault(tuple(kind), []).append(group)
     except Exception as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise ConfigError(
-            f"{type(model).__name__} cannot be traced on one image of {_text(images.shape[1:])}: {reason}"
+            f"{type(model).__name__} cannot be traced on one image of {shape_text(images.shape[1:])}: {reason}"
         ) from error
     groups = [group for alike in kinds.values() for group in alike]
     if not _equal_without(twin, groups, images):
@@ -545,7 +546,7 @@ def resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
             or len(shape) != len(whole)
             or not all(n is None or (type(n) is int and 0 < n <= most) for n, most in zip(shape, whole, strict=True))
         ):
-            raise ConfigError(f"{name} is {_text(whole)} in {type(model).__name__}, and cannot become {shape!r}.")
+            raise ConfigError(f"{name} is {shape_text(whole)} in {type(model).__name__}, and cannot become {shape!r}.")
         shapes[name] = [most if n is None else n for n, most in zip(shape, whole, strict=True)]
     for name, shape in shapes.items():
         tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()
@@ -595,7 +596,3 @@ def _describe(model: nn.Module, input_size: tuple[int, int, int] | None) -> None
         model.num_features = features.shape[1 if features.ndim == 4 else -1]
     if last.ndim == 2:
         model.head_hidden_size = last.shape[-1]
-
-
-def _text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))

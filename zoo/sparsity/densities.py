@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from zoo.errors import ConfigError, did_you_mean
+from zoo.errors import ConfigError, did_you_mean, some
 from zoo.layers.wrappers import unwrapped
 
 __all__ = ["RULES", "apportion", "counts", "densities", "er", "erk", "layers_left_out", "sparse_parameters", "uniform"]
@@ -64,12 +64,12 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
     for pattern in patterns:
         found = [name for name in (*modules, *parameters) if name and fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            near = did_you_mean(pattern, ("all", "decomposed", *modules, *able)) or f" There are: {_some(able)}."
+            near = did_you_mean(pattern, ("all", "decomposed", *modules, *able)) or f" There are: {some(able, 6)}."
             raise ConfigError(f"Nothing in {what} is called {pattern!r}, so it cannot be made sparse.{near}")
         below = [name for name in able if any(name == top or name.startswith(f"{top}.") for top in found)]
         if not below:
             raise ConfigError(
-                f"{pattern!r} matches {_some(found)} in {what}, which holds no convolution or linear layer with a "
+                f"{pattern!r} matches {some(found, 6)} in {what}, which holds no convolution or linear layer with a "
                 "weight of its own."
             )
         names |= dict.fromkeys(below)
@@ -120,11 +120,6 @@ def _has_own_weight(module: nn.Module) -> bool:
 def _can_be_sparse(name: str, modules: Mapping[str, nn.Module]) -> bool:
     owner = modules.get(name.rpartition(".")[0])
     return name.rpartition(".")[2] == "weight" and owner is not None and has_weight(owner) and _has_own_weight(owner)
-
-
-def _some(names: Sequence[str] | Mapping[str, object], most: int = 6) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 # ------------------------------------------------------------------------------------------------------------ densities

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
 from zoo.layers.wrappers import unwrapped
 from zoo.sparsity.densities import plain_name, sparse_parameters
+from zoo.units import shape_text
 from zoo.weights import write_safetensors
 
 __all__ = [
@@ -70,8 +71,9 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
             raise CheckpointError(f"There is a mask for {name!r}, which {type(model).__name__} does not have.{near}")
         if mask.shape != parameters[name].shape:
             raise CheckpointError(
-                f"The mask of {name} is {_shape(mask)}, its weight in {type(model).__name__} is "
-                f"{_shape(parameters[name])}: build the model with the arguments that it was made sparse with."
+                f"The mask of {name} is {shape_text(mask.shape)}, its weight in {type(model).__name__} is "
+                f"{shape_text(parameters[name].shape)}: build the model with the arguments that it was made sparse "
+                "with."
             )
     return {name: parameters[name] for name in masks}
 
@@ -188,7 +190,3 @@ def follows_n_m(mask: Tensor, n: int, m: int) -> bool:
 def _check_n_m(n: int, m: int) -> None:
     if type(n) is not int or type(m) is not int or not 0 < n <= m:
         raise ConfigError(f"N:M keeps n of every m weights, 0 < n <= m in whole numbers, not {n!r}:{m!r}.")
-
-
-def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))

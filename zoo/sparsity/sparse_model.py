@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError, did_you_mean
-from zoo.files import whole_file
 from zoo.layers.wrappers import copied, unwrapped
-from zoo.plots import check_picture
+from zoo.plots import check_picture, new_figure, save_figure
 from zoo.profiling import profile
 from zoo.profiling.effective import layer_macs, sparse_weights
 from zoo.sparsity.densities import is_depthwise, outputs_first
 from zoo.sparsity.masks import MASKS, check_masks, follows_n_m
-from zoo.units import humanize
+from zoo.units import humanize, shape_text
 
 __all__ = ["SparseLayer", "SparseModel", "report"]
 
@@ -116,7 +115,7 @@ class SparseModel:
             for layer in self.layers:
                 costs = (layer.params, layer.nonzeros, layer.macs, layer.effective_macs)
                 empty = (str(count or "") for count in (layer.empty_outputs, layer.empty_inputs))
-                shape = "x".join(map(str, layer.shape))
+                shape = shape_text(layer.shape)
                 table.add_row(
                     layer.name.removesuffix(".weight"), shape, f"{layer.density:.1%}", *map(humanize, costs), *empty
                 )
@@ -138,13 +137,11 @@ class SparseModel:
         """
         path = check_picture(path)
         chosen = self._chosen(layers)
-        from matplotlib.figure import Figure
-
         columns = 4
         rows = math.ceil(len(chosen) / columns)
         bars = max(2.4, 0.13 * len(self.layers) + 0.8)
         heights = [bars, 2.9 * rows] if rows else [bars]
-        figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+        figure = new_figure((13, sum(heights)))
         upper, *lower = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         axes = upper.add_subplot()
         names = [layer.name.removesuffix(".weight") for layer in self.layers]
@@ -182,9 +179,7 @@ class SparseModel:
             f"parameters {humanize(self.params)} (effective {humanize(self.effective_params)}), "
             f"MACs {humanize(self.macs)} (effective {humanize(self.effective_macs)})"
         )
-        with whole_file(path) as file:
-            figure.savefig(file, format=path.suffix.lstrip(".").lower(), dpi=150)
-        return path
+        return save_figure(figure, path)
 
     def _chosen(self, layers: str | Sequence[str] | None) -> list[SparseLayer]:
         if layers is None:

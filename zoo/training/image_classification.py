@@ -26,7 +26,7 @@ from zoo.data.transforms import LabelMaps
 from zoo.errors import ConfigError
 from zoo.evaluation.image_classification import Counts, check_image_model, count
 from zoo.factory import create_model
-from zoo.loading import create_timm_model, of_run
+from zoo.loading import create_timm_model, names_weights, of_run
 from zoo.registry import get_entry
 from zoo.training.config import LossConfig, ModelConfig, TrainingConfig
 from zoo.training.distillation import Distillation
@@ -200,9 +200,7 @@ def describe_model(model: nn.Module, preprocess: dict[str, Any], classes: Sequen
 
 def takes_weights(config: ModelConfig) -> bool:
     """Whether training starts from weights: by default where the name, with a tag or a place, says which."""
-    name = of_run(config.name, "local-dir:")
-    wanted = (":" in name or "." in name) if config.pretrained is None else config.pretrained
-    return wanted or config.checkpoint_path is not None
+    return names_weights(config.name, config.pretrained) or config.checkpoint_path is not None
 
 
 def has_fixed_size(name: str) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.errors import CheckpointError, ConfigError, MissingDependencyError
+from zoo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from zoo.layers.token_loss import IGNORED, tokens_at_once
 from zoo.training.language_config import LanguageDistillConfig
 
@@ -91,7 +91,6 @@ class LanguageTeacher:
         self.theirs = config.teacher.startswith(TRANSFORMERS)
         if self.theirs:
             model = _from_transformers(config.teacher.removeprefix(TRANSFORMERS), dtype)
-            self.weight = model.get_output_embeddings().weight
             self.body = model.base_model
         else:
             from zoo.factory import create_model
@@ -100,7 +99,6 @@ class LanguageTeacher:
             model = create_model(of_run(config.teacher, "local-dir:"), pretrained=True, dtype=dtype)
             if not hasattr(model, "head_weight"):
                 raise ConfigError(f"distill.teacher: {config.teacher} is no language model.")
-            self.weight = model.head_weight
             self.body = model
         model.eval().requires_grad_(False).to(device)
         self.model = model
@@ -134,8 +132,7 @@ def _from_transformers(name: str, dtype: torch.dtype) -> Any:
             str(Path(name).expanduser()) if Path(name).exists() else name, dtype=dtype
         )
     except (OSError, ValueError, KeyError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"distill.teacher {TRANSFORMERS}{name} cannot be loaded: {line}") from None
+        raise CheckpointError(f"distill.teacher {TRANSFORMERS}{name} cannot be loaded: {first_line(error)}") from None
 
 
 class Student(nn.Module):

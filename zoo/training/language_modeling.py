@@ -26,7 +26,7 @@ from zoo.files import whole_file
 from zoo.hub import save_pretrained, tokenizer_beside
 from zoo.layers.decoder import Decoder
 from zoo.layers.token_loss import IGNORED, token_losses
-from zoo.loading import of_run
+from zoo.loading import names_weights, of_run
 from zoo.training.checkpoint import find_checkpoint
 from zoo.training.freezing import freeze
 from zoo.training.language_config import LanguageModelConfig, LanguageTrainingConfig
@@ -333,14 +333,8 @@ def _exponential(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _starts_from_published(config: LanguageModelConfig) -> bool:
-    """Whether the weights are those that `config.name` names."""
-    name = of_run(config.name, "local-dir:")
-    return (":" in name or "." in name) if config.pretrained is None else config.pretrained
-
-
 def _starts_from_weights(config: LanguageModelConfig) -> bool:
-    return config.checkpoint_path is not None or _starts_from_published(config)
+    return config.checkpoint_path is not None or names_weights(config.name, config.pretrained)
 
 
 def _tokenizer_of_weights(config: LanguageModelConfig) -> Tokenizer:
@@ -361,7 +355,7 @@ def build_language_model(config: LanguageModelConfig, tokenizer: Tokenizer | Non
     """The model that `config` names. Raises ConfigError and UnknownModelError."""
     args = dict(config.args)
     name = of_run(config.name, "local-dir:")
-    wanted = _starts_from_published(config)
+    wanted = names_weights(config.name, config.pretrained)
     if not wanted and config.checkpoint_path is None and tokenizer is not None:
         args.setdefault("vocab_size", tokenizer.vocab_size)
     checkpoint_path = config.checkpoint_path and of_run(config.checkpoint_path)

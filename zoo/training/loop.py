@@ -60,7 +60,15 @@ from torch.nn.utils import get_total_norm
 from zoo.config import to_plain, to_yaml
 from zoo.data.workers import dead_workers_told
 from zoo.devices import device_name
-from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError, ZooError, did_you_mean
+from zoo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    MissingDependencyError,
+    ZooError,
+    did_you_mean,
+    first_line,
+)
 from zoo.files import make_folder, whole_file
 from zoo.history import FIGURES, SHRUNK, is_better
 from zoo.layers.products import FastProducts
@@ -238,7 +246,7 @@ def make_accelerator(train: TrainConfig, output: OutputConfig) -> Accelerator:
         raise ConfigError(f"train.amp is {train.amp!r}, which this device cannot do: {error}") from None
     except RuntimeError as error:
         if is_broken_connection(error):
-            raise TrainingError(f"The processes of the run did not find each other: {_first_line(error)}") from None
+            raise TrainingError(f"The processes of the run did not find each other: {first_line(error)}") from None
         raise
     if train.amp == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32 instead
         raise ConfigError("train.amp fp16 scales losses, which is for GPUs: on a CPU take bf16 or no.")
@@ -349,7 +357,7 @@ class _Loop:
 
         saved = self._find_checkpoint()
         if saved is not None:
-            self._load_averaged(*saved)
+            self._load_averaged(saved[0])
         else:
             self.peers.copy_from_first([*learner.parameters(), *learner.buffers()])
         self.sharded = train.parallel == "fsdp" and processes > 1
@@ -683,7 +691,7 @@ class _Loop:
             raise CheckpointError(f"{checkpoint / STATE} is of another version: it lacks {', '.join(sorted(missing))}.")
         return checkpoint, state
 
-    def _load_averaged(self, checkpoint: Path, state: dict[str, Any]) -> None:
+    def _load_averaged(self, checkpoint: Path) -> None:
         from zoo.weights import load_checkpoint, read_json
 
         advice = "Begin a run in another output.dir, which may start from these weights (model.checkpoint_path)."
@@ -1038,7 +1046,7 @@ def accumulation_steps(config: RunConfig, processes: int) -> int:
 
 def explain(error: BaseException) -> ZooError | None:
     """What a user can do about an error of torch's; None for one that is a bug."""
-    line = _first_line(error)
+    line = first_line(error)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in line:
         return TrainingError(
             "There is not enough memory: lower data.batch_size (and set train.global_batch_size to what it was, which "
@@ -1047,10 +1055,6 @@ def explain(error: BaseException) -> ZooError | None:
     if is_broken_connection(error):
         return TrainingError(f"Another process of the run is gone, or out of reach. {line}")
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _changes(saved: Any, current: Any, prefix: str = "") -> list[str]:

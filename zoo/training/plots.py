@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zoo.errors import MissingDependencyError
-from zoo.files import whole_file
 from zoo.history import best_row
+from zoo.plots import new_figure, save_figure
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -21,16 +20,12 @@ def plot_curves(
     `runs` maps a name to the rows of its history. Raises MissingDependencyError without matplotlib, ConfigError for a
     path that cannot be written.
     """
-    try:
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
-
     several, many = len(runs) > 1, len(runs) > 4  # many have one legend beside the axes, which they would fill
-    figure = Figure(figsize=(14 if many else 11, 4.4), layout="constrained")
+    figure = new_figure((14 if many else 11, 4.4))
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
     left, right = figure.subplots(1, 2)
     colours: Any = colormaps["tab10" if len(runs) <= 10 else "tab20"]
     unit, digits = (" (%)", 2) if is_percentage(metric) else ("", 4)
@@ -59,9 +54,7 @@ def plot_curves(
         left.legend(frameon=False)
         right.legend(frameon=False)
     figure.suptitle(title)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def metric_title(metric: str) -> str:

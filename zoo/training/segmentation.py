@@ -26,7 +26,7 @@ from zoo.factory import create_model
 from zoo.files import checkpoint_folder
 from zoo.hub import load_config
 from zoo.loading import load_model, of_run
-from zoo.registry import get_entry, split_name
+from zoo.registry import PLACES, get_entry, split_name
 from zoo.training.freezing import freeze
 from zoo.training.image_classification import describe_model, has_fixed_size, takes_weights
 from zoo.training.image_task import ImageTask
@@ -194,7 +194,7 @@ def build_segmentation_model(
     name = of_run(config.name, "local-dir:")
     if name.startswith("timm/"):
         raise ConfigError(f"timm's own models have no head for segmentation: take one of the zoo's, not {name!r}.")
-    hub = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    hub = name.startswith(PLACES)
     entry = get_entry(load_config(name)[0] if hub else split_name(name)[0])
     if entry.task == "language":
         raise ConfigError(f"{entry.name} takes tokens, not images: it is a language model.")
