@@ -21,7 +21,8 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from cifar10_runs import RESULTS, Report, base_config, compare, mean_history, new_parser, spread
+from cifar10_runs import Report, base_config, compare, mean_history, new_parser, spread
+from record import RESULTS
 from torch import nn
 
 import zoo

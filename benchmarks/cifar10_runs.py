@@ -5,39 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from record import ROOT, command, data_folder, versions, write_json
 
-import zoo
 from zoo.config import load_config, to_plain
 from zoo.devices import device_and_threads
-from zoo.errors import DataError
-from zoo.files import whole_file
 from zoo.training import Run, TrainingConfig, train
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "configs" / "vision" / "cifar10_poolformer_s12.yaml"
-RESULTS = ROOT / "benchmarks" / "results"
 
 Report = dict[str, Any]
-
-
-def data_folder(given: str | None) -> Path:
-    """The folder with train.parquet and test.parquet. Raises DataError where there is none."""
-    folder = Path(given) if given else Path(os.environ.get("ZOO_DATA", ROOT.parent / "shared" / "data")) / "cifar10"
-    if not (folder / "train.parquet").is_file():
-        raise DataError(
-            f"No train.parquet in {folder}: name CIFAR-10's folder with --data, or its parent with ZOO_DATA."
-        )
-    return folder
 
 
 def new_parser(
@@ -60,7 +43,7 @@ def new_parser(
 def base_config(arguments: argparse.Namespace, seed: int, **changes: dict[str, Any]) -> TrainingConfig:
     """The recipe with the options of `new_parser`, and sections changed."""
     sections: dict[str, dict[str, Any]] = {
-        "data": {"path": str(data_folder(arguments.data)), "workers": arguments.workers},
+        "data": {"path": str(data_folder("cifar10", "train.parquet", arguments.data)), "workers": arguments.workers},
         "scheduler": {"epochs": arguments.epochs, "warmup_epochs": arguments.warmup_epochs},
         "train": {"seed": seed, "amp": arguments.amp, "max_updates": arguments.max_updates},
         "output": {"tracker": None},
@@ -135,9 +118,9 @@ def compare(
     gpu = torch.cuda.is_available()
     report: Report = {
         "what": "CIFAR-10 (JPEG), evaluated on its 10,000 test images",
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "device": device_and_threads(torch.device("cuda" if gpu else "cpu")),
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "versions": versions("torch", "timm"),
         "summary": {},
         "runs": {},
     }
@@ -149,8 +132,7 @@ def compare(
     def write() -> None:
         report["runs"] |= known()
         report["summary"] = summarize(report["runs"], describe)
-        with whole_file(path) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write_json(report, path)
         draw(report, arguments.results)
 
     report["runs"] = known()

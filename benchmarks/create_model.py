@@ -16,7 +16,6 @@ import argparse
 import ctypes
 import datetime
 import gc
-import json
 import multiprocessing
 import os
 import platform
@@ -31,14 +30,14 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from record import RESULTS, command, versions, write_json
 
 import zoo
 from zoo.config import run_command
 from zoo.devices import device_name
-from zoo.files import whole_file
 
 MODELS = ("poolformer_s12", "caformer_s18", "poolformer_m48")
-RESULTS = Path(__file__).parent / "results" / "create_model.json"
+FILE = RESULTS / "create_model.json"
 KINDS = ("with weights", "with weights, read once", "without weights")
 TARGETS = {"with weights": 3.0, "without weights": 1.0}  # timm's CPU time over ours, at least
 
@@ -136,7 +135,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--trials", type=int, default=7, help="of each kind and model")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=FILE)
     args = parser.parse_args()
     if args.trials < 2:
         parser.error("--trials must be 2 or more: medians and spread come from several.")
@@ -149,15 +148,10 @@ def main() -> int:
     print(table(rows))
     record = {
         "what": "CPU time (user + system) and peak resident memory of creating a model; medians over forked trials",
-        "command": " ".join(["python benchmarks/create_model.py", *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.date.today().isoformat(),
         "trials": args.trials,
-        "versions": {
-            "zoo": zoo.__version__,
-            "timm": timm.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**versions("timm", "torch"), "python": platform.python_version()},
         "machine": {
             "system": platform.platform(),
             "processor": device_name(torch.device("cpu")),
@@ -166,9 +160,7 @@ def main() -> int:
         "targets, timm's CPU time over ours": TARGETS,
         "results": rows,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.output) as file:
-        file.write(json.dumps(record, indent=2).encode() + b"\n")
+    write_json(record, args.output)
     missed = [
         f"{row['model']} {what}"
         for row in rows

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
-import json
 import os
 import platform
 import statistics
@@ -28,12 +27,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import PIL
 import timm
 import timm.data.auto_augment
 import torch
-import torchvision
 from PIL import Image
+from record import RESULTS, command, data_folder, versions, write_json
 from timm.data import create_dataset, create_loader, create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -42,10 +40,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from zoo.config import run_command
 from zoo.data import AugmentConfig, DataConfig, evaluation_loader, load_split, training_loader
 from zoo.devices import device_name
-from zoo.errors import DataError
-from zoo.files import whole_file
 
-RESULTS = Path(__file__).parent / "results" / "data_loading.json"
+FILE = RESULTS / "data_loading.json"
 POLICY = "rand-m9-mstd0.5-inc1"
 TARGET = 1.3  # timm's CPU time over ours, at least
 SIZE, MEAN, STD, CROP_PCT = (3, 224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 0.9
@@ -149,16 +145,6 @@ def keep_one_bit() -> None:
     table.update({name: posterize for name, op in table.items() if op is plain})
 
 
-def data_folder() -> Path:
-    root = Path(os.environ.get("ZOO_DATA") or Path(__file__).parents[2] / "shared" / "data")
-    folder = root / "imagenet_sample"
-    if not (folder / "val").is_dir():
-        raise DataError(
-            f"There are no photographs in {str(folder)!r}: let ZOO_DATA name the folder of imagenet_sample."
-        )
-    return folder
-
-
 def counting(passes: Callable[[], Iterable[torch.Tensor]]) -> Callable[[], int]:
     return lambda: sum(map(len, passes()))
 
@@ -206,16 +192,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(data_folder(), args.rounds, args.batch_size)
+    found = measure(data_folder("imagenet_sample", "val"), args.rounds, args.batch_size)
     for kind, summary in found.items():
         print(kind)
         for name, numbers in summary.items():
             print(f"  {name:<32}" + ", ".join(f"{key} {value}" for key, value in numbers.items()))
     results = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(),
         "date": datetime.date.today().isoformat(),
         "target": f"timm's CPU time over ours, at least {TARGET}",
         "rounds": args.rounds,
@@ -223,17 +209,10 @@ def main() -> int:
         "images": 250,
         "cpu": device_name(torch.device("cpu")),
         "load": [round(load, 2) for load in os.getloadavg()],
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "timm": timm.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {**versions("torch", "torchvision", "timm", "pillow"), "python": platform.python_version()},
         "results": found,
     }
-    with whole_file(args.results) as file:
-        file.write((json.dumps(results, indent=1) + "\n").encode())
+    write_json(results, args.results)
     missed = [kind for kind in KINDS if found[kind]["cpu time, timm over zoo"]["median"] < TARGET]
     print(f"Missed: {', '.join(missed)}." if missed else "Every target is met.")
     return int(bool(missed))

@@ -21,21 +21,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from record import RESULTS, command, data_folder, versions, write_json
 
 import zoo
 from zoo.config import run_command, to_plain
 from zoo.data.text import TextDataConfig, load_texts
 from zoo.data.tokenizers import create_tokenizer, train_tokenizer
 from zoo.devices import device_name
-from zoo.errors import ConfigError, DataError
-from zoo.files import make_folder, whole_file
+from zoo.errors import ConfigError
+from zoo.files import make_folder
+from zoo.plots import new_figure, save_figure
 from zoo.training import LanguageTrainingConfig, Run, train
 from zoo.training.config import OptimizerConfig, OutputConfig, SchedulerConfig
 from zoo.training.language_config import (
@@ -45,8 +46,7 @@ from zoo.training.language_config import (
     TokenizerConfig,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "depth_width"
+FOLDER = RESULTS / "depth_width"
 FIGURES = "figures.json"  # in a run's folder, when it is finished
 VOCABULARY = 8192
 LENGTH = 256
@@ -159,9 +159,7 @@ def summary(runs: dict[str, dict[str, Any]], counted: dict[str, dict[str, int]])
 
 def plot(runs: dict[str, dict[str, Any]], found: dict[str, Any], title: str, path: Path) -> None:
     """Validation loss over tokens: the mean as a line, the range over the seeds as a band."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    figure = new_figure((7.5, 4.8))
     axes = figure.add_subplot()
     for name, row in found.items():
         histories = [run["history"] for key, run in runs.items() if key.startswith(f"{name}/")]
@@ -177,22 +175,13 @@ def plot(runs: dict[str, dict[str, Any]], found: dict[str, Any], title: str, pat
     axes.set_title(title)
     axes.grid(True, color="0.92")
     axes.legend(frameon=False)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    save_figure(figure, path)
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    with whole_file(folder / "results.json") as file:
-        file.write((json.dumps(report, indent=1) + "\n").encode())
+    write_json(report, folder / "results.json")
     title = f"MobileLLM's shapes on books, {report['settings']['size']} without the embedding"
     plot(report["runs"], report["summary"], title, folder / "curves.png")
-
-
-def data_folder(given: Path | None) -> Path:
-    folder = given or Path(os.environ.get("ZOO_DATA", ROOT.parent / "shared" / "data")) / "books"
-    if not (folder / "train.parquet").is_file():
-        raise DataError(f"No train.parquet in {folder}: name the folder of the books with --data.")
-    return folder
 
 
 def learn_tokenizer(arguments: argparse.Namespace) -> None:
@@ -218,9 +207,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--runs", type=Path, default=Path("runs/depth_width"), help="folder for the runs themselves")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for figures and curves")
+    parser.add_argument("--results", type=Path, default=FOLDER, help="folder for figures and curves")
     arguments = parser.parse_args()
-    arguments.data = data_folder(arguments.data)
+    arguments.data = data_folder("books", "train.parquet", arguments.data)
     make_folder(arguments.results)
     make_folder(arguments.runs)
     learn_tokenizer(arguments)
@@ -234,10 +223,10 @@ def main() -> None:
     device = torch.device("cuda" if arguments.device == "auto" and torch.cuda.is_available() else "cpu")
     report: dict[str, Any] = {
         "what": "loss on books by authors who are not among those learned",
-        "command": " ".join(["python", "benchmarks/depth_width.py", *sys.argv[1:]]),
+        "command": command(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__},
+        "versions": versions("torch"),
         "settings": settings,
         "models": models,
     }
@@ -254,8 +243,7 @@ def main() -> None:
                 for private in ("output", "resume", "tokenizer"):
                     recipe.pop(private)
                 recipe["data"]["path"] = "books"
-                with whole_file(folder / FIGURES) as file:
-                    file.write(json.dumps(found | {"config": recipe}, indent=1).encode())
+                write_json(found | {"config": recipe}, folder / FIGURES)
             report["runs"] = finished(home)
             report["summary"] = summary(report["runs"], counted)
             write(report, arguments.results)

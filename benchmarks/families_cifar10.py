@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10_runs import RESULTS, Report, base_config, compare, figures, mean_history, new_parser, runs_of, spread
+from cifar10_runs import Report, base_config, compare, figures, mean_history, new_parser, runs_of, spread
+from record import RESULTS
 
 import zoo
 from zoo.config import run_command
-from zoo.files import whole_file
+from zoo.plots import new_figure, save_figure
 from zoo.training import Run, TrainingConfig
 from zoo.training.config import ModelConfig
 from zoo.training.plots import plot_curves
@@ -106,15 +107,13 @@ def describe(mine: list[dict[str, Any]]) -> Report:
 
 
 def draw(report: Report, folder: Path) -> None:
-    from matplotlib.figure import Figure
-
     found = report["summary"]
     if max(row["epochs"] for row in found.values()) > 1:
         curves = {
             f"{name}, {row['macs'] / 1e6:.1f} M MACs": mean_history(report["runs"], name) for name, row in found.items()
         }
         plot_curves(curves, "top1", "Families on CIFAR-10 (JPEG), mean over seeds", folder / "curves.png")
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure((8, 5))
     axes = figure.add_subplot()
     for i, (name, row) in enumerate(found.items()):
         mine = runs_of(report["runs"], name)
@@ -124,8 +123,7 @@ def draw(report: Report, folder: Path) -> None:
     axes.set_title(f"Families on CIFAR-10 (JPEG), {max(row['epochs'] for row in found.values())} epochs, each seed")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
-    with whole_file(folder / "top1.png") as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_figure(figure, folder / "top1.png")
 
 
 def main() -> None:

@@ -35,7 +35,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -45,6 +44,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import RESULTS, command, versions, write_json
 from timm.layers import Mlp
 from torch import Tensor, nn
 from vision_inference import wake_layer_scales
@@ -53,13 +53,12 @@ import zoo
 from zoo.config import run_command
 from zoo.devices import device_and_threads
 from zoo.errors import ZooError
-from zoo.files import whole_file
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 from zoo.layers.products import FastProducts
 from zoo.models.slak import DepthwiseConv2d
-from zoo.plots import check_picture
+from zoo.plots import check_picture, new_figure, save_figure
 
-RESULTS = Path(__file__).parent / "results" / "large_kernel.json"
+FILE = RESULTS / "large_kernel.json"
 TOLERANCE = 1e-4  # of the largest logit, between the forms of slak_tiny, without TF32
 TOLERANCES = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 3e-3}  # of operators; float32 may be TF32
 STAGES = ((124, 56), (249, 28), (499, 14), (998, 7))  # channels and side of slak_tiny's maps at 224x224
@@ -418,12 +417,10 @@ def compare_models(
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Milliseconds of every operator beside the limit, and of the models."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in report["operators"] if "failed" not in row]
     names = ["conv2d_nchw", "conv2d_channels_last", "ours_nchw", "ours_channels_last"]
     colors = ["0.75", "0.5", "C0", "C2"]
-    figure = Figure(figsize=(13, 11), layout="constrained")
+    figure = new_figure((13, 11))
     top, middle, bottom = figure.subplots(3, 1)  # decomposed kernels, labelled by the tall one, then whole ones
     for axes, what in ((top, "forward"), (middle, "forward_backward")):
         for i, (name, color) in enumerate(zip(names, colors, strict=True)):
@@ -458,8 +455,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     bottom.set_xscale("log" if entries else "linear")
     bottom.tick_params(axis="y", labelsize=7)
     bottom.set_xlabel("slak_tiny at 224x224 (ms)")
-    with whole_file(path) as file:
-        figure.savefig(file, format=path.suffix.lstrip("."), dpi=130)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -477,7 +473,7 @@ def main() -> None:
     parser.add_argument("--model-batches", nargs="+", type=int, help="64 on a GPU, 1 and 8 on a CPU")
     parser.add_argument("--mode", choices=("inference", "training_step"), help="measure the models in one mode")
     parser.add_argument("--skip", nargs="+", default=[], metavar="MODEL", help="models to leave out")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     arguments = parser.parse_args()
     device = torch.device("cuda" if gpu and arguments.device == "auto" else "cpu")
     key = "cpu" if device.type == "cpu" else f"gpu_{arguments.dtype}{'_ieee' * arguments.ieee}"
@@ -490,22 +486,17 @@ def main() -> None:
 
     everything = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     report = everything.setdefault(key, {})
-    environment = [f"{n}={os.environ[n]}" for n in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if n in os.environ]
     report["commands"] = report.get("commands", {})
-    command = " ".join([*environment, "python", "benchmarks/large_kernel.py", *sys.argv[1:]])
     report["device"] = device_and_threads(device)
-    report["versions"] = {"zoo": zoo.__version__, "torch": torch.__version__}
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
-        report["versions"]["triton"] = importlib.metadata.version("triton")
+    report["versions"] = versions("torch", *(("triton",) if device.type == "cuda" else ()))
     failures = 0
 
     def save() -> None:
-        with whole_file(arguments.results) as file:
-            file.write((json.dumps(everything, indent=1) + "\n").encode())
+        write_json(everything, arguments.results)
 
     with without_tf32() if arguments.ieee else contextlib.nullcontext():
         if arguments.only != "models":
-            report["commands"]["operators"] = command
+            report["commands"]["operators"] = command()
             report["settings"] = {"batch_size": arguments.batch_size, "dtype": arguments.dtype}
             report["peaks"] = clock.peaks(dtype)
             report["operators"] = []
@@ -524,7 +515,7 @@ def main() -> None:
                         found = {"failed": tell_failure(label, error)}
                         failures += 1
                     modes = report.setdefault("models", {}).setdefault(mode, {})
-                    modes[str(batch_size)] = {**found, "command": command}
+                    modes[str(batch_size)] = {**found, "command": command()}
                     save()
     if "operators" in report:
         plot(report, picture)

@@ -15,7 +15,6 @@ OMP_NUM_THREADS is set to 2 where it is not set.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -31,16 +30,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # before anything reads it
 
 import numpy as np
 import torch
+from record import RESULTS, command, versions, write_json
 from torch import Tensor, nn
 
 import zoo
 from zoo.config import run_command
 from zoo.devices import device_name
-from zoo.errors import ConfigError, MissingDependencyError, ZooError
+from zoo.errors import ConfigError, ZooError
 from zoo.exporting.gguf import write_gguf
-from zoo.files import whole_file
+from zoo.plots import new_figure, save_figure
 
-RESULTS = Path(__file__).parent / "results" / "lm_decode"
+FOLDER = RESULTS / "lm_decode"
 PIECE = 16  # tokens between two turns
 READ = 2**28  # bytes that the bandwidth is measured on: much more than caches hold
 CONTENDERS = {  # name: (weights, how much a logit may be off, of the largest: random ones are small)
@@ -319,22 +319,11 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, float]:
     return out
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def plot(report: dict[str, Any], path: Path) -> None:
     """Tokens a second of every contender, with its limit as a line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
     found = report["contenders"]
     names = list(found)
-    figure = Figure(figsize=(9, 0.38 * len(names) + 1.6), layout="constrained")
+    figure = new_figure((9, 0.38 * len(names) + 1.6))
     axes = figure.add_subplot()
     colours = {
         "zoo": "tab:blue",
@@ -349,8 +338,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(names)), list(reversed(names)))
     axes.set_xlabel("new tokens a second; black: memory bandwidth over the bytes of the weights")
     axes.set_title(f"{report['model']}, {report['threads']} threads")
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -361,7 +349,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, metavar="TOKENS")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="TOKENS", help=f"a multiple of {PIECE}")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
+    parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     parser.add_argument("--plot", action="store_true", help="only draw the results file of --model")
     arguments = parser.parse_args()
     path = arguments.results / f"{arguments.model}.json"
@@ -370,24 +358,18 @@ def main() -> None:
             raise ConfigError("--rounds, --threads and --prompt are whole numbers from 1 up.")
         if arguments.new_tokens < PIECE or arguments.new_tokens % PIECE:
             raise ConfigError(f"--new-tokens is a multiple of {PIECE}, not {arguments.new_tokens}.")
-        arguments.results.mkdir(parents=True, exist_ok=True)
         report = {
             "model": arguments.model,
-            "command": " ".join(["python benchmarks/lm_decode.py", *sys.argv[1:]]),
+            "command": command(),
             "device": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} processors ({platform.machine()})",
             "threads": arguments.threads,
-            "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("OMP_")},
-            "versions": {
-                "zoo": zoo.__version__,
-                **{package: version(package) for package in ("torch", "transformers", "llama_cpp_python")},
-            },
+            "versions": versions("torch", "transformers", "llama_cpp_python"),
             "prompt": arguments.prompt,
             "new_tokens": arguments.new_tokens,
             "rounds": arguments.rounds,
             **measure(arguments),
         }
-        with whole_file(path) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write_json(report, path)
         print(f"bandwidth {report['bandwidth_gb_s']} GB/s")
         for name, one in report["contenders"].items():
             print(

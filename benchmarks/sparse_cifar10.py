@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10_runs import RESULTS, Report, base_config, compare, figures, mean_history, new_parser, runs_of, spread
+from cifar10_runs import Report, base_config, compare, figures, mean_history, new_parser, runs_of, spread
+from record import RESULTS
 
 import zoo
 from zoo.config import run_command
-from zoo.files import whole_file
+from zoo.plots import new_figure, save_figure
 from zoo.sparsity import load_masks, sparse_parameters
 from zoo.training import Run, TrainingConfig
 from zoo.training.config import ModelConfig, SparsityConfig
@@ -113,9 +114,7 @@ def draw(report: Report, folder: Path) -> None:
 
 def plot_seeds(report: Report, path: Path) -> None:
     """The accuracy of every run against the weights that it keeps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure((7, 4.5))
     axes = figure.add_subplot()
     for colour, (name, row) in enumerate(report["summary"].items()):
         mine = runs_of(report["runs"], name)
@@ -129,8 +128,7 @@ def plot_seeds(report: Report, path: Path) -> None:
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.legend(markerscale=0.4)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=100)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 
 import timm
 import torch
+from record import RESULTS, command, versions, write_json
 from rich.console import Console
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -39,18 +39,16 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 
-import zoo
 from zoo.config import run_command
 from zoo.data import AugmentConfig, Batch, DataConfig
 from zoo.devices import device_and_threads
 from zoo.errors import ZooError
-from zoo.files import whole_file
 from zoo.training import ImageClassification, TrainingConfig, fit
 from zoo.training.config import ModelConfig, OptimizerConfig, OutputConfig, SchedulerConfig, TrainConfig
 from zoo.training.loop import make_accelerator
 
 MODELS = ("poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18")
-RESULTS = Path(__file__).parent / "results" / "train_step.json"
+FILE = RESULTS / "train_step.json"
 MEMORY_STEPS = 3
 
 
@@ -252,7 +250,7 @@ def main() -> None:
     parser.add_argument("--amp", choices=("no", "bf16"), default="bf16" if gpu else "no")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--memory-of", nargs=2, metavar=("SIDE", "MODEL"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -262,16 +260,13 @@ def main() -> None:
 
     on_gpu = gpu and arguments.device == "auto"
     device = device_and_threads(torch.device("cuda" if on_gpu else "cpu"))
-    environment = [
-        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY") if name in os.environ
-    ]
     settings = {key: getattr(arguments, key) for key in ("batch_size", "input_size", "amp", "compile", "channels_last")}
     key = "gpu" if on_gpu else "cpu"
     report = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     report[key] = {
-        "command": " ".join([*environment, "python", "benchmarks/train_step.py", *sys.argv[1:]]),
+        "command": command(),
         "device": device,
-        "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
+        "versions": versions("torch", "timm"),
         "settings": settings,
         "models": {},
     }
@@ -290,8 +285,7 @@ def main() -> None:
             ),
             flush=True,
         )
-        with whole_file(arguments.results) as file:
-            file.write((json.dumps(report, indent=1) + "\n").encode())
+        write_json(report, arguments.results)
     print(f"Written to {arguments.results}")
 
 

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.metadata
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -27,17 +25,18 @@ from typing import Any
 
 import timm
 import torch
+from record import RESULTS, command, versions, write_json
 from torch import Tensor, nn
 
 import zoo
 from zoo.config import run_command
 from zoo.devices import device_and_threads
 from zoo.errors import ConfigError, MissingDependencyError, ZooError
-from zoo.files import whole_file
+from zoo.plots import new_figure, save_figure
 from zoo.registry import get_entry
 
 MODELS = ("poolformer_s12", "poolformerv2_s12", "convformer_s18", "caformer_s18", "slak_tiny")
-RESULTS = Path(__file__).parent / "results" / "vision_inference.json"
+FILE = RESULTS / "vision_inference.json"
 CONTENDERS = (
     "zoo",
     "zoo channels_last",
@@ -184,25 +183,14 @@ def measure(name: str, batch_size: int, dtype: str, arguments: argparse.Namespac
     return {"contenders": found, "repeats": arguments.repeats, "input_size": list(size)}
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def plot(report: dict[str, Any], path: Path) -> None:
     """Images per CPU second of every contender, one panel for each batch size and dtype."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
     groups = report["groups"]
     panels = sorted(
         {tuple(key.split("/")[1:]) for key in groups}, key=lambda panel: (panel[1] != "float32", int(panel[0]))
     )
     models = [name for name in MODELS if any(key.startswith(f"{name}/") for key in groups)]
-    figure = Figure(figsize=(4 + 3.2 * len(panels), 4.5), layout="constrained")
+    figure = new_figure((4 + 3.2 * len(panels), 4.5))
     for place, (batch_size, dtype) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
         axes.set_title(f"batch {batch_size}, {dtype}")
@@ -216,8 +204,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(models)), models, rotation=30, ha="right")
         axes.set_ylabel("images per CPU second")
     figure.axes[0].legend(fontsize=7)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -228,7 +215,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--warmup", type=int, default=2, help="turns before the clock counts")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--plot", action="store_true", help="only draw the results file, into a PNG beside it")
     arguments = parser.parse_args()
     report = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {"groups": {}}
@@ -241,24 +228,18 @@ def main() -> None:
         return
     if arguments.repeats < 1 or min(arguments.batch_sizes) < 1:
         raise ConfigError("--repeats and --batch-sizes are whole numbers from 1 up.")
-    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-    environment = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
     report |= {
         "device": device_and_threads(torch.device("cpu")),
-        "versions": {
-            "zoo": zoo.__version__,
-            **{package: version(package) for package in ("torch", "timm", "onnxruntime", "openvino")},
-        },
+        "versions": versions("torch", "timm", "onnxruntime", "openvino"),
     }
     for dtype in arguments.dtypes:
         for batch_size in arguments.batch_sizes:
             for name in arguments.models:
                 torch.compiler.reset()
                 group = measure(name, batch_size, dtype, arguments)
-                group["command"] = " ".join([*environment, "python benchmarks/vision_inference.py", *sys.argv[1:]])
+                group["command"] = command()
                 report["groups"][f"{name}/{batch_size}/{dtype}"] = group
-                with whole_file(arguments.results) as file:
-                    file.write((json.dumps(report, indent=1) + "\n").encode())
+                write_json(report, arguments.results)
                 print(f"{name}, batch {batch_size}, {dtype}")
                 for which, found in group["contenders"].items():
                     text = found.get("absent") or f"{found['cpu_ms']:8.1f} CPU-ms  {found['wall_ms']:8.1f} ms"

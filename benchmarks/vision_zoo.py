@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,17 +23,18 @@ from typing import Any
 
 import timm
 import torch
+from record import RESULTS, command, versions, write_json
 from rich.progress import track
 
 import zoo
 from zoo.config import run_command
 from zoo.devices import device_and_threads
-from zoo.errors import ConfigError, MissingDependencyError
-from zoo.files import whole_file
+from zoo.errors import ConfigError
+from zoo.plots import new_figure, save_figure
 from zoo.profiling.measure import Settings, Subject, peak_memory
 from zoo.registry import ModelInfo, get_entry
 
-RESULTS = Path(__file__).parent / "results" / "vision_zoo.json"
+FILE = RESULTS / "vision_zoo.json"
 LARGEST = 60_000_000  # parameters
 SAME = {"resnet50_pf": "resnet50"}  # timm's names of models that neither share a name nor weights with it
 FAST, PLAIN, TIMM = "fast", "plain", "timm"
@@ -122,14 +122,9 @@ def row(
 
 @contextlib.contextmanager
 def _figure(path: Path) -> Iterator[Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plots need matplotlib: pip install "backbone-zoo[train]".') from error
-    figure = Figure(figsize=(14, 6), layout="constrained")
+    figure = new_figure((14, 6))
     yield figure
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+    save_figure(figure, path)
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> bool:
@@ -189,7 +184,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1, help="turns before the clock counts")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="leave out peak memory")
     parser.add_argument("--missing", action="store_true", help="only what the results file does not have")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=FILE)
     parser.add_argument("--plot", action="store_true", help="only draw the results file, into a PNG beside it")
     arguments = parser.parse_args()
     report = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {"models": {}}
@@ -197,19 +192,16 @@ def main() -> None:
     if not arguments.plot:
         if arguments.repeats < 1 or arguments.warmup < 0 or min(arguments.batch_sizes) < 1:
             raise ConfigError("--repeats and --batch-sizes are whole numbers from 1 up, --warmup from 0.")
-        names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-        environment = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
         report |= {
             "device": device_and_threads(torch.device("cpu")),
-            "versions": {"zoo": zoo.__version__, "torch": torch.__version__, "timm": timm.__version__},
-            "command": " ".join([*environment, "python benchmarks/vision_zoo.py", *sys.argv[1:]]),
+            "versions": versions("torch", "timm"),
+            "command": command(),
         }
         wanted = models(arguments.patterns, arguments.families)
         for info in track(wanted, description="Measuring", transient=True):
             known = report["models"].get(info.name, {}).get("batches", {})
             report["models"][info.name] = row(info, arguments.batch_sizes, known, arguments)
-            with whole_file(arguments.results) as file:
-                file.write((json.dumps(report, indent=1) + "\n").encode())
+            write_json(report, arguments.results)
     if not report["models"]:
         raise ConfigError(f"There is nothing in {arguments.results}: measure first.")
     drawn = plot(report["models"], picture)
