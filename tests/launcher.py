@@ -122,7 +122,8 @@ class Job:
     output: Path
 
     def kill(self, number: int, rank: int = 0) -> None:
-        os.kill(self.pids[rank], number)
+        """Signal a process and all of its group, as terminals, torchrun and job schedulers do."""
+        os.killpg(self.pids[rank], number)
 
     def wait(self) -> list[int]:
         """Exit statuses; negative numbers are signals."""
@@ -224,6 +225,7 @@ def serve(modules: list[str]) -> dict[str, Any] | None:
 
 def become(question: dict[str, Any]) -> None:
     """Make the forked process one that a shell has started as `python *argv`, and run it to its end."""
+    os.setpgrp()
     os.environ.clear()
     os.environ.update(question["env"])
     os.chdir(question["cwd"])

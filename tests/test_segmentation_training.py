@@ -237,6 +237,14 @@ def test_more_classes_than_a_byte_holds(tmp_path: Path):
     assert np.array_equal(labels[1:], values[1:])
 
 
+def test_what_is_ignored_is_no_class(tmp_path: Path):
+    config = dataclasses.replace(write_folder(tmp_path, (1, 1)), num_classes=3)
+    for ignored, reduced, held in ((2, False, "0 to 2"), (0, False, "0 to 2"), (3, True, "1 to 3")):
+        wrong = dataclasses.replace(config, ignore_index=ignored, reduce_zero_label=reduced)
+        with pytest.raises(DataError, match=rf"ignore_index {ignored} is the number of a class: masks hold {held}\."):
+            load_segmentation_split(wrong, training=True)
+
+
 def test_every_class_counts_where_255_is_one(tmp_path: Path):
     config = dataclasses.replace(write_folder(tmp_path, (1, 1)), num_classes=300)
     save_png(tmp_path / "annotations" / "train" / "some" / "0.png", np.full((96, 96), 255, dtype=np.uint16))

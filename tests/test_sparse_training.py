@@ -40,7 +40,15 @@ from zoo.errors import CheckpointError, ConfigError
 from zoo.loading import load_model, model_task
 from zoo.models import slak
 from zoo.publishing import model_card
-from zoo.sparsity import apply_masks, channel_positions, follows_n_m, load_masks, masks_of, sparse_parameters
+from zoo.sparsity import (
+    apply_masks,
+    channel_groups,
+    channel_positions,
+    follows_n_m,
+    load_masks,
+    masks_of,
+    sparse_parameters,
+)
 from zoo.training import (
     ImageClassification,
     Interrupted,
@@ -1334,6 +1342,23 @@ def test_a_density_that_fell_does_not_rise_when_the_run_becomes_longer():
     learn(longer, model, optimizer, 60, first=21, after=lambda update: None)
     for name, mask in longer.masks.items():
         assert torch.equal(mask, before[name])
+
+
+@pytest.mark.parametrize("method", ["gmp", "chase"])
+def test_a_run_whose_schedule_becomes_shorter_ends_where_it_was_to(recipe: Path, tmp_path: Path, method: str):
+    """It goes on behind the update at which that would have been reached."""
+    changes: dict[str, Any] = {"sparsity": {"method": method, "density": 0.3, "update_interval": 3}}
+    train(configure(recipe, tmp_path / "run", **changes, scheduler={"epochs": 4}, train={"max_updates": 22}))
+    changes["sparsity"]["stop"] = 0.5  # of 33 updates
+    run = train(configure(recipe, tmp_path / "run", **changes, scheduler={"epochs": 3}, resume="auto"))
+    masks = load_masks(run.folder / "last" / "masks.safetensors")
+    state = read_state(run.folder / "last")["sparsity"]
+    assert {name: int(mask.count_nonzero()) for name, mask in masks.items()} == state["final"]
+    assert float(rows(run.folder)[-1]["density"]) == pytest.approx(0.3, abs=1e-3)
+    if method == "chase":
+        groups = channel_groups(zoo.create_model(f"local-dir:{run.folder / 'last'}"))
+        died = {name: len(state["retired"].get(name, ())) for name in groups}
+        assert died == {name: int(0.3 * group.size) for name, group in groups.items()}
 
 
 def test_masks_that_move_at_every_update_leave_none_to_learn_in():

@@ -259,8 +259,19 @@ def test_streams_that_make_no_sense(tmp_path: Path):
     assert "give their names with data.train_split" in complaint(path="http://127.0.0.1:9/data")
     with pytest.raises(ConfigError, match=r"data\.streaming is for parquet files"):
         DataConfig(name="folder", path="x", streaming=True)
-    (tmp_path / "sizes.json").write_text("[3]")
-    assert "must hold the number of samples" in complaint()
+    for sizes in ("[3]", '{"train-0000.tar": -6}', '{"train-0000.tar": 5.5}', '{"train-0000.tar": true}'):
+        (tmp_path / "sizes.json").write_text(sizes)
+        assert "must hold the number of samples" in complaint()
+
+
+def test_shards_that_hold_less_than_was_said(tmp_path: Path):
+    write_tars(tmp_path, [6])
+    (tmp_path / "sizes.json").write_text('{"train-0000.tar": 9}')
+    config = options(tmp_path)
+    with pytest.raises(
+        DataError, match=r"hold as many samples as they should\. .*0000\.tar: samples 6 to 8 are missing"
+    ):
+        list(training_loader(load_split(config, True), config, PREPROCESS, PLAIN, seed=0).batches(0))
 
 
 # --------------------------------------------------------------------------------------------------------------- damage

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import re
 import sys
 import typing
@@ -50,7 +51,7 @@ def parse_config(
     description: str,
     examples: str = "",
 ) -> Config:
-    """`schema` filled from `--config file.yaml` and dotted flags, the later over the earlier.
+    """`schema` filled from `--config file.yaml`, of several the later over the earlier, and dotted flags over them.
 
     `examples` are commands, one on a line, for `--help`. Raises UsageError for a flag that does not exist or one
     that is missing, ConfigError for a file that cannot be read, a mistyped key in it (both name the nearest), and a
@@ -67,11 +68,23 @@ def parse_config(
         _check_keys(schema, read_yaml(path), path, [name for name, _ in _fields(schema)])
     parser = _parser(typing.cast(type, schema), prog, description, examples)
     try:
-        parsed = parser.parse_args(argv)
+        parsed = parser.parse_args(_files_first(argv))
         fields = parser.instantiate(parsed)
     except ArgumentError as error:
         raise ConfigError(_one_line(error)) from None
     return schema(**{field.name: fields[field.name] for field in dataclasses.fields(schema)})  # type: ignore[arg-type]
+
+
+def _files_first(argv: Sequence[str]) -> list[str]:
+    """`argv` with its files in front: with jsonargparse the later holds, and flags are to, wherever they stand."""
+    files: list[str] = []
+    flags: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        (files if token == "--config" or token.startswith("--config=") else flags).append(token)
+        if token == "--config":
+            files.extend(itertools.islice(tokens, 1))
+    return [*files, *flags]
 
 
 @functools.cache
@@ -244,4 +257,6 @@ def _one_line(error: Exception) -> str:
         r"\1. Got:",
         text,
     )
-    return text.rstrip(".") + "."
+    choice = re.search(r"Expected one of ((?:'[^']*'(?:, )?)+)\. Got(?: value)?: (\S+?)\.?$", text)
+    near = did_you_mean(choice[2], re.findall(r"'([^']*)'", choice[1])) if choice else ""
+    return text.rstrip(".") + "." + near

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import itertools
+import os
 import random
 import signal
 import struct
@@ -26,7 +27,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from zoo.data.config import AugmentConfig, DataConfig
 from zoo.data.sources import ImageSplit
-from zoo.data.streaming import RawSample, Shards, reason, shuffled
+from zoo.data.streaming import MISSING, RawSample, Shards, reason, shuffled
 from zoo.data.token_labels import MapFolder
 from zoo.data.transforms import (
     NO_ERASURES,
@@ -430,8 +431,11 @@ def _worker_options(config: LoadingConfig, pin_memory: bool) -> dict[str, Any]:
 
 def _init_worker(worker: int) -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process finishes its step and stops its workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C, torchrun and job schedulers signal whole groups of processes: the main process is to finish its step, and
+    # stops its workers itself
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 # -------------------------------------------------------------------------------------------------------------- streams
@@ -567,5 +571,7 @@ class DamageReport:
     def __str__(self) -> str:
         shown = [f"  {name}" for name in list(self.names)[:20]]
         more = [f"  ... and {len(self.names) - 20} more"] if len(self.names) > 20 else []
-        many = f"{self.what}{'s' * (len(self.names) != 1)}"
-        return "\n".join([f"Skipped {len(self.names)} damaged {many}:", *shown, *more])
+        many = f"Skipped {len(self.names)} damaged {self.what}{'s' * (len(self.names) != 1)}:"
+        if any(MISSING in name for name in self.names):  # several in a row
+            many = f"Skipped {self.what}s that are damaged or missing:"
+        return "\n".join([many, *shown, *more])

@@ -313,8 +313,14 @@ def _plain_numbers(num_classes: int, ignore_index: int | None, reduce_zero_label
     """What the values of a mask mean that holds the classes' own numbers."""
     if ignore_index is None:
         ignore_index = _ignored(num_classes + reduce_zero_label)
-    numbers = np.full(max(num_classes + reduce_zero_label, ignore_index + 1), -1, dtype=np.int64)
-    numbers[reduce_zero_label : num_classes + reduce_zero_label] = range(num_classes)
+    first, last = int(reduce_zero_label), num_classes + reduce_zero_label - 1
+    if first <= ignore_index <= last:
+        raise DataError(
+            f"data.ignore_index {ignore_index} is the number of a class: masks hold {first} to {last}. Choose another, "
+            "or set data.reduce_zero_label where 0 is none."
+        )
+    numbers = np.full(max(last, ignore_index) + 1, -1, dtype=np.int64)
+    numbers[first : last + 1] = range(num_classes)
     if reduce_zero_label:
         numbers[0] = _ignored(num_classes)
     numbers[ignore_index] = _ignored(num_classes)

@@ -33,6 +33,7 @@ TIMEOUT_SECONDS = 60
 ROWS_AT_ONCE = 64
 FOOTERS_AT_ONCE = 8
 SIZES = "sizes.json"
+MISSING = "are missing"  # what is said of samples that a shard lacks
 TIMMS_INFO = "_info.json"
 CLASSES = "classes.txt"
 
@@ -153,7 +154,7 @@ class Shards:
         self, shards: list[int], first: int, places: range, wanted: Callable[[int], bool], refill: bool
     ) -> Iterator[tuple[int, tuple[int, int], RawSample | None]]:
         """Fill `places` from the first of `shards` on, beginning with its sample `first`."""
-        place = places.start
+        place, lacking = places.start, ""
         for shard in shards:
             shift = place - first
             last = min(places.stop - shift, self.shards[shard].samples)
@@ -171,12 +172,14 @@ class Shards:
             except DAMAGED as error:
                 problem = f": {reason(error)}"
             if place - shift < last:
-                missing = f"samples {place - shift} to {last - 1} are missing{problem}"
-                yield -1, (shard, -1), RawSample(f"{self.shards[shard].url}: {missing}", None, None)
+                missing = f"{self.shards[shard].url}: samples {place - shift} to {last - 1} {MISSING}{problem}"
+                lacking = lacking or missing
+                yield -1, (shard, -1), RawSample(missing, None, None)
             if place == places.stop or not refill:
                 return
             first = 0
-        raise DataError(f"None of the {len(shards)} shards can be read. The first: {self.shards[shards[0]].url}.")
+        what = "hold as many samples as they should" if place > places.start else "can be read"
+        raise DataError(f"None of the {len(shards)} shards {what}. {lacking}.")
 
 
 def shuffled(length: int, buffer: int, chance: np.random.Generator) -> list[int]:
@@ -368,11 +371,11 @@ def _sizes(url: str) -> dict[str, int]:
     """The number of samples of each shard by name, as far as a file beside the shard `url` says it."""
     try:
         if (text := _beside(url, SIZES)) is not None:
-            return {str(name): int(samples) for name, samples in json.loads(text).items()}
+            return {str(name): _whole(samples) for name, samples in json.loads(text).items()}
         if (text := _beside(url, TIMMS_INFO)) is not None:
             splits = json.loads(text)["splits"].values()
             return {
-                str(name): int(samples)
+                str(name): _whole(samples)
                 for split in splits
                 for name, samples in zip(split["filenames"], split["shard_lengths"], strict=True)
             }
@@ -381,9 +384,16 @@ def _sizes(url: str) -> dict[str, int]:
     except (ValueError, TypeError, AttributeError, KeyError):
         folder = url.rpartition("/")[0]
         raise DataError(
-            f"{SIZES} or {TIMMS_INFO} in {folder} must hold the number of samples of each shard by name."
+            f"{SIZES} or {TIMMS_INFO} in {folder} must hold the number of samples of each shard by name, a whole "
+            "number from 0 up."
         ) from None
     return {}
+
+
+def _whole(samples: Any) -> int:
+    if type(samples) is not int or samples < 0:
+        raise ValueError(samples)
+    return samples
 
 
 def _count_tar(path: str) -> int:

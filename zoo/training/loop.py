@@ -11,9 +11,10 @@ them, with what was measured of it (`figures.json`). A run that is stopped by Ct
 Several processes (`torchrun --nproc_per_node 8 train.py --config ...`, `accelerate launch --multi_gpu train.py ...`)
 learn the same as one with the same images to an update: data order and augmentation depend on (seed, epoch, image), an
 update takes `data.batch_size` x processes x `train.grad_accum_steps` successive images of that order, and gradients are
-averaged over them. Only what is drawn for a batch, not an image, differs: mixup, MixToken, drop path, dropout, SN-Net's
-path; and of pixels those of a batch are averaged before batches that are accumulated are, and hard ones are mined in
-each batch. On several machines, run the same command on each, with a folder for the run that all of them share:
+averaged over them. Only what belongs to a batch, not an image, differs: what is drawn for it (mixup, MixToken, drop
+path, dropout, SN-Net's path), and batch norms' moments, which are those of each process's batch; and of pixels those of
+a batch are averaged before batches that are accumulated are, and hard ones are mined in each batch. On several
+machines, run the same command on each, with a folder for the run that all of them share:
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 train.py --config ...
 
@@ -858,12 +859,15 @@ class _Loop:
         In an evaluation the first acts at once, too: the epoch is saved, and nobody waits for this process.
         """
         before: dict[int, Any] = {}
+        own = os.getpid()
 
         def restore() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
         def ask(number: int, frame: object) -> None:
+            if os.getpid() != own:  # a worker that was forked just now
+                return
             self.signal = signal.Signals(number)
             restore()
             if self.evaluating:

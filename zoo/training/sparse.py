@@ -458,11 +458,25 @@ class SparseTraining:
     # ------------------------------------------------------------------------------------------------------- topologies
 
     def is_due(self, update: int) -> bool:
-        """Whether masks move at this update."""
+        """Whether masks move at this update.
+
+        A resumed run whose schedule is another may be past the end without being where it was to be: then they do.
+        """
+        if update > self.end:
+            return self._is_short_of_its_aim()
         aims = self.has_aim and update == self.end
         if not self.begin <= update <= self.end or (update % self.interval and not aims):
             return False
         return self.has_aim or (self.rule.growth != "none" and self.rate(update) > 0 and update < self.updates)
+
+    def _is_short_of_its_aim(self) -> bool:
+        if self.falls and any(self.kept[name] > count for name, count in self.final.items()):
+            return True
+        share = self.rule.dead_channels
+        return any(
+            len(self.retired.get(name, ())) < min(int(share * group.size + 1e-9), group.size - 1)
+            for name, group in self.channels.items()
+        )
 
     def rate(self, update: int) -> float:
         """The share of kept weights that move at this update."""
