@@ -269,7 +269,7 @@ def test_shards_that_hold_less_than_was_said(tmp_path: Path):
     (tmp_path / "sizes.json").write_text('{"train-0000.tar": 9}')
     config = options(tmp_path)
     with pytest.raises(
-        DataError, match=r"hold as many samples as they should\. .*0000\.tar: samples 6 to 8 are missing"
+        DataError, match=r"hold as many samples as they should\. .*0000\.tar: samples 6 to 7 are missing"
     ):
         list(training_loader(load_split(config, True), config, PREPROCESS, PLAIN, seed=0).batches(0))
 
