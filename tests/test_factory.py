@@ -1,5 +1,7 @@
 """`create_model`: names, tags, arguments, and building without waste."""
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,35 @@ def test_unknown_names_suggest_the_nearest():
         zoo.create_model(12)
     with pytest.raises(ConfigError, match="which weights"):
         zoo.create_model("caformer_s18.sail_in1k", pretrained="sail_in22k")
+
+
+def test_places_that_are_written_otherwise(tmp_path, monkeypatch, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    zoo.save_pretrained(zoo.create_model("poolformer_s12", **TINY), tmp_path / "mine")
+    for name, message in (
+        ("mine", r"no model called 'mine'\. For the model in that folder, write local-dir:mine"),
+        ("./mine", r"no model called './mine'\. For the model in that folder, write local-dir:./mine"),
+        (" hf-hub:me/r", "Write hf-hub:me/r"),
+        ("Local-Dir:mine", "Write local-dir:mine"),
+        ("local-dir:miin", r"no folder 'miin'\. Did you mean mine\?"),
+        ("local-dir:", "names no folder"),
+    ):
+        with pytest.raises((UnknownModelError, CheckpointError), match=message):
+            zoo.create_model(name)
+    shutil.copy(checkpoint[0], tmp_path / "stray.pth")
+    model = zoo.create_model("poolformer_s12", checkpoint_path="", **TINY)  # timm's default: none
+    assert not hasattr(model, "load_report")
+    with pytest.raises(CheckpointError, match="The name of a checkpoint is empty"):
+        zoo.load_checkpoint(model, "")
+
+
+@pytest.mark.parametrize("name", ["caformer_test", "pfnet_test", "snnet_test", "sret_test"])
+def test_the_size_that_a_model_is_made_for_is_its_input_size(name, tmp_path):
+    model = zoo.create_model(name, img_size=(96, 64), in_chans=1)
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    for made in (model, zoo.create_model(f"local-dir:{folder}")):
+        assert tuple(made.pretrained_cfg["input_size"][1:]) == (96, 64)
+        assert zoo.profile(made).input_size == (1, 96, 64)
 
 
 def test_a_tag_sets_classes_and_preprocessing():

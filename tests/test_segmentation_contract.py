@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,14 @@ def test_another_number_of_classes_channels_and_precision(name: str):
     assert model.get_classifier().weight.dtype == torch.float64
     model.reset_classifier(0)
     assert model(grey).shape == (2, model.head_hidden_size, *side)
+
+
+@pytest.mark.parametrize("how", [{"out_indices": (1, 2, 3)}, {"feature_cls": "list"}])
+def test_how_the_backbone_is_taken_is_saved(how: dict, tmp_path: Path):
+    model = zoo.create_model("caformer_test", task="segmentation", num_classes=3, **how).eval()
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    again = zoo.create_model(f"local-dir:{folder}").eval()
+    assert torch.equal(again(images()), model(images()))
 
 
 def test_a_backbone_in_pieces_does_not_tell_its_layers():

@@ -357,6 +357,10 @@ def test_saved_and_opened(tmp_path):
     again = zoo.create_model(f"local-dir:{folder}").eval()
     assert again.stitch == 4
     torch.testing.assert_close(again(images()), model(images()), rtol=0, atol=0)
+    again.set_stitch(6)
+    other = zoo.create_model(f"local-dir:{zoo.save_pretrained(again, tmp_path / 'other')}").eval()
+    torch.testing.assert_close(other(images()), again(images()), rtol=0, atol=0)
+    assert (other.stitch, again.stitch) == (6, 6)
     larger = zoo.create_model("snnet_test", checkpoint_path=folder, img_size=96)  # position tables are resized
     assert larger.anchors[1].pos_embed.shape == (1, 145, 64)
 

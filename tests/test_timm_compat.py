@@ -1,8 +1,18 @@
-"""`register_with_timm`, in processes of their own: it changes timm's registry."""
+"""`register_with_timm`, in processes of their own, as it changes timm's registry; and timm's own models here."""
+
+import re
 
 import pytest
+import safetensors.torch
+import timm
+import torch
 
+import zoo
 from tests.launcher import python
+from zoo.cli import main
+from zoo.errors import CheckpointError, ConfigError
+from zoo.loading import load_model, model_task
+from zoo.publishing import publish
 
 PRELUDE = """
 import timm, torch, zoo
@@ -212,3 +222,59 @@ assert [[zoo.create_model(name, device="meta").pretrained_cfg.get(key) for key i
 zoo.register_with_timm(override=True)
 assert [[timm.models.get_pretrained_cfg(name).to_dict().get(key) for key in keys] for name in names] == theirs
 """)
+
+
+def test_a_published_model_of_timms_opens_by_its_place(hub, tmp_path, capsys):
+    """As its card says it, by every command."""
+    model = timm.create_model("resnet18", num_classes=3)
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    publish(folder, "me/theirs", license="mit")
+    found = load_model("hf-hub:me/theirs").eval()
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(found(images), model.eval()(images))
+    assert zoo.profile("hf-hub:me/theirs").params == sum(p.numel() for p in model.parameters())
+    assert model_task("hf-hub:me/theirs") == "vision"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("cut.safetensors", lambda whole: whole[: len(whole) // 2], "it was cut short or changed"),
+        ("empty.safetensors", lambda whole: b"", "is empty"),
+        ("list.pth", lambda whole: None, "holds a list and no state dict"),
+        ("nowhere.pth", None, "There is no checkpoint .*nowhere.pth"),
+    ],
+)
+def test_what_is_no_checkpoint_of_timms_models(name, content, message, tmp_path, capsys):
+    path = tmp_path / name
+    if content is not None:
+        model = timm.create_model("resnet18")
+        whole = safetensors.torch.save(model.state_dict())
+        found = content(whole)
+        torch.save([1, 2], path) if found is None else path.write_bytes(found)
+    with pytest.raises(CheckpointError, match=message):
+        load_model("timm/resnet18", str(path))
+    assert main(["export", "timm/resnet18", str(tmp_path / "out"), "--to", "onnx", "--checkpoint", str(path)]) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_folder_of_timms_model(tmp_path):
+    folder = zoo.save_pretrained(timm.create_model("resnet18"), tmp_path / "saved")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"timm does not make 'local-dir:.*saved'"):
+        load_model(str(folder))
+
+
+def test_saved_models_that_timm_has_open_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = zoo.create_model("ese_vovnet19b_dw", num_classes=3).eval()
+    with torch.no_grad():
+        model.head.fc.weight.normal_()
+    folder = zoo.save_pretrained(model, tmp_path / "saved", labels=["cat", "dog", "hen"])
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(theirs(images).logits, model(images))
+    assert theirs.config.id2label == {0: "cat", 1: "dog", 2: "hen"}

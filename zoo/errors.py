@@ -43,7 +43,8 @@ class MissingDependencyError(ZooError, ImportError):
 
 def describe_os_error(error: OSError) -> str:
     """What the system says, and of which file."""
-    return ": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename))))
+    said = ": ".join(filter(None, (error.strerror or str(error), error.filename and str(error.filename))))
+    return said or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:

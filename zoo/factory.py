@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from zoo.devices import find_device
-from zoo.errors import ConfigError, UnknownModelError, ZooError, did_you_mean
+from zoo.errors import CheckpointError, ConfigError, UnknownModelError, ZooError, did_you_mean
+from zoo.layers.arguments import image_sides
 from zoo.layers.init import has_meta, materialize, on_meta
 from zoo.registry import PLACES, Entry, Weights, get_entry, split_name
 
@@ -83,11 +84,11 @@ def create_model(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype is a floating-point torch.dtype such as torch.bfloat16, not {dtype!r}.")
     entry, weights, source, cfg, saved_args = _resolve(
-        name, pretrained, checkpoint_path, cache_dir=cache_dir, token=token, refresh=refresh
+        name, pretrained, checkpoint_path or None, cache_dir=cache_dir, token=token, refresh=refresh
     )
     is_meta = device is not None and device.type == "meta"
     if is_meta and source is not None:
-        if pretrained or checkpoint_path is not None:
+        if pretrained or checkpoint_path:
             raise ConfigError("A model on the meta device has no memory to load weights into: choose another device.")
         source = None
 
@@ -102,15 +103,19 @@ def create_model(
             raise ConfigError('features_only=True gives maps, and task="segmentation" logits: ask for one of them.')
         is_whole = saved_args.get("task") == task  # saved with its head, which the weights then have, too
         given = {**saved_args, **model_args, "task": task}
-        given |= {k: v for k, v in {"num_classes": num_classes, "in_chans": in_chans}.items() if v is not None}
+        chosen = {
+            "num_classes": num_classes,
+            "in_chans": in_chans,
+            "out_indices": out_indices,
+            "feature_cls": feature_cls,
+        }
+        given |= {key: value for key, value in chosen.items() if value is not None}
         model = _segmentation_model(
             entry.name if is_whole else name,
             False if is_whole else pretrained,
             given,
             cfg,
             checkpoint_path=None if is_whole else checkpoint_path,
-            out_indices=out_indices,
-            feature_cls=feature_cls,
             device=device,
             dtype=dtype,
             strict=strict,
@@ -174,6 +179,9 @@ def create_model(
     if entry.task == "language":
         return model
     cfg = model.__dict__["pretrained_cfg"]  # which loading has added to
+    if given.get("img_size") is not None:
+        cfg = {**cfg, "input_size": (cfg["input_size"][0], *image_sides(given["img_size"]))}
+        model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg)
     return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
 
 
@@ -185,7 +193,7 @@ def _segmentation_model(
 
     parts = ("num_classes", "up_head", "seg_head", "upsample", "drop_rate")
     args = {key: value for key, value in given.items() if key not in (*parts, "task")}
-    options["feature_cls"] = options["feature_cls"] or "getter"  # asks the model itself, whatever its parts are called
+    args.setdefault("feature_cls", "getter")  # asks the model itself, whatever its parts are called
     backbone: Any = create_model(name, pretrained, features_only=True, **options, **args)
     meta = contextlib.nullcontext() if options["device"] is None else torch.device(options["device"])
     with meta:
@@ -231,8 +239,8 @@ def _resolve(
             return entry, None, checkpoint_path, of_own_weights(cfg), saved_args
         return entry, None, name if wanted else None, cfg, saved_args
 
-    base, tag, revision = split_name(name)
-    entry = get_entry(base)
+    _, tag, revision = split_name(name)
+    entry = get_entry(name)
     if isinstance(pretrained, str):
         if tag is not None and tag != pretrained:
             raise ConfigError(f"The name says {tag!r} and pretrained says {pretrained!r}: which weights?")
@@ -310,6 +318,10 @@ def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
 
         resize(model, kept_widths)
     if quantization is not None:
+        if entry.task != "language":
+            raise CheckpointError(
+                f"{entry.name} is no language model, and only those are quantised: its config.json is wrong."
+            )
         from zoo.layers.fast_decoder import FastDecoder, Quantization
 
         return FastDecoder(model, Quantization(**quantization))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.errors import CheckpointError, ConfigError, UnknownModelError
+from zoo.errors import CheckpointError, ConfigError, UnknownModelError, did_you_mean
 from zoo.files import check_folder, checkpoint_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
 from zoo.layers.folding import check_plain
 from zoo.registry import HUB_PREFIXES, get_entry
@@ -181,7 +181,8 @@ def _config_of(model: nn.Module, labels: Sequence[str] | None, note: str | None)
     saved_args = config.get("model_args", {})
     args = _known_args(cfg["architecture"], saved_args)
     built_in = _timm_args(cfg["architecture"])
-    config["model_args"] = {key: value for key, value in args.items() if key not in built_in}
+    # the number of classes stands above already, and transformers would hand it to timm twice
+    config["model_args"] = {key: value for key, value in args.items() if key not in {*built_in, "num_classes"}}
     if "task" in saved_args:  # a backbone with a head that its entry does not know
         args = saved_args
     config["zoo"] = {"version": zoo.__version__, "model_args": args}
@@ -323,9 +324,13 @@ def load_config(
         path = fetch_from_hub(repo, (CONFIG,), revision=revision, cache_dir=cache_dir, token=token, refresh=refresh)
         origin |= {"source": "hf-hub", "hf_hub_id": source.split(":", 1)[1]}
     else:
-        folder = Path(source.removeprefix("local-dir:")).expanduser()
+        place = source.removeprefix("local-dir:")
+        folder = Path(place).expanduser()
+        if not place:
+            raise CheckpointError("local-dir: names no folder: write it behind the colon.")
         if not folder.is_dir():
-            raise CheckpointError(f"There is no folder {str(folder)!r}.")
+            beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+            raise CheckpointError(f"There is no folder {str(folder)!r}.{did_you_mean(folder.name, beside)}")
         path = folder / CONFIG
         if not path.is_file():
             found = checkpoint_folder(folder)
@@ -376,9 +381,32 @@ def _parse_config(
     if "labels" in cfg:
         cfg["label_names"] = cfg.pop("labels")
     cfg |= {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
+    _check_description(cfg, source)
     if args.get("in_chans") is not None:
         cfg["input_size"] = (args["in_chans"], *cfg.get("input_size", (3, 224, 224))[1:])
     return architecture, {key: _tuple(value) for key, value in args.items()}, cfg
+
+
+def _check_description(cfg: Mapping[str, Any], source: str) -> None:
+    """Raises CheckpointError for a preprocessing that cannot be, as of a file that was edited by hand."""
+    for key in ("input_size", "test_input_size", "pool_size"):
+        size = cfg.get(key)
+        if size is not None and not (
+            isinstance(size, tuple)
+            and len(size) == 2 + (key != "pool_size")
+            and all(type(n) is int and n > 0 for n in size)
+        ):
+            raise CheckpointError(f"The {CONFIG} of {source} says {key} is {size!r}, which is no size.")
+    for key in ("mean", "std"):
+        values = cfg.get(key)
+        if values is not None and not (isinstance(values, tuple) and all(isinstance(v, int | float) for v in values)):
+            raise CheckpointError(
+                f"The {CONFIG} of {source} says {key} is {values!r}, and not a number for each channel."
+            )
+    for key in ("crop_pct", "test_crop_pct"):
+        share = cfg.get(key)
+        if share is not None and not (isinstance(share, int | float) and share > 0):
+            raise CheckpointError(f"The {CONFIG} of {source} says {key} is {share!r}, and not a number above zero.")
 
 
 def _changed_by_transformers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from zoo.errors import ConfigError, DownloadError, did_you_mean
@@ -106,8 +107,8 @@ def model_task(source: str) -> str:
 
 
 def holds_timm_model(source: str) -> bool:
-    """Whether this is a folder with a model of timm's that the zoo lacks, as a run of `timm/name` leaves it."""
-    if not source.startswith("local-dir:") or (architecture := load_config(source)[0]) in list_models():
+    """Whether a model of timm's that the zoo lacks lies at this place, as a run of `timm/name` leaves it."""
+    if not source.startswith(PLACES) or (architecture := load_config(source)[0]) in list_models():
         return False
     import timm
 
@@ -120,9 +121,10 @@ def looks_like_path(source: str) -> bool:
 
 
 def create_timm_model(name: str, **args: Any) -> nn.Module:
-    """timm's own model, for a name such as `timm/poolformer_s12`.
+    """timm's own model, for a name such as `timm/poolformer_s12`, or what lies at a place in the Hub's layout.
 
-    Raises ConfigError for what timm does not take, DownloadError for weights that cannot be had.
+    Raises ConfigError for what timm does not take, CheckpointError for a file that holds no weights, DownloadError for
+    weights that cannot be had.
     """
     import timm
 
@@ -130,16 +132,22 @@ def create_timm_model(name: str, **args: Any) -> nn.Module:
     from zoo.data.streaming import reason
 
     name = name.removeprefix("timm/")
+    called = name if name.startswith(PLACES) else f"timm/{name}"
+    if args.get("checkpoint_path"):
+        from zoo.weights import locate, read_state_dict
+
+        args["checkpoint_path"] = str(locate(args["checkpoint_path"]))
+        read_state_dict(args["checkpoint_path"])  # says what is wrong with it, as timm does not
     try:
         with timms_own(name):
             model = timm.create_model(name, **args)
-    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"timm does not make 'timm/{name}': {error}") from None
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError, SafetensorError) as error:
+        raise ConfigError(f"timm does not make {called!r}: {error}") from None
     except OSError as error:
         if args.get("checkpoint_path"):
             raise
         raise DownloadError(
-            f"The weights of 'timm/{name}' cannot be had: {reason(error).rstrip('.')}. Give a file of your own as "
+            f"The weights of {called!r} cannot be had: {reason(error).rstrip('.')}. Give a file of your own as "
             "checkpoint_path (--checkpoint), or try again later."
         ) from error
     cfg = model.pretrained_cfg

@@ -473,7 +473,7 @@ def get_entry(name: str) -> Entry:
     if base not in _entries and base in _index():
         importlib.import_module(_index()[base].module)
     if base not in _entries:
-        if any(mark in name for mark in "/\\:"):
+        if any(mark in name for mark in "/\\:") or Path(name).is_dir():
             raise UnknownModelError(f"There is no model called {name!r}.{_meant_by_path(name)}")
         raise UnknownModelError(f"There is no model called {base!r}.{did_you_mean(base, _all_names())}")
     return _entries[base]
@@ -482,6 +482,11 @@ def get_entry(name: str) -> Entry:
 def _meant_by_path(name: str) -> str:
     if name.startswith("timm/"):
         return f" timm.create_model({name[5:]!r}) makes timm's; zoo.loading.load_model takes both."
+    written = name.strip()
+    if written != name or not written.startswith(PLACES):
+        place, _, rest = written.partition(":")
+        if f"{place.lower()}:" in PLACES:
+            return f" Write {place.lower()}:{rest}."
     if name.startswith(PLACES):
         return " That names weights, and this asks for an architecture: zoo profile and zoo card take weights."
     if Path(name).expanduser().is_dir():

@@ -396,8 +396,12 @@ def locate(
         where: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token, "refresh": refresh}
         return _fetch_whole(repo, (*DEFAULT_FILES, INDEX), **where)
     path = Path(text.removeprefix("local-dir:")).expanduser()
+    if not text.removeprefix("local-dir:"):
+        raise CheckpointError("The name of a checkpoint is empty: give a file, a folder or hf-hub:owner/name.")
     if path.is_dir():
         return _checkpoint_in(path)
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{text!r} is a link that leads nowhere: to {os.readlink(path)!r}.")
     if not path.exists():
         hint = ""
         if path.parent.is_dir():
@@ -490,7 +494,8 @@ def _read_safetensors(path: Path) -> StateDict:
     try:
         return {key: _with_own_storage(tensor) for key, tensor in safetensors.torch.load_file(path).items()}
     except safetensors.SafetensorError as error:
-        reason = "its header is not one" if "header" in str(error).lower() else "it was cut short or changed"
+        cut = any(sign in str(error) for sign in ("not fully covered", "invalid header length"))
+        reason = "it was cut short or changed" if cut else "its header is not one"
         raise CheckpointError(
             f"{str(path)!r} is not a whole safetensors file: {reason} ({error}). Download or copy it again."
         ) from error
@@ -1187,7 +1192,9 @@ def _order_metadata(path: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        loaded = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows begin with a mark
+    except RecursionError:
+        raise CheckpointError(f"{str(path)!r} is not valid JSON: its brackets go too deep.") from None
     except OSError as error:
         raise CheckpointError(f"Cannot read {str(path)!r}: {error.strerror}.") from error
     except ValueError as error:

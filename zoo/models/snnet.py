@@ -173,9 +173,14 @@ class SNNet(ZooModelHubMixin, nn.Module):
 
     @torch.jit.ignore
     def set_stitch(self, stitch: int) -> None:
-        """Choose the path that the model computes from here on. Raises ConfigError for a number that there is not."""
+        """Choose the path that the model computes from here on, which is saved with it.
+
+        Raises ConfigError for a number that there is not.
+        """
         config = self.stitch_config(stitch)
         self.stitch = stitch
+        if "_model_args" in self.__dict__:
+            self.__dict__["_model_args"]["stitch"] = stitch
         end: Any = self.anchors[config.anchors[-1]]
         self.num_features = self.head_hidden_size = end.num_features
         names = {module: name for name, module in self.named_modules()}
