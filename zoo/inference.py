@@ -13,10 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
 from zoo.layers.convnext import timms_fast_stage
+from zoo.layers.fast_form import is_as_made
 from zoo.layers.folding import fold_batch_norm, has_hooks, is_changed, package_of
 from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear, activation_of
-from zoo.layers.wrappers import copied
+from zoo.layers.wrappers import check_has_weights, copied
 
 Model = TypeVar("Model", bound=nn.Module)
 METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")  # that users of timm's models call
@@ -31,13 +32,14 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     size that the model takes, moves between devices and dtypes, compiles and exports. Its state dict is its own:
     weights are loaded before, and published from the model as trained.
 
-    A part of a model brings its fast form along: `fast_form(self) -> nn.Module`; stages of timm's ConvNeXt have one
-    here. Whatever has none, or holds hooks, parametrizations or modules (adapters, for one) whose `forward` is neither
-    torch's nor timm's nor the zoo's, keeps its form, but for batch norms, which are folded into the convolutions before
-    them, and for convolutions, which work in channels_last. Large convolutions and linear layers run on a CPU with
-    their weights as oneDNN wants them (kept beside the weights, from the first call on), and with the ReLU or GELU
-    behind them. That is exact for `forward` and timm's methods; where a model of your own has others, or calls a layer
-    of a part past that part's `forward`, these may find a batch norm or an activation joined to the layer before it.
+    A part of a model brings its fast form along (`zoo.layers.fast_form`); stages of timm's ConvNeXt have one here.
+    Whatever has none keeps its form, and so does what holds hooks, parametrizations, modules that were put in others'
+    places, or modules (adapters, for one) whose `forward` is neither torch's nor timm's nor the zoo's; but batch norms
+    are folded into the convolutions before them, and convolutions work in channels_last. Large convolutions and linear
+    layers run on a CPU with their weights as oneDNN wants them (kept beside the weights, from the first call on), and
+    with the ReLU or GELU behind them. That is exact for `forward` and timm's methods; where a model of your own has
+    others, or calls a layer of a part past that part's `forward`, these may find a batch norm or an activation joined
+    to the layer before it. Parts write over their maps: a hook that is put on the fast form copies what it keeps.
     Weights that are changed in place behind PyTorch's back, through `.data` or NumPy, are not noticed: optimise the
     model again.
 
@@ -45,12 +47,18 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
         model: of the zoo, of timm or any other, also wrapped for features.
         inplace: change `model` itself instead of a copy, which would hold the weights a second time.
 
-    Raises ConfigError for what is no module, or has no weights yet (the meta device).
+    Raises ConfigError for what is no module or a scripted one, has no weights yet (the meta device), or makes them anew
+    for each call (torch.nn.utils.prune).
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"optimize_for_inference takes a torch.nn.Module, not {model!r}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "optimize_for_inference takes a module before torch.jit.script or trace, not what these made."
+        )
     if has_meta(model):
         raise ConfigError("A model on the meta device has no weights to fold: create it on another, or load them.")
+    check_has_weights(model)
     if not inplace:
         model = copied(model)
     model.eval().requires_grad_(False)
@@ -85,6 +93,8 @@ def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module |
 def _fast_form(module: nn.Module) -> nn.Module | None:
     made_by = package_of(getattr(type(module), "fast_form", None)) or "zoo"  # which knows its own modules
     if any(is_changed(part, made_by) or (part is not module and has_hooks(part)) for part in module.modules()):
+        return None
+    if not is_as_made(module) or any(_is_of_batch(part) for part in module.modules()):
         return None
     if hasattr(type(module), "fast_form"):
         return module.fast_form()  # type: ignore[operator]
@@ -193,6 +203,11 @@ def _called(graph: fx.Graph) -> set[str]:
 
 def _is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     return type(module) is nn.Conv2d and not is_changed(module)
+
+
+def _is_of_batch(module: nn.Module) -> bool:
+    """Whether a batch norm keeps no statistics, so that it takes those of every batch."""
+    return isinstance(module, _BatchNorm) and module.running_mean is None
 
 
 def _is_norm(module: nn.Module | None) -> bool:

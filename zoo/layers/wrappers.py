@@ -6,25 +6,36 @@ import copy
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from zoo.errors import ConfigError
 
-__all__ = ["copied", "unwrapped"]
+__all__ = ["check_has_weights", "copied", "unwrapped"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def copied(model: Model) -> Model:
     """A copy with weights of its own. Raises ConfigError for a model that PyTorch cannot copy."""
+    check_has_weights(model)
     try:
         return copy.deepcopy(model)
     except RuntimeError as error:
         if "created explicitly by the user" not in str(error):
             raise
-        raise ConfigError(
-            f"{type(model).__name__} cannot be copied: it holds tensors that were computed from others, as under "
-            "torch.nn.utils.prune, whose remove(module, 'weight') makes weights of them."
-        ) from error
+        raise ConfigError(f"{type(model).__name__} cannot be copied: {COMPUTED}") from error
+
+
+COMPUTED = (
+    "it holds tensors that were computed from others, as under torch.nn.utils.prune, whose remove(module, 'weight') "
+    "makes weights of them."
+)
+
+
+def check_has_weights(model: nn.Module) -> None:
+    """Raise ConfigError for a model whose weights are made anew before each call, by torch.nn.utils.prune."""
+    if any(isinstance(hook, BasePruningMethod) for m in model.modules() for hook in m._forward_pre_hooks.values()):
+        raise ConfigError(f"{type(model).__name__} has no weights of its own: {COMPUTED}")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, SqueezeExcite, calculate_drop_path_rates, use_fused_attn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import ConfigError
 from zoo.layers.arguments import (
@@ -37,6 +38,7 @@ from zoo.layers.arguments import (
     check_widths,
     per_stage,
 )
+from zoo.layers.fast_form import HasFastForm
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.observers import channels_last
@@ -184,7 +186,7 @@ class LayerScale(nn.Module):
         return x * self.gamma.view(-1, 1, 1)
 
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(HasFastForm):
     """iRMB of EMO and i2RMB of EMOv2: expansion, with attention or without, depthwise convolution, projection.
 
     (B, in_dim, H, W) -> (B, dim, H/stride, W/stride). Where the shape stays, two shortcuts: around the block, and
@@ -226,7 +228,7 @@ class InvertedResidual(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-class SqueezeStem(nn.Module):
+class SqueezeStem(HasFastForm):
     """EMO's: convolution of stride 2, depthwise convolution, squeeze-and-excitation, 1x1 convolution.
 
     (B, in_chans, H, W) -> (B, dim, H/2, W/2)
@@ -247,7 +249,7 @@ class SqueezeStem(nn.Module):
         return FastStem(self)
 
 
-class PlainStem(nn.Module):
+class PlainStem(HasFastForm):
     """EMOv2's: convolution of stride 2, depthwise and 1x1 convolution. (B, in_chans, H, W) -> (B, dim, H/2, W/2)."""
 
     def __init__(self, in_chans: int, dim: int) -> None:
@@ -413,9 +415,9 @@ class FastExpansion(nn.Module):
 
     def __init__(self, expand: Expansion, norm: nn.Module) -> None:
         super().__init__()
-        folded = isinstance(norm, nn.BatchNorm2d)
+        folded = isinstance(norm, _BatchNorm)
         self.norm = nn.Identity() if folded else channels_last_norm(norm)
-        v = fold_affine(expand.v, *batch_norm_affine(norm)) if isinstance(norm, nn.BatchNorm2d) else expand.v
+        v = fold_affine(expand.v, *batch_norm_affine(norm)) if isinstance(norm, _BatchNorm) else expand.v
         self.v = as_linear(v)
         self.act = inplace(expand.act)
 

@@ -35,6 +35,7 @@ from zoo.layers.arguments import (
     image_sides,
     per_stage,
 )
+from zoo.layers.fast_form import HasFastForm
 from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
 from zoo.layers.init import init_weights
 from zoo.layers.observers import channels_last, is_batched, is_exporting, is_transformed
@@ -354,7 +355,7 @@ class MetaFormerBlock(nn.Module):
         return scale(mlp(x)) if y is None else y
 
 
-class Stem(nn.Module):
+class Stem(HasFastForm):
     """Strided convolution, then norm."""
 
     def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, norm: bool) -> None:
@@ -381,7 +382,7 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-class MetaFormerStage(Stage):
+class MetaFormerStage(Stage, HasFastForm):
     """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')."""
 
     def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module], tokens: bool) -> None:

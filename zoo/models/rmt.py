@@ -22,13 +22,14 @@ import copy
 import logging
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_, use_fused_attn
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import (
@@ -39,6 +40,7 @@ from zoo.layers.arguments import (
     check_widths,
     per_stage,
 )
+from zoo.layers.fast_form import HasFastForm
 from zoo.layers.folding import fold_batch_norm, fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.mix_token import exchange_tokens
@@ -250,7 +252,7 @@ class Downsample(nn.Module):
         return self.norm(self.conv(x))
 
 
-class RetentionStage(nn.Module):
+class RetentionStage(HasFastForm):
     """Downsampling and the blocks of one resolution. (B, C, H, W) -> (B, C', H', W')"""
 
     def __init__(self, downsample: nn.Module, positions: nn.Module, blocks: Sequence[nn.Module]) -> None:
@@ -270,13 +272,14 @@ class RetentionStage(nn.Module):
                 x = block(x, positions)
         return x.permute(0, 3, 1, 2)
 
-    def fast_form(self) -> nn.Module:
+    def fast_form(self) -> nn.Module | None:
         """Batch norm folded, positions cached, and every block in its own fast form."""
+        if not isinstance(self.positions, RelativePositions):  # this is one
+            return None
         downsample: nn.Module = self.downsample
         if isinstance(downsample, Downsample):
             downsample = fold_batch_norm(downsample.conv, downsample.norm)
-        assert isinstance(self.positions, RelativePositions)
-        blocks = [FastBlock(block) for block in self.blocks if isinstance(block, RetentionBlock)]
+        blocks = [FastBlock(cast(RetentionBlock, block)) for block in self.blocks]
         return RetentionStage(downsample, CachedPositions(self.positions), blocks)
 
 
@@ -401,7 +404,7 @@ class RetentionHead(Head):
 
     def fast_form(self) -> nn.Module:
         """The batch norm folded into the projection."""
-        if isinstance(self.proj, nn.Linear) and isinstance(self.norm, nn.BatchNorm2d):
+        if isinstance(self.proj, nn.Linear) and isinstance(self.norm, _BatchNorm):
             self.proj, self.norm = fold_batch_norm(self.proj, self.norm), nn.Identity()
         return self
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import check_above_zero, check_counts, check_rates, per_stage
+from zoo.layers.fast_form import HasFastForm
 from zoo.layers.folding import fold_batch_norm
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
@@ -36,7 +37,7 @@ __all__ = ["SimpleNet"]
 torch.fx.wrap("check_map")
 
 
-class Layer(nn.Module):
+class Layer(HasFastForm):
     """Convolution, batch norm, ReLU, dropout of whole channels. (B, in_dim, H, W) -> (B, dim, H/stride, W/stride)"""
 
     def __init__(self, in_dim: int, dim: int, kernel_size: int, stride: int, drop: float) -> None:

@@ -19,11 +19,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import (
@@ -36,11 +37,12 @@ from zoo.layers.arguments import (
     check_widths,
 )
 from zoo.layers.convnext import FastConvNeXtBlock, FastConvNeXtStage
+from zoo.layers.fast_form import HasFastForm
 from zoo.layers.image_size import check_map
 from zoo.layers.init import init_weights
 from zoo.layers.large_kernel import depthwise_conv2d, large_kernel_sum
 from zoo.layers.observers import channels_last
-from zoo.layers.packed import PackedConv2d
+from zoo.layers.packed import PackedConv2d, is_gelu
 from zoo.layers.staged import Head, Stage, StagedNet
 from zoo.layers.training_mlp import training_mlp
 from zoo.registry import Entry, Paper, Reported, Weights, register
@@ -111,8 +113,14 @@ class LargeKernelConv(nn.ModuleDict):
 
     def merge(self) -> "MergedLargeKernelConv":
         """The same function at inference with all branches in one or two kernels."""
-        eps = {name: branch.bn.eps for name, branch in self.items() if isinstance(branch.bn, nn.BatchNorm2d)}
-        return MergedLargeKernelConv.of(merge_branches(self.state_dict(), eps))
+        tensors, eps = self.state_dict(), {}
+        for name, branch in self.items():
+            if isinstance(branch.bn, _BatchNorm):
+                eps[name] = branch.bn.eps
+                mean = tensors[f"{name}.bn.running_mean"]
+                tensors.setdefault(f"{name}.bn.weight", torch.ones_like(mean))  # without an affine it has none
+                tensors.setdefault(f"{name}.bn.bias", torch.zeros_like(mean))
+        return MergedLargeKernelConv.of(merge_branches(tensors, eps))
 
 
 class MergedLargeKernelConv(nn.Module):
@@ -239,7 +247,7 @@ class SLaKBlock(nn.Module):
         return x if self.gamma is None else x * self.gamma
 
 
-class Stem(nn.Module):
+class Stem(HasFastForm):
     """Patches of `stride` x `stride` pixels, then norm. (B, in_chans, H, W) -> (B, dim, H/stride, W/stride)
 
     `needed` says which images the network takes. Raises ConfigError for those without a patch.
@@ -276,9 +284,11 @@ class Downsample(nn.Module):
         return self.conv(self.norm(x))
 
 
-class SLaKStage(Stage):
-    def fast_form(self) -> nn.Module:
-        blocks = [block for block in self.blocks if isinstance(block, SLaKBlock)]
+class SLaKStage(Stage, HasFastForm):
+    def fast_form(self) -> nn.Module | None:
+        blocks = [cast(SLaKBlock, block) for block in self.blocks]
+        if not all(is_gelu(block.mlp.act) for block in blocks):
+            return None
         return FastConvNeXtStage(
             self.downsample if isinstance(self.downsample, Downsample) else None,
             [FastConvNeXtBlock(b.large_kernel.merge(), b.norm, b.mlp.fc1, b.mlp.fc2, b.gamma) for b in blocks],

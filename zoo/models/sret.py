@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_rates, check_widths, image_sides
+from zoo.layers.fast_form import HasFastForm
 from zoo.layers.folding import fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.positions import resize_table
@@ -139,7 +140,7 @@ class Attention(nn.Module):
 # --------------------------------------------------------------------------------------------------------------- blocks
 
 
-class SharedBlock(nn.Module):
+class SharedBlock(HasFastForm):
     """The transformer block that is passed through several times. (B, N, C) -> (B, N, C).
 
     `coefficients` scale shortcut and branch of the attention, then of the MLP (section 3.4, learnable residual
@@ -164,7 +165,7 @@ class SharedBlock(nn.Module):
         return FastSharedBlock(self)
 
 
-class Projection(nn.Module):
+class Projection(HasFastForm):
     """The MLP that each pass has for itself: the non-linear projection layer (section 3.3). (B, N, C) -> (B, N, C)."""
 
     def __init__(self, dim: int, ratio: float) -> None:
