@@ -179,11 +179,12 @@ def test_info_of_a_language_model():
     assert "input_size" not in facts
 
 
-def test_tables_fit_a_terminal_of_80_columns():
+def on_a_terminal(columns: int, *arguments: str) -> list[str]:
+    """The lines that a command prints there."""
     pty = pytest.importorskip("pty")
     parent, child = pty.openpty()
-    arguments = ["list", "--pretrained"]
-    process = subprocess.Popen([*COMMAND, *arguments], stdout=child, stderr=child, env={**ENVIRONMENT, "NO_COLOR": "1"})
+    environment = {**ENVIRONMENT, "NO_COLOR": "1", "COLUMNS": str(columns)}
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=child, stderr=child, env=environment)
     os.close(child)
     output = b""
     with contextlib.suppress(OSError):  # how a terminal says that it was closed
@@ -191,10 +192,27 @@ def test_tables_fit_a_terminal_of_80_columns():
             output += chunk
     os.close(parent)
     assert process.wait() == 0
-    lines = output.decode().replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+    return output.decode().replace("\x1b[1m", "").replace("\x1b[0m", "").splitlines()
+
+
+def test_numbers_and_names_stay_whole_however_narrow_a_terminal():
+    wide = [line.split() for line in succeed("list", "emo*").splitlines() if line.startswith("emo")]
+    lines = on_a_terminal(30, "list", "emo*")
+    assert [line.split() for line in lines if line.startswith("emo")] == wide
+
+
+def test_output_that_was_closed():
+    done = subprocess.run(
+        [*COMMAND, "list"], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=lambda: os.close(1)
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_tables_that_can_fit_a_terminal_of_80_columns():
+    lines = on_a_terminal(80, "list", "mobilellm_*")
     assert max(map(len, lines)) <= 80
-    shown = [line.split()[0] for line in lines if line.startswith(tuple(zoo.list_models()))]
-    assert shown == zoo.list_models(pretrained=True)
+    shown = [line.split()[0] for line in lines if line.startswith("mobilellm_")]
+    assert shown == zoo.list_models("mobilellm_*")
 
 
 def test_pareto_prints_the_front():
@@ -219,6 +237,22 @@ def test_pareto_draws(name, magic, axes, tmp_path):
     assert f"Plot: {name}" in result.stderr
     assert (tmp_path / name).read_bytes().startswith(magic)
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-params", "1k"], "No model fits."),
+        (["--task", "language"], "none has a figure for --y top1"),
+        (["--x", "miou"], "none has figures for both --x miou and --y top1"),
+    ],
+)
+def test_nothing_to_draw(arguments, message, tmp_path):
+    pytest.importorskip("matplotlib")
+    result = run("pareto", *arguments, "--plot", "front.png", cwd=tmp_path)
+    assert (result.returncode, os.listdir(tmp_path)) == (0, [])
+    assert message in result.stderr
+    assert "Plot" not in result.stderr
 
 
 def test_a_plot_names_the_front_and_no_others(tmp_path):

@@ -65,6 +65,16 @@ def test_places_that_are_written_otherwise(tmp_path, monkeypatch, checkpoint):
         zoo.load_checkpoint(model, "")
 
 
+def test_arguments_of_timms_networks_are_checked():
+    for arguments, message in (
+        ({"drop_path_rate": -1}, "drop_path_rate must be a number from 0"),
+        ({"drop_rate": 7}, "drop_rate must be a number from 0"),
+        ({"features_only": True, "output_stride": 16}, r"cannot be built with output_stride=16, .*: AssertionError"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            zoo.create_model("vovnet_test", **arguments)
+
+
 @pytest.mark.parametrize("name", ["caformer_test", "pfnet_test", "snnet_test", "sret_test"])
 def test_the_size_that_a_model_is_made_for_is_its_input_size(name, tmp_path):
     model = zoo.create_model(name, img_size=(96, 64), in_chans=1)

@@ -178,6 +178,22 @@ def test_a_folder_for_an_image(exported: str, tmp_path: Path, capsys: Any):
     assert f"is a folder: name the images in it, as {tmp_path}/*.jpg" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["predict", "export", "sparsity"])
+def test_a_classifier_that_the_weights_lack(command: str, image: str, tmp_path: Path, capsys: Any):
+    """It would be random, and answer at random."""
+    path = tmp_path / "ten.pth"
+    torch.save(zoo.create_model("slak_test", num_classes=10).state_dict(), path)
+    arguments = {
+        "predict": [image, "--model", "slak_test"],
+        "export": ["slak_test", str(tmp_path / "out"), "--to", "onnx"],
+        "sparsity": ["slak_test"],
+    }[command]
+    assert main([command, *arguments, "--checkpoint", str(path)]) == 1
+    captured = capsys.readouterr()
+    assert "ten.pth has no head.fc.weight for the 1000 classes of slak_test, which would be random" in captured.err
+    assert (captured.out, (tmp_path / "out").exists()) == ("", False)
+
+
 def test_a_model_whose_outputs_are_not_finite(exported: str, image: str):
     model = zoo.create_model(f"local-dir:{exported}")
     next(model.parameters()).data.fill_(float("nan"))

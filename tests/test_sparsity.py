@@ -252,6 +252,8 @@ def test_masks_of_other_weights_are_errors(tmp_path, capsys):
     ("function", "arguments", "message"),
     [
         (sparse_parameters, [None], "A model is a torch.nn.Module, and not None"),
+        (sparse_parameters, [tiny(), ""], "Nothing in .* is called ''.*There are: "),
+        (sparse_parameters, [tiny(), ["all", "head"]], "layers 'all' stands alone"),
         (sparse_parameters, [tiny(), 3], "layers is all, decomposed, or names of layers, and not 3"),
         (masks_of, [nn.Linear], "A model is a torch.nn.Module"),
         (channel_groups, ["resnet18"], "A model is a torch.nn.Module, and not 'resnet18'"),

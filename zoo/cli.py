@@ -15,7 +15,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from zoo import __version__
 from zoo.errors import ZooError, describe_os_error, did_you_mean
@@ -537,7 +537,7 @@ def run_pareto(args: argparse.Namespace) -> None:
         check_picture(args.plot)
     y = accuracy_axis(args.task) if args.y is None else args.y
     front = pareto(args.x, y, **budget_of(args))
-    if args.plot:
+    if args.plot and front:
         from zoo.plots import plot_pareto
 
         rated = [m for m in search(**budget_of(args)) if None not in (getattr(m, args.x), getattr(m, y))]
@@ -548,7 +548,7 @@ def run_pareto(args: argparse.Namespace) -> None:
         note(nothing_rated(search(**budget_of(args)), {"--x": args.x, "--y": y}))
     else:
         print_models(front)
-    if args.plot:
+    if args.plot and front:
         note(f"Plot: {args.plot}")
 
 
@@ -556,8 +556,12 @@ def nothing_rated(fitting: Sequence[ModelInfo], axes: Mapping[str, str]) -> str:
     """Why there is no front: no models, or none with a figure of one of the axes."""
     known = [axis for axis in PARETO_AXES if any(getattr(info, axis) is not None for info in fitting)]
     missing = " or ".join(f"{option} {axis}" for option, axis in axes.items() if axis not in known)
-    if not (fitting and missing):
+    if not fitting:
         return "No model fits."
+    if not missing:
+        return (
+            f"{count('model', fitting)} fit, but none has figures for both {' and '.join(map(' '.join, axes.items()))}."
+        )
     return f"{count('model', fitting)} fit, but none has a figure for {missing}: choose of {', '.join(known)}."
 
 
@@ -606,10 +610,11 @@ def run_sparsity(args: argparse.Namespace) -> None:
 
         check_picture(args.plot)
     import zoo
-    from zoo.loading import load_model
+    from zoo.loading import check_is_whole, load_model
 
     size = None if args.input_size is None else tuple(args.input_size)
     model = load_model(args.source, args.checkpoint)
+    check_is_whole(model)
     loaded = getattr(model, "load_report", None)  # timm's own models have none
     if loaded is not None and loaded.choice:
         note(f"{loaded.choice}.")
@@ -1027,14 +1032,16 @@ def reported(info: ModelInfo) -> str:
 
 
 def new_table(*columns: str) -> Table:
-    """A table; `>` before a column's name aligns it right."""
+    """A table; `>` before a column's name aligns it right. Where the terminal is narrow, words fold, and no numbers."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for position, column in enumerate(columns):
-        justify = "right" if column.startswith(">") else "left"
-        table.add_column(column.lstrip(">"), justify=justify, no_wrap=position == 0, overflow="fold")  # type: ignore[arg-type]
+    for column in columns:
+        name = column.lstrip(">")
+        folds = name in ("weights", "licence", "trained on")
+        justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
+        table.add_column(name, justify=justify, no_wrap=not folds, min_width=8 if folds else None, overflow="fold")
     return table
 
 
@@ -1052,18 +1059,29 @@ def print_facts(*rows: tuple[str, str]) -> None:
 
 
 def print_table(table: Table) -> None:
+    from rich.cells import cell_len
     from rich.console import Console
+    from rich.measure import Measurement
 
+    console = Console(markup=False, highlight=False, emoji=False)
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
     # no terminal, no width to keep to: whatever reads the output gets every name whole and one row a line
-    width = None if sys.stdout.isatty() else 10_000
-    console = Console(width=width, markup=False, highlight=False, emoji=False)
+    wide = console.options.update(max_width=10_000)
+    if not is_terminal() or Measurement.get(console, wide, table).minimum > console.width:
+        console.width = wide.max_width
     with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
+def is_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
+
+
 def print_text(text: str) -> None:
-    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    columns = shutil.get_terminal_size().columns if is_terminal() else 120
     print("\n" + textwrap.fill(text, min(columns, 120)))
 
 
@@ -1116,7 +1134,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=r"`torch\.jit\.\w+` is deprecated")  # libraries below us, not the user's
     try:
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ZooError as error:
         return fail(str(error))
     except BrokenPipeError:  # the reader has seen enough

@@ -311,7 +311,7 @@ def _call(entry: Entry, args: Mapping[str, Any]) -> nn.Module:
         if isinstance(error, ZooError) or args == dict(entry.args):
             raise
         given = ", ".join(f"{key}={value!r}" for key, value in args.items() if entry.args.get(key) != value)
-        reason = repr(error) if isinstance(error, LookupError) else error
+        reason = repr(error) if isinstance(error, LookupError) or not str(error) else error
         raise ConfigError(f"{entry.name} cannot be built with {given}: {reason}") from error
     if kept_widths is not None:
         from zoo.sparsity.channels import resize

@@ -15,6 +15,7 @@ from zoo.hub import load_config
 from zoo.registry import PLACES, get_entry, list_models, split_name
 
 __all__ = [
+    "check_is_whole",
     "create_timm_model",
     "holds_timm_model",
     "load_model",
@@ -51,11 +52,26 @@ def load_model(source: str, checkpoint_path: str | None = None, **model_args: An
     )
 
 
+def check_is_whole(model: nn.Module) -> None:
+    """Raise ConfigError for a model that `load_model` made of weights with another classifier, or with none: its own
+    would be random."""
+    report: Any = getattr(model, "load_report", None)
+    fresh = [name for name in report.fresh if not name.endswith("num_batches_tracked")] if report is not None else []
+    if fresh:
+        cfg: Any = getattr(model, "pretrained_cfg", {})
+        raise ConfigError(
+            f"{report.source} has no {fresh[0]} for the {cfg.get('num_classes')} classes of {cfg.get('architecture')}, "
+            "which would be random: name the folder of a run or a model, whose config.json says what its classes are."
+        )
+
+
 def resolve_path(source: str) -> str:
     """`source`, or, where that is a path to a run or a model, `local-dir:` and the folder where its weights lie.
 
     Raises ConfigError for a path at which there is neither.
     """
+    if not source:
+        raise ConfigError("The name of a model is empty.")
     path = Path(source).expanduser()
     if path.exists() and not source.startswith(PLACES):
         folder = checkpoint_folder(path)

@@ -57,9 +57,11 @@ def plot_pareto(models: Sequence[ModelInfo], front: Sequence[ModelInfo], x: str,
 
     Models without one of the two figures are left out.
 
-    Raises MissingDependencyError without matplotlib, ConfigError for a kind of file it cannot write.
+    Raises MissingDependencyError without matplotlib, ConfigError for a kind of file it cannot write, and for no models.
     """
     path = check_picture(path)
+    if not front:
+        raise ConfigError("There are no models to draw.")
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     def values(infos: Sequence[ModelInfo], axis: str) -> list[float]:

@@ -24,7 +24,7 @@ from zoo.evaluation.metrics import NOT_FINITE
 from zoo.evaluation.predictions import check_topk
 from zoo.evaluation.targets import class_names
 from zoo.files import check_writable, make_folder, whole_file
-from zoo.loading import load_model
+from zoo.loading import check_is_whole, load_model
 
 __all__ = ["Prediction", "class_activation_map", "class_labels", "draw_activation_map", "find_class", "predict"]
 
@@ -117,6 +117,7 @@ def predict_files(
         pictures = _picture_names(images, make_folder(cam_dir))
     _check_not_inputs(pictures, images)
     model = load_model(source, checkpoint_path)
+    check_is_whole(model)
     model.to(choose_device(model, device))
     index = None if class_name is None else find_class(model, class_name)
     for image, picture in zip(images, pictures, strict=True):

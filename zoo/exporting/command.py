@@ -10,7 +10,7 @@ from zoo.data.tokenizers import create_tokenizer
 from zoo.exporting.checked import Export, export
 from zoo.files import check_folder
 from zoo.hub import tokenizer_beside
-from zoo.loading import load_model
+from zoo.loading import check_is_whole, load_model
 
 __all__ = ["run"]
 
@@ -19,6 +19,7 @@ def run(args: argparse.Namespace, say: Any) -> Export:
     """Export what the arguments name; `say` is called with a line when there is something to know."""
     check_folder(Path(args.folder).expanduser().absolute(), args.overwrite)
     model = load_model(args.source, args.checkpoint)
+    check_is_whole(model)
     tokenizer = _tokenizer(args) if hasattr(model, "make_cache") else args.tokenizer
     if hasattr(model, "make_cache") and tokenizer is None and args.tokenizer != "none":
         say("There is no tokenizer beside the weights: what is written takes and gives token numbers alone.")

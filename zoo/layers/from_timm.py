@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zoo.errors import ConfigError, did_you_mean
+from zoo.layers.arguments import check_rates
 from zoo.registry import Weights
 
 __all__ = ["timm_builder", "timm_weights"]
@@ -36,6 +37,7 @@ def timm_builder(name: str, adapt: Callable[..., None] | None = None, **fixed: A
         drop_path_rate: float = 0.0,
         **model_args: Any,
     ) -> nn.Module:
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         chosen = {key: model_args.pop(key, default) for key, default in options.items()}
         try:
             model = entrypoint(

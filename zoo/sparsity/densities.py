@@ -64,7 +64,10 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
     for pattern in patterns:
         found = [name for name in (*modules, *parameters) if name and fnmatch.fnmatchcase(name, pattern)]
         if not found:
-            near = did_you_mean(pattern, ("all", "decomposed", *modules, *able)) or f" There are: {some(able, 6)}."
+            if pattern in ("all", "decomposed"):
+                raise ConfigError(f"layers {pattern!r} stands alone, and not in a list with others.")
+            known = [name for name in ("all", "decomposed", *modules, *able) if name]
+            near = did_you_mean(pattern, known) or f" There are: {some(able, 6)}."
             raise ConfigError(f"Nothing in {what} is called {pattern!r}, so it cannot be made sparse.{near}")
         below = [name for name in able if any(name == top or name.startswith(f"{top}.") for top in found)]
         if not below:
