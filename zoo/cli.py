@@ -1041,7 +1041,7 @@ def new_table(*columns: str) -> Table:
         name = column.lstrip(">")
         folds = name in ("weights", "licence", "trained on")
         justify: Literal["left", "right"] = "right" if column.startswith(">") else "left"
-        table.add_column(name, justify=justify, no_wrap=not folds, min_width=8 if folds else None, overflow="fold")
+        table.add_column(name, justify=justify, no_wrap=not folds, min_width=6 if folds else None, overflow="fold")
     return table
 
 
@@ -1061,16 +1061,15 @@ def print_facts(*rows: tuple[str, str]) -> None:
 def print_table(table: Table) -> None:
     from rich.cells import cell_len
     from rich.console import Console
-    from rich.measure import Measurement
 
     console = Console(markup=False, highlight=False, emoji=False)
     for column in table.columns:
         if column.no_wrap:
             column.min_width = max(cell_len(str(cell)) for cell in (column.header, *column.cells))
+    least = sum((column.min_width or 1) + 2 for column in table.columns)
     # no terminal, no width to keep to: whatever reads the output gets every name whole and one row a line
-    wide = console.options.update(max_width=10_000)
-    if not is_terminal() or Measurement.get(console, wide, table).minimum > console.width:
-        console.width = wide.max_width
+    if not is_terminal() or least > console.width:
+        console.width = 10_000
     with console.capture() as capture:
         console.print(table)
     print("\n".join(line.rstrip() for line in capture.get().splitlines()))
