@@ -34,6 +34,7 @@ __all__ = [
     "RunRecord",
     "command_without_paths",
     "is_segmentation",
+    "read_published_run",
     "read_run",
     "render_model_card",
     "without_paths",
@@ -42,6 +43,7 @@ __all__ = [
 HUB = "https://huggingface.co"
 SPARSE = 0.99  # the density below which a model is called sparse: halving leaves a few zeros in any
 ENVIRONMENT = "environment.json"  # of a run: what it was made with, a row for each start
+RECIPE = "training_config.yaml"  # as which a run's configuration is published
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,16 +86,7 @@ class RunRecord:
 
 def read_run(folder: Path, checkpoint: str) -> RunRecord:
     """The record of `folder / checkpoint`. Raises ConfigError for a configuration or history that is none."""
-    config = read_yaml(str(folder / "config.yaml"))
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.yaml'} is not the configuration of a run.")
-    history: list[dict[str, Any]] = []
-    if (folder / "history.csv").is_file():
-        with open(folder / "history.csv", encoding="utf-8", newline="") as file:
-            try:
-                history = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-            except (csv.Error, UnicodeDecodeError, TypeError, ValueError) as error:
-                raise ConfigError(f"{folder / 'history.csv'} is not the history of a run: {error}.") from None
+    config, history = _read_config(folder / "config.yaml"), _read_history(folder / "history.csv")
     return RunRecord(
         folder=folder,
         checkpoint=checkpoint,
@@ -102,6 +95,41 @@ def read_run(folder: Path, checkpoint: str) -> RunRecord:
         row=_row_of(folder / checkpoint, checkpoint, history),
         environment=read_environment(folder),
     )
+
+
+def read_published_run(folder: Path, checkpoint: str, epoch: int | None) -> RunRecord:
+    """The record of the run that a published folder's weights are of, from the files there.
+
+    `epoch` is that of the checkpoint, None where it was not evaluated. Raises ConfigError as `read_run` does.
+    """
+    config, history = _read_config(folder / RECIPE), _read_history(folder / "history.csv")
+    row = _figures_of(folder) if checkpoint == SHRUNK else next((r for r in history if r.get("epoch") == epoch), None)
+    return RunRecord(
+        folder=folder,
+        checkpoint=checkpoint,
+        config=config,
+        history=history,
+        row=row if epoch is not None else None,
+        environment=read_environment(folder),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_yaml(str(path))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not the configuration of a run.")
+    return config
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's history; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        except (csv.Error, UnicodeDecodeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not the history of a run: {error}.") from None
 
 
 def read_environment(folder: Path) -> list[dict[str, Any]]:
@@ -652,10 +680,10 @@ def training_section(run: RunRecord | None, base: Base | None, files: Sequence[s
         text.append(f"Trained on {'; then on '.join(surroundings)}.")
     if base is not None:
         text.insert(0, f"Training began with the weights of `{base.name}`.")
-    if "training_config.yaml" in files:
+    if RECIPE in files:
         text.append(
-            "Settings that are not in the table are the defaults; `training_config.yaml` holds all of them, and trains "
-            "again with `python train.py --config training_config.yaml`."
+            f"Settings that are not in the table are the defaults; `{RECIPE}` holds all of them, and trains again with "
+            f"`python train.py --config {RECIPE}`."
         )
     if "curves.png" in files:
         curves = "Loss" if run.config.get("task") == "language" else "Loss and accuracy"
