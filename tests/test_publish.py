@@ -702,6 +702,22 @@ def test_an_upload_that_breaks_leaves_nothing_and_can_be_repeated(
     assert len(hub.repos["me/net"].commits) == 2
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        *((code, rf"storage refuses a file \(HTTP {code}\): publish again") for code in (401, 403, 404, 409)),
+        (429, r"asked too often \(HTTP 429\): publish again later\."),
+        (500, r"has trouble \(HTTP 500\): publish again later\."),
+    ],
+)
+def test_a_storage_that_refuses_is_told_as_such(hub: Hub, model: nn.Module, naps: list[float], code: int, message: str):
+    hub.fault("PUT", "^/lfs/", status(code), unheard=True)
+    with pytest.raises(PublishError, match=rf"{message}.*Nothing was published; the repository me/net was made"):
+        publish(model, "me/net", license="mit")
+    hub.faults.clear()
+    assert publish(model, "me/net", license="mit").changed
+
+
 def test_an_answer_that_is_lost_after_the_commit(hub: Hub, model: nn.Module):
     hub.fault("POST", r"/commit/main$", drop, times=1)
     with pytest.raises(PublishError, match=r"broke .*main branch has another commit now") as raised:

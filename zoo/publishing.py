@@ -280,13 +280,19 @@ class _Hub:
 
     def _explain(self, error: Exception) -> str:
         host = constants.ENDPOINT.partition("://")[2]
-        response = getattr(error, "response", None)
+        refusal = error.__cause__ if isinstance(error, RuntimeError) else None  # so the client tells of large files
+        response = getattr(refusal or error, "response", None)
         status = getattr(response, "status_code", None)
         stated = response.headers.get("X-Error-Message") if response is not None else None
         said = f" ({stated.rstrip('.')})" if stated else ""
         words = first_line(error).rstrip(".")
         if isinstance(error, errors.OfflineModeIsEnabled):
             return "Offline mode (HF_HUB_OFFLINE) is on, and publishing needs the network: unset it."
+        if refusal is not None and status is not None and status != 429 and status < 500:  # it takes no token
+            return (
+                f"The Hub's storage refuses a file (HTTP {status}){said}: publish again, for leave to upload holds a "
+                "while only. Where that does not help, check the clock and the proxy."
+            )
         if status == 401 and (self.token or get_token()) is None:
             return "You are not logged in: run `hf auth login`, or set HF_TOKEN, with a token that may write."
         if status == 401:
