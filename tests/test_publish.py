@@ -37,6 +37,7 @@ from zoo.models.metaformer import MetaFormer
 from zoo.publishing import Draft, model_card, prepare, publish
 from zoo.training import TrainingConfig, train
 from zoo.training.config import ModelConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.units import humanize
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"depths": (1, 1), "dims": (8, 16), "stem_kernel_size": 3, "stem_stride": 2}
@@ -413,6 +414,22 @@ def test_a_licences_text_goes_with_a_licence(model: nn.Module, tmp_path: Path):
         prepare(model, tmp_path / "draft", license_file=tmp_path / "TERMS")
     assert not (tmp_path / "draft").exists()
     assert "LICENSE" in prepare(model, tmp_path / "draft", license_file=tmp_path / "TERMS", license="other").files
+
+
+def test_the_card_of_a_stitched_network_says_which_one_its_costs_are_of():
+    for chosen in (0, 3):
+        model = zoo.create_model("snnet_test", num_classes=3, stitch=chosen)
+        costs = zoo.profiling.stitch_costs(model)
+        card = model_card(model, license="mit")
+        all_macs = [cost.macs for cost in costs]
+        assert f"| {len(costs)}, of {humanize(min(all_macs))} to {humanize(max(all_macs))} MACs" in card
+        assert f"network {chosen} that computes: {costs[chosen].path} |" in card
+        assert f"| MACs | {humanize(costs[chosen].macs)} for one input of 3x64x64, of network {chosen} |" in card
+        assert f"| parameters | {zoo.profile(model).params:,} of all networks together |" in card
+    alone: Any = model
+    card = model_card(alone.extract(3), license="mit")
+    assert "| networks |" not in card
+    assert "of network" not in card
 
 
 def test_weights_in_half_precision(hub: Hub, model: nn.Module, tmp_path: Path):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from zoo.cards import bibtex, cite, markdown_table, module_docstring
+from zoo.cards import bibtex, cite, markdown_table, module_docstring, span
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
 from zoo.history import FIGURES, SHRUNK, best_row
@@ -26,7 +26,7 @@ from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize, shape_text
 
 if TYPE_CHECKING:
-    from zoo.profiling import Profile
+    from zoo.profiling import Profile, StitchCosts
     from zoo.sparsity import SparseModel
 
 __all__ = [
@@ -258,13 +258,14 @@ def render_model_card(
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     info = facts_of(str(cfg["architecture"]))
-    from zoo.profiling import profile
+    from zoo.profiling import profile, stitch_costs
 
     about = _Data.of(run, results, dataset)
     place = repo_id or "OWNER/NAME"
     figures = measured_figures(run, results, METRICS)
     name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
     costs = profile(model)
+    stitches = stitch_costs(model) if getattr(model, "has_whole_anchors", False) else None
     sparse = sparsity_of(model, masks)
     data = _metadata(
         name=name,
@@ -282,7 +283,7 @@ def render_model_card(
         files=files,
     )
     sections = {
-        "Model": _model_section(model, cfg, info, half, costs, sparse, "masks.png" in files),
+        "Model": _model_section(model, cfg, info, half, costs, stitches, sparse, "masks.png" in files),
         "Use": _use_section(place, model, info, opens_in_timm),
         "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
         "Training": training_section(run, base, files),
@@ -504,18 +505,31 @@ def _model_section(
     info: ModelInfo | None,
     half: bool,
     costs: Profile,
+    stitches: StitchCosts | None,
     sparse: SparseModel | None,
     has_picture: bool,
 ) -> str:
     classes = getattr(model, "num_classes", 0)
     size = tuple(cfg["input_size"])
+    of_one, networks = "", []
+    if stitches:
+        number: int = model.stitch  # type: ignore[assignment]
+        of_one = f", of network {number}"
+        networks = [
+            (
+                "networks",
+                f"{len(stitches)}, of {span([cost.macs for cost in stitches])} MACs, which `zoo profile --stitches` "
+                f"lists; without `set_stitch`, it is network {number} that computes: {stitches[number].path}",
+            )
+        ]
     rows = [
         ("architecture", f"`{cfg['architecture']}`"),
         ("classes", f"{classes:,}{_some_labels(cfg)}" if classes else "none: features"),
-        ("parameters", f"{costs.params:,}"),
-        ("MACs", f"{humanize(costs.macs)} for one input of {shape_text(size)}"),
-        *(sparsity_rows(sparse) if sparse else []),
-        ("activations", humanize(costs.activations)),
+        *networks,
+        ("parameters", f"{costs.params:,}{' of all networks together' if stitches else ''}"),
+        ("MACs", f"{humanize(costs.macs)} for one input of {shape_text(size)}{of_one}"),
+        *(sparsity_rows(sparse, of_one) if sparse else []),
+        ("activations", f"{humanize(costs.activations)}{of_one}"),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
         ("preprocessing", _preprocessing(cfg, whole=is_segmentation(model))),
     ]
