@@ -896,6 +896,15 @@ def test_the_card_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "Did you mean metaformer?" in error
 
 
+@pytest.mark.parametrize("given", [["--license", "mit"], ["--half"], ["--i-have-the-rights"], ["--results", "there"]])
+def test_the_card_of_a_family_takes_nothing_that_is_of_a_checkpoint(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+):
+    code, output, error = command("card", "metaformer", *given, capsys=capsys)
+    assert (code, output) == (1, "")
+    assert f"{given[0]} goes with the card of a run or checkpoint: leave it out" in error
+
+
 def environment(hub: Hub, home: Path) -> dict[str, str]:
     return {
         **os.environ,

@@ -413,6 +413,12 @@ def test_what_a_dry_run_leaves_is_what_a_publish_of_it_sends(run: Path, tmp_path
     assert ("halved after training" in card.text) == half
 
 
+def test_a_quantised_model_is_not_halved(tmp_path: Path):
+    folder = zoo.save_pretrained(zoo.quantize(small(), "int4"), tmp_path / "int4")
+    with pytest.raises(ConfigError, match=r"weights are int4, and are not halved: leave out half \(--half\)"):
+        prepare(folder, tmp_path / "draft", half=True)
+
+
 def test_results_of_images_are_not_those_of_text(run: Path):
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.json").write_text(json.dumps({"top1": 80.0}))

@@ -395,6 +395,9 @@ def prepare(
     if Path(folder).is_dir() and any(Path(folder).iterdir()):
         raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another.")
     found = _find(source, model)
+    quantization = getattr(found.model, "quantization", None)
+    if half and quantization is not None:
+        raise ConfigError(f"The model's weights are {quantization.to}, and are not halved: leave out half (--half).")
     is_language = is_language_model(found.model)
     if tokenizer is None and found.checkpoint is not None and is_language:
         tokenizer = tokenizer_beside(found.checkpoint)
