@@ -34,9 +34,10 @@ from zoo.errors import CheckpointError, ConfigError, DownloadError, PublishError
 from zoo.evaluation import evaluate
 from zoo.model_card import without_paths
 from zoo.models.metaformer import MetaFormer
-from zoo.publishing import model_card, prepare, publish
+from zoo.publishing import Draft, model_card, prepare, publish
 from zoo.training import TrainingConfig, train
 from zoo.training.config import ModelConfig, OutputConfig, SchedulerConfig, TrainConfig
+from zoo.units import humanize
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"depths": (1, 1), "dims": (8, 16), "stem_kernel_size": 3, "stem_stride": 2}
@@ -298,6 +299,137 @@ def test_halved_weights_bear_no_figures_of_others(run: Path, tmp_path: Path):
     card = model_card(draft.folder, half=True, results=run / "evaluation")  # halving again changes nothing
     assert metadata(card).eval_results
     assert "before they were halved" not in card
+
+
+def contents(draft: Draft) -> dict[str, bytes]:
+    return {name: (draft.folder / name).read_bytes() for name in draft.files}
+
+
+@pytest.mark.parametrize("checkpoint", ["", "last", "stopped"])
+@pytest.mark.parametrize("kind", ["plain", "half", "sparse", "tuned", "own base"])
+def test_what_a_dry_run_leaves_is_what_a_publish_of_it_sends(run: Path, tmp_path: Path, kind: str, checkpoint: str):
+    options: dict[str, Any] = {"license": "cc-by-4.0", "note": "Of a toaster.", "dataset": "me/digits"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    if kind == "tuned":
+        config["model"]["pretrained"] = True
+    if kind == "own base":
+        config["model"]["checkpoint_path"] = "/home/jane/first/best"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    if kind == "sparse":
+        make_sparse(run)
+        os.utime(run / "evaluation" / "results.json")
+    if checkpoint == "stopped":  # in the middle of an epoch: nothing was measured of its last checkpoint
+        state = torch.load(run / "last" / "state.pt", weights_only=True)
+        torch.save({**state, "progress": {**state["progress"], "batch": 3}}, run / "last" / "state.pt")
+    (tmp_path / "TERMS").write_text("You may.")
+    source = run / "last" if checkpoint else run
+    draft = prepare(source, tmp_path / "draft", half=kind == "half", license_file=tmp_path / "TERMS", **options)
+    assert ("results.json" in draft.files) == (checkpoint == "")
+    assert {"history.csv", "curves.png", "environment.json", "training_config.yaml", "LICENSE"} <= draft.files.keys()
+    moved = Path(shutil.copytree(draft.folder, tmp_path / "moved", copy_function=shutil.copy))
+    os.utime(moved / "config.json")  # in whatever order they came there
+    again = prepare(moved, tmp_path / "again")
+    assert contents(again) == contents(draft)
+    assert again.remarks == draft.remarks
+
+
+def test_the_command_publishes_what_a_dry_run_left(
+    hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = str(tmp_path / "draft")
+    assert command("publish", str(run), "me/digits", "--license", "mit", "--dry-run", folder, capsys=capsys)[0] == 0
+    code, _, error = command("publish", folder, "me/digits", capsys=capsys)
+    assert (code, "No licence" in error) == (0, False)
+    left = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    assert {name: body for name, body in files_of(hub, "me/digits").items() if name != ".gitattributes"} == left
+    assert metadata(left["README.md"].decode()).eval_results
+
+
+def test_other_weights_have_no_record_of_the_run_whose_files_lie_there(run: Path, model: nn.Module, tmp_path: Path):
+    folder = prepare(run, tmp_path / "draft", license="mit").folder
+    zoo.save_pretrained(model, folder, overwrite=True)
+    os.utime(folder / "results.json", (0, 0))
+    draft = prepare(folder, tmp_path / "again")
+    assert set(draft.files) == {"README.md", "config.json", "model.safetensors"}
+    assert "## Training" not in draft.card
+    assert metadata(draft.card).license is None
+
+
+def test_ones_own_weights_keep_the_licence_that_is_stated(model: nn.Module, tmp_path: Path):
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    assert metadata(model_card(folder)).license is None  # though published weights of the architecture have one
+    assert metadata(model_card(model)).license is None
+    config = json.loads((folder / "config.json").read_text())
+    for stated, kept in (("cc-by-4.0", "cc-by-4.0"), ("Apache 2", None)):
+        config["pretrained_cfg"]["license"] = stated
+        (folder / "config.json").write_text(json.dumps(config))
+        for source in (folder, zoo.create_model(f"local-dir:{folder}")):
+            assert metadata(model_card(source)).license == kept
+            assert metadata(model_card(source, license="mit")).license == "mit"
+
+
+def test_a_halved_model_that_is_published_later_stays_halved(run: Path, tmp_path: Path):
+    half = prepare(run, tmp_path / "half", half=True, license="mit")
+    for said in (False, True):
+        draft = prepare(half.folder, tmp_path / f"again {said}", half=said)
+        assert contents(draft) == contents(half)
+        assert "float16, halved after training" in draft.card
+        assert "before they were halved, and not of these" in draft.card
+        assert any("halving changed the weights" in remark for remark in draft.remarks)
+    # as the remark advises; the data lies where it lay
+    evaluate(zoo.create_model(f"local-dir:{half.folder}"), DIGITS, name=str(half.folder)).save(tmp_path / "measured")
+    measured = prepare(half.folder, tmp_path / "measured half", half=True, results=tmp_path / "measured")
+    assert metadata(measured.card).eval_results[0].dataset_name == "scikit-learn digits"
+    assert "before they were halved" not in measured.card
+    assert "## Training" in measured.card
+    assert not measured.remarks
+    assert contents(prepare(measured.folder, tmp_path / "and again")) == contents(measured)
+    # or in place
+    shutil.copy(tmp_path / "measured" / "results.json", half.folder)
+    assert contents(prepare(half.folder, tmp_path / "in place")) == contents(measured)
+
+
+def test_results_of_a_draft_are_of_the_data_that_the_run_was_trained_on(run: Path, tmp_path: Path):
+    """Which is published without its path, and so compared without."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] |= {"name": "folder", "path": "/home/jane doe/pets", "val_split": "val"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    path = run / "evaluation" / "results.json"
+    how = {"data": "/home/jane doe/pets", "command": "python eval.py --model run --data.path '/home/jane doe/pets'"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | how | {"split": "val"}))
+    draft = prepare(run, tmp_path / "draft")
+    assert "they flatter it a little" in draft.card
+    assert contents(prepare(draft.folder, tmp_path / "again")) == contents(draft)
+    assert prepare(draft.folder, tmp_path / "given", results=path).card == draft.card
+    assert b"jane" not in b"".join(contents(draft).values())
+
+
+def test_no_figures_are_missed_where_there_are_none(model: nn.Module, tmp_path: Path):
+    assert prepare(model, tmp_path / "half", half=True, license="mit").remarks == ()
+
+
+def test_a_licences_text_goes_with_a_licence(model: nn.Module, tmp_path: Path):
+    (tmp_path / "TERMS").write_text("You may.")
+    with pytest.raises(ConfigError, match=r"--license-file.* none is known .* with --license, as other"):
+        prepare(model, tmp_path / "draft", license_file=tmp_path / "TERMS")
+    assert not (tmp_path / "draft").exists()
+    assert "LICENSE" in prepare(model, tmp_path / "draft", license_file=tmp_path / "TERMS", license="other").files
+
+
+def test_the_card_of_a_stitched_network_says_which_one_its_costs_are_of():
+    for chosen in (0, 3):
+        model = zoo.create_model("snnet_test", num_classes=3, stitch=chosen)
+        costs = zoo.profiling.stitch_costs(model)
+        card = model_card(model, license="mit")
+        all_macs = [cost.macs for cost in costs]
+        assert f"| {len(costs)}, of {humanize(min(all_macs))} to {humanize(max(all_macs))} MACs" in card
+        assert f"network {chosen} that computes: {costs[chosen].path} |" in card
+        assert f"| MACs | {humanize(costs[chosen].macs)} for one input of 3x64x64, of network {chosen} |" in card
+        assert f"| parameters | {zoo.profile(model).params:,} of all networks together |" in card
+    alone: Any = model
+    card = model_card(alone.extract(3), license="mit")
+    assert "| networks |" not in card
+    assert "of network" not in card
 
 
 def test_weights_in_half_precision(hub: Hub, model: nn.Module, tmp_path: Path):
@@ -587,6 +719,22 @@ def test_an_upload_that_breaks_leaves_nothing_and_can_be_repeated(
     assert len(hub.repos["me/net"].commits) == 2
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        *((code, rf"storage refuses a file \(HTTP {code}\): publish again") for code in (401, 403, 404, 409)),
+        (429, r"asked too often \(HTTP 429\): publish again later\."),
+        (500, r"has trouble \(HTTP 500\): publish again later\."),
+    ],
+)
+def test_a_storage_that_refuses_is_told_as_such(hub: Hub, model: nn.Module, naps: list[float], code: int, message: str):
+    hub.fault("PUT", "^/lfs/", status(code), unheard=True)
+    with pytest.raises(PublishError, match=rf"{message}.*Nothing was published; the repository me/net was made"):
+        publish(model, "me/net", license="mit")
+    hub.faults.clear()
+    assert publish(model, "me/net", license="mit").changed
+
+
 def test_an_answer_that_is_lost_after_the_commit(hub: Hub, model: nn.Module):
     hub.fault("POST", r"/commit/main$", drop, times=1)
     with pytest.raises(PublishError, match=r"broke .*main branch has another commit now") as raised:
@@ -746,6 +894,15 @@ def test_the_card_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     code, _, error = command("card", "metaformr", capsys=capsys)
     assert code == 1
     assert "Did you mean metaformer?" in error
+
+
+@pytest.mark.parametrize("given", [["--license", "mit"], ["--half"], ["--i-have-the-rights"], ["--results", "there"]])
+def test_the_card_of_a_family_takes_nothing_that_is_of_a_checkpoint(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+):
+    code, output, error = command("card", "metaformer", *given, capsys=capsys)
+    assert (code, output) == (1, "")
+    assert f"{given[0]} goes with the card of a run or checkpoint: leave it out" in error
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:

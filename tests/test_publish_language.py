@@ -395,6 +395,30 @@ def test_a_model_without_a_tokenizer_is_remarked_on_and_halving_too(tmp_path: Pa
     assert "tokenizer.json" not in draft.files
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_what_a_dry_run_leaves_is_what_a_publish_of_it_sends(run: Path, tmp_path: Path, half: bool):
+    results = results_of(run)
+    draft = prepare(run, tmp_path / "draft", license="mit", half=half)
+    assert {"samples.md", "history.csv", "results.json", "tokenizer.json"} <= draft.files.keys()
+    again = prepare(draft.folder, tmp_path / "again")
+    assert again.remarks == draft.remarks
+    assert again.files == draft.files
+    for name in draft.files:
+        assert (again.folder / name).read_bytes() == (draft.folder / name).read_bytes(), name
+    results |= {"perplexity": 12.5}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    card: Any = ModelCard(model_card(draft.folder, results=tmp_path / "results.json"))
+    measured = {one.metric_type: one.metric_value for one in card.data.eval_results}
+    assert measured["perplexity"] == 12.5
+    assert ("halved after training" in card.text) == half
+
+
+def test_a_quantised_model_is_not_halved(tmp_path: Path):
+    folder = zoo.save_pretrained(zoo.quantize(small(), "int4"), tmp_path / "int4")
+    with pytest.raises(ConfigError, match=r"weights are int4, and are not halved: leave out half \(--half\)"):
+        prepare(folder, tmp_path / "draft", half=True)
+
+
 def test_results_of_images_are_not_those_of_text(run: Path):
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.json").write_text(json.dumps({"top1": 80.0}))

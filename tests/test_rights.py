@@ -161,6 +161,27 @@ def test_a_run_that_began_with_the_authors_weights_is_asked_for(tmp_path: Path):
     assert "emo_1m.zhangzjn_in1k" in prepare(served, tmp_path / "again").card
 
 
+@pytest.mark.parametrize("license", ["mit", None])
+def test_what_a_dry_run_left_is_asked_for_as_its_run_is(tmp_path: Path, license: str | None):
+    """However its rights were sworn to when it was made: nobody is bound by another's word."""
+    path, _ = theirs("emo/emo_1m", tmp_path)
+    run = small_run(tmp_path / "tuned", checkpoint_path=str(path))
+    draft = prepare(run, tmp_path / "draft", license=license, has_rights=True)
+    for given in (None, "mit"):
+        with pytest.raises(ConfigError, match=r"come from emo_1m\.zhangzjn_in1k, whose authors state no licence"):
+            prepare(draft.folder, tmp_path / "again", license=given)
+    assert prepare(draft.folder, tmp_path / "again", has_rights=True).card == draft.card
+
+
+def test_the_licence_of_what_may_be_theirs_is_not_claimed_for_ones_own(tmp_path: Path):
+    torch.save(zoo.create_model("emo_1m", pretrained=False).state_dict(), tmp_path / "bare.pth")
+    draft = prepare(tmp_path / "bare.pth", tmp_path / "draft", model="emo_1m", has_rights=True)
+    assert "No licence is stated" in " ".join(draft.remarks)
+    with pytest.raises(ConfigError, match="Nothing says whose weights these are"):
+        prepare(draft.folder, tmp_path / "again")
+    assert prepare(draft.folder, tmp_path / "again", has_rights=True).card == draft.card
+
+
 def test_a_run_from_nothing_is_not_asked_for(tmp_path: Path):
     run = small_run(tmp_path / "own")
     assert prepare(run, tmp_path / "draft", license="mit").files
@@ -182,6 +203,9 @@ def test_a_licence_that_asks_for_a_copy_gets_it(tmp_path: Path):
     draft = prepare(model, tmp_path / "draft", license_file=tmp_path / "AGREEMENT")
     assert (draft.folder / "LICENSE").read_text() == "You may."
     assert "LICENSE" in draft.files
+    again = prepare(draft.folder, tmp_path / "again")  # where it lies already
+    assert (again.folder / "LICENSE").read_text() == "You may."
+    assert again.card == draft.card
 
 
 def test_what_a_file_says_of_its_origin_leaves_its_bytes_the_same(tmp_path: Path):

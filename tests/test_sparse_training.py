@@ -1183,6 +1183,9 @@ def test_a_shrunk_model_is_measured_and_published_with_the_record_of_its_run(
         assert "| `sparsity.dead_channels` | `0.4` |" in card
         assert ("when the channels that had died out were cut off" in card) == (source == shrunk)
         assert f"/blob/main/{'figures.json' if source == shrunk else 'history.csv'}" in card
+        assert main(["publish", str(draft), "me/x", "--dry-run", str(tmp_path / f"again-{top1}")]) == 0
+        for name in files:
+            assert (tmp_path / f"again-{top1}" / name).read_bytes() == (draft / name).read_bytes(), name
 
 
 def test_channels_that_nothing_reads_are_cut_off_as_well():

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from zoo import __version__
-from zoo.errors import ZooError, describe_os_error, did_you_mean
+from zoo.errors import ConfigError, ZooError, describe_os_error, did_you_mean
 from zoo.files import check_writable, whole_file
 from zoo.registry import (
     PARETO_AXES,
@@ -801,6 +801,10 @@ def run_card(args: argparse.Namespace) -> None:
         card = model_card(args.source, say=note, **description_of(args))
     else:
         card = render_card(args.source)
+        for key, value in description_of(args).items():
+            if value not in (None, False):
+                flag = "--i-have-the-rights" if key == "has_rights" else f"--{key.replace('_', '-')}"
+                raise ConfigError(f"{flag} goes with the card of a run or checkpoint: leave it out for a family's.")
     if args.output is None:
         print(card, end="")
         return

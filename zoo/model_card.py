@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor, nn
 
-from zoo.cards import bibtex, cite, markdown_table, module_docstring
+from zoo.cards import bibtex, cite, markdown_table, module_docstring, span
 from zoo.config import read_yaml, to_plain
 from zoo.errors import ConfigError, MissingDependencyError, UnknownModelError
 from zoo.history import FIGURES, SHRUNK, best_row
@@ -26,7 +26,7 @@ from zoo.registry import UNSTATED, ModelInfo, model_info
 from zoo.units import humanize, shape_text
 
 if TYPE_CHECKING:
-    from zoo.profiling import Profile
+    from zoo.profiling import Profile, StitchCosts
     from zoo.sparsity import SparseModel
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "RunRecord",
     "command_without_paths",
     "is_segmentation",
+    "read_published_run",
     "read_run",
     "render_model_card",
     "without_paths",
@@ -42,6 +43,7 @@ __all__ = [
 HUB = "https://huggingface.co"
 SPARSE = 0.99  # the density below which a model is called sparse: halving leaves a few zeros in any
 ENVIRONMENT = "environment.json"  # of a run: what it was made with, a row for each start
+RECIPE = "training_config.yaml"  # as which a run's configuration is published
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,16 +86,7 @@ class RunRecord:
 
 def read_run(folder: Path, checkpoint: str) -> RunRecord:
     """The record of `folder / checkpoint`. Raises ConfigError for a configuration or history that is none."""
-    config = read_yaml(str(folder / "config.yaml"))
-    if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.yaml'} is not the configuration of a run.")
-    history: list[dict[str, Any]] = []
-    if (folder / "history.csv").is_file():
-        with open(folder / "history.csv", encoding="utf-8", newline="") as file:
-            try:
-                history = [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-            except (csv.Error, UnicodeDecodeError, TypeError, ValueError) as error:
-                raise ConfigError(f"{folder / 'history.csv'} is not the history of a run: {error}.") from None
+    config, history = _read_config(folder / "config.yaml"), _read_history(folder / "history.csv")
     return RunRecord(
         folder=folder,
         checkpoint=checkpoint,
@@ -102,6 +95,41 @@ def read_run(folder: Path, checkpoint: str) -> RunRecord:
         row=_row_of(folder / checkpoint, checkpoint, history),
         environment=read_environment(folder),
     )
+
+
+def read_published_run(folder: Path, checkpoint: str, epoch: int | None) -> RunRecord:
+    """The record of the run that a published folder's weights are of, from the files there.
+
+    `epoch` is that of the checkpoint, None where it was not evaluated. Raises ConfigError as `read_run` does.
+    """
+    config, history = _read_config(folder / RECIPE), _read_history(folder / "history.csv")
+    row = _figures_of(folder) if checkpoint == SHRUNK else next((r for r in history if r.get("epoch") == epoch), None)
+    return RunRecord(
+        folder=folder,
+        checkpoint=checkpoint,
+        config=config,
+        history=history,
+        row=row if epoch is not None else None,
+        environment=read_environment(folder),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_yaml(str(path))
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is not the configuration of a run.")
+    return config
+
+
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's history; none where there is no such file."""
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        except (csv.Error, UnicodeDecodeError, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not the history of a run: {error}.") from None
 
 
 def read_environment(folder: Path) -> list[dict[str, Any]]:
@@ -230,13 +258,14 @@ def render_model_card(
     """
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     info = facts_of(str(cfg["architecture"]))
-    from zoo.profiling import profile
+    from zoo.profiling import profile, stitch_costs
 
     about = _Data.of(run, results, dataset)
     place = repo_id or "OWNER/NAME"
     figures = measured_figures(run, results, METRICS)
     name = place.rpartition("/")[2] if repo_id else str(cfg["architecture"])
     costs = profile(model)
+    stitches = stitch_costs(model) if getattr(model, "has_whole_anchors", False) else None
     sparse = sparsity_of(model, masks)
     data = _metadata(
         name=name,
@@ -254,7 +283,7 @@ def render_model_card(
         files=files,
     )
     sections = {
-        "Model": _model_section(model, cfg, info, half, costs, sparse, "masks.png" in files),
+        "Model": _model_section(model, cfg, info, half, costs, stitches, sparse, "masks.png" in files),
         "Use": _use_section(place, model, info, opens_in_timm),
         "Evaluation": _evaluation_section(place, cfg, about, figures, run, results, rounded),
         "Training": training_section(run, base, files),
@@ -476,18 +505,31 @@ def _model_section(
     info: ModelInfo | None,
     half: bool,
     costs: Profile,
+    stitches: StitchCosts | None,
     sparse: SparseModel | None,
     has_picture: bool,
 ) -> str:
     classes = getattr(model, "num_classes", 0)
     size = tuple(cfg["input_size"])
+    of_one, networks = "", []
+    if stitches:
+        number: int = model.stitch  # type: ignore[assignment]
+        of_one = f", of network {number}"
+        networks = [
+            (
+                "networks",
+                f"{len(stitches)}, of {span([cost.macs for cost in stitches])} MACs, which `zoo profile --stitches` "
+                f"lists; without `set_stitch`, it is network {number} that computes: {stitches[number].path}",
+            )
+        ]
     rows = [
         ("architecture", f"`{cfg['architecture']}`"),
         ("classes", f"{classes:,}{_some_labels(cfg)}" if classes else "none: features"),
-        ("parameters", f"{costs.params:,}"),
-        ("MACs", f"{humanize(costs.macs)} for one input of {shape_text(size)}"),
-        *(sparsity_rows(sparse) if sparse else []),
-        ("activations", humanize(costs.activations)),
+        *networks,
+        ("parameters", f"{costs.params:,}{' of all networks together' if stitches else ''}"),
+        ("MACs", f"{humanize(costs.macs)} for one input of {shape_text(size)}{of_one}"),
+        *(sparsity_rows(sparse, of_one) if sparse else []),
+        ("activations", f"{humanize(costs.activations)}{of_one}"),
         ("weights", "float16, halved after training" if half else dtypes_of(model)),
         ("preprocessing", _preprocessing(cfg, whole=is_segmentation(model))),
     ]
@@ -652,10 +694,10 @@ def training_section(run: RunRecord | None, base: Base | None, files: Sequence[s
         text.append(f"Trained on {'; then on '.join(surroundings)}.")
     if base is not None:
         text.insert(0, f"Training began with the weights of `{base.name}`.")
-    if "training_config.yaml" in files:
+    if RECIPE in files:
         text.append(
-            "Settings that are not in the table are the defaults; `training_config.yaml` holds all of them, and trains "
-            "again with `python train.py --config training_config.yaml`."
+            f"Settings that are not in the table are the defaults; `{RECIPE}` holds all of them, and trains again with "
+            f"`python train.py --config {RECIPE}`."
         )
     if "curves.png" in files:
         curves = "Loss" if run.config.get("task") == "language" else "Loss and accuracy"

@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
 import time
@@ -51,9 +52,12 @@ from zoo.language_card import render_language_card
 from zoo.loading import names_weights
 from zoo.model_card import (
     ENVIRONMENT,
+    RECIPE,
     Base,
     RunRecord,
+    command_without_paths,
     is_segmentation,
+    read_published_run,
     read_run,
     render_model_card,
     without_paths,
@@ -73,6 +77,9 @@ LONGEST_WAIT = 300.0  # seconds that a rate limit may ask for before it is an er
 COPY_GOES_ALONG = {"fair-noncommercial-research-license": "LICENSE.md of github.com/facebookresearch/EUPE, for one"}
 SPARSITY = ("sparsity.json", "masks.png")  # what a sparse run leaves beside its checkpoints
 RESULTS = ("evaluation/results.json", "results.json")  # where a run or a checkpoint may keep an evaluation
+LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+LICENSE = "LICENSE"
+BEFORE_HALVING = "before_halving"  # in published results: these are of the weights before they were halved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,13 +280,19 @@ class _Hub:
 
     def _explain(self, error: Exception) -> str:
         host = constants.ENDPOINT.partition("://")[2]
-        response = getattr(error, "response", None)
+        refusal = error.__cause__ if isinstance(error, RuntimeError) else None  # so the client tells of large files
+        response = getattr(refusal or error, "response", None)
         status = getattr(response, "status_code", None)
         stated = response.headers.get("X-Error-Message") if response is not None else None
         said = f" ({stated.rstrip('.')})" if stated else ""
         words = first_line(error).rstrip(".")
         if isinstance(error, errors.OfflineModeIsEnabled):
             return "Offline mode (HF_HUB_OFFLINE) is on, and publishing needs the network: unset it."
+        if refusal is not None and status is not None and status != 429 and status < 500:  # it takes no token
+            return (
+                f"The Hub's storage refuses a file (HTTP {status}){said}: publish again, for leave to upload holds a "
+                "while only. Where that does not help, check the clock and the proxy."
+            )
         if status == 401 and (self.token or get_token()) is None:
             return "You are not logged in: run `hf auth login`, or set HF_TOKEN, with a token that may write."
         if status == 401:
@@ -356,12 +369,13 @@ def prepare(
     """Make the folder that `publish` would upload, without the network.
 
     Args:
-        source: as in `publish`.
+        source: as in `publish`. Of a folder that was made here, the record of the run, results, licence and whatever
+            else was said then stay, but for what is said anew.
         folder: new or empty; its parent must exist.
         repo_id: where it will be published, for the card.
         model: the architecture, where `source` is a file of weights.
         license: of the weights, by its id on the Hub, such as "apache-2.0"; by default that of the weights they come
-            from.
+            from, or what `config.json` states of one's own.
         dataset: id on the Hub of the data that the model was trained and measured on.
         note: what else the card should say.
         results: the `results.json` of an evaluation of these weights, or its folder.
@@ -376,22 +390,31 @@ def prepare(
         ConfigError: a source, option or folder that will not do, weights without rights, outputs that are not finite.
         CheckpointError, UnknownModelError: a checkpoint that cannot be read, or is of no known model.
     """
-    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+    if license is not None and not LICENSE_ID.fullmatch(license):
         raise ConfigError(f"{license!r} is no licence's id on the Hub: such an id reads like apache-2.0 or cc-by-4.0.")
     if Path(folder).is_dir() and any(Path(folder).iterdir()):
         raise ConfigError(f"The folder {str(folder)!r} is not empty: choose another.")
     found = _find(source, model)
+    quantization = getattr(found.model, "quantization", None)
+    if half and quantization is not None:
+        raise ConfigError(f"The model's weights are {quantization.to}, and are not halved: leave out half (--half).")
     is_language = is_language_model(found.model)
     if tokenizer is None and found.checkpoint is not None and is_language:
         tokenizer = tokenizer_beside(found.checkpoint)
     elif isinstance(tokenizer, str):
         tokenizer = create_tokenizer(tokenizer)
-    base = found.base
-    if not has_rights:
-        _check_rights(base, license)
-        if base is None and _has_loaded(found.model):
-            _check_unknown_origin(_cfg(found.model), license)
-    license = license or (base.license if base else None)
+    is_draft, stated = found.said is not None, found.said or {}
+    half, dataset = half or stated.get("half") is True, dataset or stated.get("dataset")
+    base = _base_said(stated) or found.base
+    license = _settle_license(found, base, license, has_rights)
+    beside = found.checkpoint / LICENSE if found.checkpoint is not None and is_draft else None
+    if license_file is None and beside is not None and beside.is_file() and license == _cfg(found.model).get("license"):
+        license_file = beside
+    if license_file is not None and license in (None, UNSTATED):
+        raise ConfigError(
+            "The text of a licence (--license-file) goes with a licence, and none is known of these weights: name it "
+            "with --license, as other where the Hub has no id for it."
+        )
     if base is not None and license in COPY_GOES_ALONG and license_file is None and not has_rights:
         raise ConfigError(
             f"The licence {license} of {base.name} asks that a copy of it goes along with the weights: name its text "
@@ -422,17 +445,21 @@ def prepare(
     if found.run is not None:
         _add_records(found.run, draft)
     masks = None if found.checkpoint is None else _add_masks(found.checkpoint, found.run, draft, remarks)
+    changed = half and not _same_tensors(served, found.model)
+    run_rounded = changed or stated.get("rounded") is True
+    rounded = run_rounded if evaluation is None else changed or evaluation.get(BEFORE_HALVING) is True
+    _say_in_config(draft, run=found.run, base=base, dataset=dataset, half=half, rounded=run_rounded)
     if evaluation is not None:
-        text = json.dumps(without_paths(evaluation), indent=1) + "\n"
-        _write(draft / "results.json", text)
-    rounded = half and not _same_tensors(served, found.model)
-    if rounded:
+        public = _without_paths(evaluation) | ({BEFORE_HALVING: True} if rounded else {})
+        _write(draft / "results.json", json.dumps(public, indent=1) + "\n")
+        evaluation = public if is_draft else evaluation  # the run's data, which it is compared with, has no path either
+    if rounded and (evaluation is not None or (found.run is not None and found.run.row is not None)):
         remarks.append(
             "The card's metadata has no figures, for halving changed the weights that were measured. To have them, "
             "make the halved model with --dry-run FOLDER, evaluate FOLDER, and publish it with --half and --results."
         )
     if license_text is not None:
-        _write(draft / "LICENSE", license_text)
+        _write(draft / LICENSE, license_text)
     names = sorted(path.name for path in draft.iterdir())
     facts: dict[str, Any] = {"repo_id": repo_id, "run": found.run, "results": evaluation, "base": base, "masks": masks}
     facts |= {"license": license, "dataset": dataset, "note": note, "half": half, "rounded": rounded, "files": names}
@@ -470,6 +497,7 @@ class _Source:
     run: RunRecord | None = None
     checkpoint: Path | None = None  # the folder with the weights
     note: str | None = None
+    said: Mapping[str, Any] | None = None  # by `_say_in_config`, where `prepare` made the folder
 
 
 def _find(source: nn.Module | str | Path, model: str | None) -> _Source:
@@ -500,9 +528,20 @@ def _find(source: nn.Module | str | Path, model: str | None) -> _Source:
     if folder.name in ("best", "last", SHRUNK) and (folder.parent / "config.yaml").is_file():
         return _from_run(folder.parent, folder.name)
     module = _open(f"local-dir:{folder}")
-    note = read_json(folder / CONFIG).get("note")
-    note = note if isinstance(note, str) else None
-    return _Source(model=module, base=_base_in_cfg(_cfg(module), module), checkpoint=folder, note=note)
+    config = read_json(folder / CONFIG)
+    note, ours = config.get("note"), config.get("zoo")
+    said = ours.get("card") if isinstance(ours, dict) else None
+    run = None
+    if isinstance(said, dict) and isinstance(said.get("checkpoint"), str) and (folder / RECIPE).is_file():
+        run = read_published_run(folder, said["checkpoint"], said.get("epoch"))
+    return _Source(
+        model=module,
+        base=_base_in_cfg(_cfg(module), module),
+        run=run,
+        checkpoint=folder,
+        note=note if isinstance(note, str) else None,
+        said=said if isinstance(said, dict) else None,
+    )
 
 
 def _has_loaded(module: nn.Module) -> bool:
@@ -649,6 +688,32 @@ def _published_at(repo: str) -> Weights | None:
     return found[0] if len({w.license for w in found}) == 1 else None
 
 
+def _settle_license(found: _Source, base: Base | None, license: str | None, has_rights: bool) -> str | None:
+    """The licence to publish under, where `license` was asked for. Raises ConfigError where it may not be."""
+    own = _own_license(found.model)
+    wanted = license or (own if found.said is not None else None)
+    if not has_rights:
+        for origin in (found.base, base):
+            _check_rights(origin, wanted)
+        if found.base is None and _has_loaded(found.model):
+            _check_unknown_origin(_cfg(found.model), license)
+    return wanted or (base.license if base else own)
+
+
+def _own_license(module: nn.Module) -> str | None:
+    """The licence that a description states of the weights: not one that is there because they may be others'."""
+    stated = _cfg(module).get("license")
+    if not _has_loaded(module) or _may_be_theirs(_cfg(module)) or not isinstance(stated, str):
+        return None
+    return stated if LICENSE_ID.fullmatch(stated) else None
+
+
+def _may_be_theirs(cfg: Mapping[str, Any]) -> bool:
+    """Whether all published weights of an architecture are restricted, and the licence of these does not differ."""
+    architecture = str(cfg.get("architecture"))
+    return architecture in list_models() and get_entry(architecture).is_restricted and is_restricted(cfg.get("license"))
+
+
 def _check_rights(base: Base | None, license: str | None) -> None:
     """Raise ConfigError where the weights come from others who have not allowed it."""
     if base is None:
@@ -661,14 +726,14 @@ def _check_rights(base: Base | None, license: str | None) -> None:
     if license and license != base.license and is_restricted(base.license):
         raise ConfigError(
             f"These weights come from {base.name}, whose licence is {base.license}: they cannot be given out as "
-            f"{license}. Leave out --license, or, where you may, say so with --i-have-the-rights."
+            f"{license}. Say --license {base.license}, or, where you may, --i-have-the-rights."
         )
 
 
 def _check_unknown_origin(cfg: Mapping[str, Any], license: str | None) -> None:
     """Raise ConfigError where the weights may be those of others who have not allowed it."""
     architecture, published = str(cfg.get("architecture")), cfg.get("license")
-    if architecture not in list_models() or not get_entry(architecture).is_restricted or not is_restricted(published):
+    if not _may_be_theirs(cfg):
         return
     if published == UNSTATED or license != published:
         terms = "without a licence" if published == UNSTATED else f"under {published}"
@@ -725,7 +790,9 @@ def _read_results(found: _Source, given: str | Path | None) -> tuple[dict[str, A
         if found.run is not None and _is_evaluated(found.run):
             folders.insert(0, found.run.folder)
         path = next((folder / name for folder in folders for name in RESULTS if (folder / name).is_file()), None)
-        if path is not None and path.stat().st_mtime < (found.checkpoint / CONFIG).stat().st_mtime:
+        # what `prepare` made belongs together, in whatever order its files were copied or downloaded
+        is_old = path is not None and path.stat().st_mtime < (found.checkpoint / CONFIG).stat().st_mtime
+        if is_old and found.said is None:
             return None, [f"Left out: {path} is older than the checkpoint. Evaluate again, or name it with --results."]
     if path is None:
         return None, []
@@ -755,11 +822,47 @@ def _is_evaluated(run: RunRecord) -> bool:
     return run.checkpoint == ("best" if (run.folder / "best" / CONFIG).is_file() else "last")
 
 
+def _say_in_config(
+    draft: Path, *, run: RunRecord | None, base: Base | None, dataset: str | None, half: bool, rounded: bool
+) -> None:
+    """Keep in `config.json` what the card says and no other file does, for publishing the draft itself.
+
+    Where other weights are saved there, it is gone with that file.
+    """
+    row = run.row if run else None
+    said = {
+        "checkpoint": run.checkpoint if run else None,
+        "epoch": row.get("epoch") if row else None,
+        "base": dataclasses.asdict(base) if base else None,
+        "dataset": dataset,
+        "half": half or None,
+        "rounded": rounded or None,  # since the run measured them
+    }
+    config = read_json(draft / CONFIG)
+    config["zoo"]["card"] = {key: value for key, value in said.items() if value is not None}
+    _write(draft / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _base_said(said: Mapping[str, Any]) -> Base | None:
+    base = said.get("base")
+    fields = [field.name for field in dataclasses.fields(Base)]
+    return Base(**base) if isinstance(base, dict) and base.keys() == set(fields) else None
+
+
+def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of an evaluation as they may be shown."""
+    public: dict[str, Any] = without_paths(results)
+    if isinstance(results.get("command"), str):
+        public["command"] = command_without_paths(shlex.split(results["command"]))
+    return public
+
+
 def _add_records(run: RunRecord, draft: Path) -> None:
     """The run's configuration and surroundings without what is private, its history and its curves."""
     config = {key: value for key, value in without_paths(run.config).items() if key not in ("output", "resume")}
-    _write(draft / "training_config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    for path in (run.folder / name for name in ("history.csv", "curves.png", "samples.md", f"{SHRUNK}/{FIGURES}")):
+    _write(draft / RECIPE, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    records = ("history.csv", "curves.png", "samples.md", f"{SHRUNK}/{FIGURES}", FIGURES)
+    for path in (run.folder / name for name in records):
         if path.is_file() and (path.name != FIGURES or run.checkpoint == SHRUNK):
             shutil.copyfile(path, draft / path.name)
     # the configuration says all that a command does, and the command of a user's own program may hold secrets
@@ -773,6 +876,8 @@ def _add_masks(checkpoint: Path, run: RunRecord | None, draft: Path, remarks: li
     if not (checkpoint / MASKS).is_file():
         return None
     shutil.copyfile(checkpoint / MASKS, draft / MASKS)
+    if run is not None and run.folder == checkpoint:  # published, and so put together
+        run = None
     folder, reported = (checkpoint, checkpoint) if run is None else (run.folder, run.folder / "last")
     there = [folder / name for name in SPARSITY if (folder / name).is_file()]
     belongs = (reported / MASKS).is_file() and filecmp.cmp(reported / MASKS, checkpoint / MASKS, shallow=False)
