@@ -178,7 +178,7 @@ def test_a_folder_for_an_image(exported: str, tmp_path: Path, capsys: Any):
     assert f"is a folder: name the images in it, as {tmp_path}/*.jpg" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["predict", "export", "sparsity"])
+@pytest.mark.parametrize("command", ["predict", "export"])
 def test_a_classifier_that_the_weights_lack(command: str, image: str, tmp_path: Path, capsys: Any):
     """It would be random, and answer at random."""
     path = tmp_path / "ten.pth"
@@ -186,7 +186,6 @@ def test_a_classifier_that_the_weights_lack(command: str, image: str, tmp_path: 
     arguments = {
         "predict": [image, "--model", "slak_test"],
         "export": ["slak_test", str(tmp_path / "out"), "--to", "onnx"],
-        "sparsity": ["slak_test"],
     }[command]
     assert main([command, *arguments, "--checkpoint", str(path)]) == 1
     captured = capsys.readouterr()

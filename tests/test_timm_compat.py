@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import constants
 
 import zoo
 from tests.launcher import python
@@ -224,8 +225,9 @@ assert [[timm.models.get_pretrained_cfg(name).to_dict().get(key) for key in keys
 """)
 
 
-def test_a_published_model_of_timms_opens_by_its_place(hub, tmp_path, capsys):
+def test_a_published_model_of_timms_opens_by_its_place(hub, tmp_path, monkeypatch):
     """As its card says it, by every command."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     model = timm.create_model("resnet18", num_classes=3)
     folder = zoo.save_pretrained(model, tmp_path / "saved")
     publish(folder, "me/theirs", license="mit")

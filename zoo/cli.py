@@ -610,11 +610,10 @@ def run_sparsity(args: argparse.Namespace) -> None:
 
         check_picture(args.plot)
     import zoo
-    from zoo.loading import check_is_whole, load_model
+    from zoo.loading import load_model
 
     size = None if args.input_size is None else tuple(args.input_size)
     model = load_model(args.source, args.checkpoint)
-    check_is_whole(model)
     loaded = getattr(model, "load_report", None)  # timm's own models have none
     if loaded is not None and loaded.choice:
         note(f"{loaded.choice}.")
