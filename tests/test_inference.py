@@ -18,6 +18,7 @@ from zoo.layers.convnext import FastConvNeXtStage
 from zoo.layers.folding import batch_norm_affine, fold_affine, fold_batch_norm, fold_scale
 from zoo.layers.packed import PackedConv2d, PackedLinear
 from zoo.models.metaformer import StarReLU
+from zoo.models.simplenet import Layer
 from zoo.registry import get_entry
 
 models = pytest.mark.parametrize("name", each_vision_model())
@@ -320,6 +321,31 @@ def another_downsampling(model):
     model.stages[0].downsample = nn.Conv2d(width, width, 3, padding=1)
 
 
+def dense_kernels(model):
+    for block in model.stages[0].blocks:
+        width = block.ffn.dwconv.conv.in_channels
+        block.ffn.dwconv.conv = nn.Conv2d(width, width, 3, padding=1)
+
+
+def head_with_activation(model):
+    model.head.norm = timm.layers.BatchNormAct2d(model.head.norm.num_features)
+
+
+def padding_that_counts(model):
+    replace(model, nn.AvgPool2d, lambda part: nn.AvgPool2d(3, 1, 1))
+
+
+def groups_of_norms(model):
+    for part in model.modules():
+        if isinstance(part, nn.GroupNorm):
+            part.num_groups = 4
+
+
+def shared_mlps(model):
+    projections = model.stages[0].blocks[0].projections
+    projections[1].mlp = projections[0].mlp
+
+
 EXCHANGES = {
     "slak_test": [
         leaky(nn.GELU),
@@ -337,8 +363,9 @@ EXCHANGES = {
     "emo2_test": [leaky(nn.SiLU), leaky(nn.GELU), norms_of_batches, norms_of_several_gpus],
     "simplenet_test": [leaky(nn.ReLU), norms_of_batches, norms_without_affine, norms_of_several_gpus],
     "caformer_test": [leaky(StarReLU), first_block_dropped],
-    "rmt_test": [leaky(nn.GELU), norms_of_batches, norms_of_several_gpus],
-    "sret_test": [leaky(nn.GELU), leaky(nn.ReLU)],
+    "poolformer_s12": [first_block_dropped, padding_that_counts, groups_of_norms],
+    "rmt_test": [leaky(nn.GELU), norms_of_batches, norms_of_several_gpus, dense_kernels, head_with_activation],
+    "sret_test": [leaky(nn.GELU), leaky(nn.ReLU), shared_mlps],
     "vovnet_test": [leaky(nn.ReLU), norms_of_several_gpus],
 }
 
@@ -352,6 +379,77 @@ def test_parts_that_were_exchanged_compute_as_they_do(name, change):
     change(model)
     randomize(model, seed=1)
     close(zoo.optimize_for_inference(model)(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stage: setattr(stage.blocks[0].mlp, "drop1", nn.Tanh()),
+        lambda stage: setattr(stage.blocks[0].mlp, "drop2", nn.Tanh()),
+        lambda stage: setattr(stage.blocks[0], "drop_path", nn.Tanh()),
+        lambda stage: setattr(stage.blocks[0].mlp, "fc1", nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 64))),
+        lambda stage: stage.blocks.append(nn.ReLU()),
+        lambda stage: setattr(stage, "blocks", nn.Sequential()),
+    ],
+)
+@torch.no_grad()
+def test_parts_of_timms_convnext_that_were_exchanged(change):
+    model = timm.create_model("convnext_tiny", depths=(1, 1, 1, 1), dims=(16, 16, 16, 16))
+    change(model.stages[0])
+    randomize(model)
+    close(zoo.optimize_for_inference(model)(images()), model(images()))
+
+
+@torch.no_grad()
+def test_what_a_subclass_builds_of_other_parts():
+    class Leaky(Layer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.act = nn.LeakyReLU(0.3)
+
+    model = randomize(Leaky(3, 8, 3, 1, 0.0))
+    close(zoo.optimize_for_inference(model)(images()), model(images()))
+
+
+@torch.no_grad()
+def test_hooks_that_take_options_stay():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())
+    model[0].register_forward_hook(lambda module, args, options, output: 2 * output, with_kwargs=True)
+    model[0].register_forward_pre_hook(lambda module, args, options: ((args[0] + 1,), options), with_kwargs=True)
+    x = torch.randn(1, 64, 8, 8)
+    close(zoo.optimize_for_inference(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@torch.no_grad()
+def test_weights_that_hooks_compute_stay():
+    model = nn.Sequential(nn.utils.weight_norm(nn.Linear(512, 512)), nn.ReLU())
+    x = torch.randn(3, 512)
+    close(zoo.optimize_for_inference(model, inplace=True)(x), model(x))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layer", [lambda: nn.Linear(512, 512), lambda: nn.Conv2d(64, 64, 3, padding=1)])
+def test_weights_that_change_in_inference_mode(layer, inplace):
+    with torch.inference_mode():
+        model = nn.Sequential(layer())
+        fast = zoo.optimize_for_inference(model, inplace=inplace)
+        x = torch.randn(2, 64, 8, 8) if isinstance(model[0], nn.Conv2d) else torch.randn(2, 512)
+        before = fast(x)
+        fast.load_state_dict({key: 2 * value for key, value in fast.state_dict().items()})
+        close(fast(x), 2 * before)
+        for parameter in fast.parameters():
+            parameter.mul_(2)
+        close(fast(x), 4 * before)
+
+
+@pytest.mark.parametrize("bias", [torch.randn(1024)[::2], torch.randn(1).expand(512)], ids=["strided", "expanded"])
+@torch.no_grad()
+def test_biases_of_any_strides(bias):
+    for layer, x in ((nn.Linear(512, 512), torch.randn(3, 512)), (nn.Conv2d(64, 512, 3), torch.randn(2, 64, 8, 8))):
+        layer.bias = nn.Parameter(bias)
+        expected = layer(x)
+        close(zoo.optimize_for_inference(nn.Sequential(layer), inplace=True)(x), expected)
 
 
 @few_models

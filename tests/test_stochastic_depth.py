@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from timm.layers import DropPath
@@ -9,6 +11,8 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.layers.stochastic_depth import stochastic_add
+from zoo.models import metaformer
+from zoo.models.metaformer import MetaFormerBlock
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -90,3 +94,81 @@ def test_layers_that_are_watched_or_replaced_are_called():
     model(torch.randn(2, 3, 64, 64)).sum().backward()
     assert calls == ["GroupNorm", "Mlp", "Scale"]
     assert all(p.grad is not None for p in narrow.parameters())
+
+
+def doubled(module):
+    module.forward = lambda x: 2 * x
+
+
+class Twice(DropPath):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OfTheBatch(nn.Module):
+    """A mixer that is no module of torch's, timm's or the zoo's, and makes a sample depend on the others."""
+
+    def __init__(self, dim):
+        super().__init__()
+
+    def forward(self, x):
+        return x - x.mean(0, keepdim=True)
+
+
+def each_block(change):
+    def apply(model):
+        for block in model.modules():
+            if type(block) is MetaFormerBlock:
+                change(block)
+
+    return apply
+
+
+CHANGES = {
+    "batch norm": each_block(lambda b: setattr(b, "norm1", nn.BatchNorm2d(b.norm1.num_channels))),
+    "groups of the norm": each_block(lambda b: setattr(b.norm1, "num_groups", 4)),
+    "forward of the norm": each_block(lambda b: doubled(b.norm1)),
+    "what is pooled": each_block(
+        lambda b: setattr(b.token_mixer, "pool", nn.Sequential(b.token_mixer.pool, nn.Tanh()))
+    ),
+    "padding that counts": each_block(lambda b: setattr(b.token_mixer, "pool", nn.AvgPool2d(3, 1, 1))),
+    "hook on the mixer": each_block(lambda b: b.token_mixer.register_forward_hook(lambda m, i, o: o.clamp(-0.5, 0.5))),
+    "another drop path": each_block(lambda b: setattr(b, "drop_path1", Twice(0.5))),
+    "forward of the drop path": each_block(lambda b: doubled(b.drop_path2)),
+    "scale": each_block(lambda b: setattr(b, "layer_scale1", nn.Tanh())),
+    "forward of the scale": each_block(lambda b: doubled(b.layer_scale2)),
+    "hook on the scale": each_block(lambda b: b.layer_scale1.register_forward_hook(lambda m, i, o: o + 1)),
+}
+
+
+@pytest.mark.parametrize("what", [*CHANGES, "a mixer of one's own"])
+def test_what_was_exchanged_trains_as_it_stands(what, monkeypatch):
+    """Drawing the same random numbers, the model's own forward and the one for training agree."""
+    torch.manual_seed(0)
+    small = {"depths": (1, 1, 1, 1), "dims": (16, 32, 32, 32), "drop_path_rate": 0.5, "layer_scale_init": 0.7}
+    mixers = {} if what in CHANGES else {"token_mixers": OfTheBatch}
+    model = zoo.create_model("poolformer_s12", num_classes=10, **small, **mixers)
+    if what in CHANGES:
+        CHANGES[what](model)
+    plain, images = copy.deepcopy(model), torch.randn(8, 3, 64, 64)
+    torch.manual_seed(1)
+    found = model.train()(images)
+    monkeypatch.setattr(metaformer, "trains_eagerly", lambda *_: False)
+    torch.manual_seed(1)
+    expected = plain.train()(images)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_each_sample_may_draw_for_itself_under_vmap():
+    model = zoo.create_model("caformer_test", num_classes=3, drop_path_rate=0.5).train()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0), randomness="different")(
+        parameters, torch.randn(3, 3, 64, 64)
+    )
+    assert all(len(gradient) == 3 for gradient in found.values())

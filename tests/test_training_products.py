@@ -7,11 +7,13 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 import zoo
 from zoo.layers import products
 from zoo.layers.products import FastProducts
+from zoo.layers.training_mlp import training_mlp
 from zoo.models.metaformer import StarReLU
 
 SHAPES = [(64, 256, 24), (256, 64, 24), (64, 256, 56), (320, 1280, 14), (1280, 320, 14), (512, 2048, 7), (96, 40, 33)]
@@ -187,3 +189,17 @@ def test_a_model_gets_the_same_gradients(name, library):
     largest = max(grad.abs().max() for grad in plain.values())
     for key, grad in plain.items():
         assert (ours[key] - grad).abs().max() <= 1e-3 * max(grad.abs().max(), 1e-2 * largest), key
+
+
+@pytest.mark.parametrize("bias", [torch.randn(2048)[::2], torch.randn(1).expand(1024)], ids=["strided", "expanded"])
+def test_biases_of_any_strides(bias):
+    """oneDNN reads them side by side."""
+    layer, mlp = nn.Linear(1024, 1024), Mlp(1024, 1024)
+    for linear in (layer, mlp.fc1, mlp.fc2):
+        linear.bias = nn.Parameter(bias)
+    x = torch.randn(256, 1024, requires_grad=True)
+    for module in (layer, lambda x: training_mlp(x, mlp)):
+        with FastProducts():
+            found = module(x)
+        expected = layer(x) if module is layer else mlp(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

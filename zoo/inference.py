@@ -14,13 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo.errors import ConfigError
 from zoo.layers.convnext import timms_fast_stage
 from zoo.layers.fast_form import is_as_made
-from zoo.layers.folding import fold_batch_norm, has_hooks, is_changed, package_of
+from zoo.layers.folding import fold_batch_norm, has_changed, has_hooks, is_changed, package_of
 from zoo.layers.init import has_meta
 from zoo.layers.packed import PackedConv2d, PackedLinear, activation_of
 from zoo.layers.wrappers import check_has_weights, copied
 
 Model = TypeVar("Model", bound=nn.Module)
 METHODS = ("forward", "forward_features", "forward_head", "forward_intermediates")  # that users of timm's models call
+HOOKS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
 PACKED_CONV2D, PACKED_LINEAR = 2**15, 2**17  # elements of a weight from which on packing saves more than calling costs
 
 
@@ -60,9 +64,10 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
         raise ConfigError("A model on the meta device has no weights to fold: create it on another, or load them.")
     check_has_weights(model)
     if not inplace:
-        model = copied(model)
+        with torch.inference_mode(False):  # in which weights of a copy would not count their changes
+            model = copied(model)
     model.eval().requires_grad_(False)
-    with torch.no_grad():
+    with torch.no_grad(), torch.inference_mode(torch.is_inference_mode_enabled() and inplace):
         fast = _replace_modules(model, _fast_form)
         _fold_batch_norms(fast)
         fast = _pack(fast)
@@ -80,7 +85,7 @@ def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module |
             changed = change(module)
             if changed is not None:
                 done[module] = changed
-                for hooks in ("_forward_pre_hooks", "_forward_hooks"):  # timm's feature wrapper "hook" lives on these
+                for hooks in HOOKS:  # timm's feature wrapper "hook" lives on these
                     getattr(changed, hooks).update(getattr(module, hooks))
             else:
                 for name, child in module._modules.items():
@@ -92,7 +97,7 @@ def _replace_modules(model: nn.Module, change: Callable[[nn.Module], nn.Module |
 
 def _fast_form(module: nn.Module) -> nn.Module | None:
     made_by = package_of(getattr(type(module), "fast_form", None)) or "zoo"  # which knows its own modules
-    if any(is_changed(part, made_by) or (part is not module and has_hooks(part)) for part in module.modules()):
+    if has_changed(module, made_by) or has_hooks(*(part for part in module.modules() if part is not module)):
         return None
     if not is_as_made(module) or any(_is_of_batch(part) for part in module.modules()):
         return None
@@ -142,7 +147,9 @@ def _is_large_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_large_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    return type(module) is nn.Linear and not is_changed(module) and module.weight.numel() >= PACKED_LINEAR
+    if type(module) is not nn.Linear or is_changed(module) or "weight" not in module._parameters:
+        return False
+    return module.weight.numel() >= PACKED_LINEAR
 
 
 def _activation(module: nn.Module) -> Any:
@@ -202,7 +209,7 @@ def _called(graph: fx.Graph) -> set[str]:
 
 
 def _is_conv(module: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    return type(module) is nn.Conv2d and not is_changed(module)
+    return type(module) is nn.Conv2d and not is_changed(module) and "weight" in module._parameters  # or it is computed
 
 
 def _is_of_batch(module: nn.Module) -> bool:

@@ -64,21 +64,29 @@ def timms_fast_stage(stage: nn.Module) -> FastConvNeXtStage | None:
     if timm is None or type(stage) is not timm.ConvNeXtStage:
         return None
     blocks: list[Any] = list(stage.blocks)  # type: ignore[arg-type]
-    for block in blocks:
-        mlp = block.mlp
-        common = (
-            type(block) is timm.ConvNeXtBlock
-            and not block.use_conv_mlp
-            and isinstance(block.norm, nn.LayerNorm)
-            and isinstance(block.shortcut, nn.Identity)
-            and type(mlp) is timm.Mlp  # with global response norm it is another
-            and isinstance(mlp.norm, nn.Identity)
-            and is_gelu(mlp.act)
-        )
-        if not common:
-            return None
+    if not blocks or not all(map(_is_common, blocks)):
+        return None
     downsample: Any = stage.downsample
     return FastConvNeXtStage(
         None if isinstance(downsample, nn.Identity) else downsample,
         [FastConvNeXtBlock(b.conv_dw, b.norm, b.mlp.fc1, b.mlp.fc2, b.gamma) for b in blocks],
+    )
+
+
+def _is_common(block: Any) -> bool:
+    """Whether it is timm's block as most of its networks have it, and nothing of it was exchanged."""
+    timm = sys.modules["timm.models.convnext"]
+    if type(block) is not timm.ConvNeXtBlock or type(block.mlp) is not timm.Mlp:  # one has response norm
+        return False
+    mlp, nothing = block.mlp, (nn.Identity, nn.Dropout)
+    return (
+        not block.use_conv_mlp
+        and isinstance(block.norm, nn.LayerNorm)
+        and type(block.shortcut) is nn.Identity
+        and type(block.drop_path) in (nn.Identity, timm.DropPath)
+        and type(mlp.norm) is nn.Identity
+        and type(mlp.fc1) is type(mlp.fc2) is nn.Linear
+        and type(mlp.drop1) in nothing
+        and type(mlp.drop2) in nothing
+        and is_gelu(mlp.act)
     )

@@ -7,35 +7,47 @@ from typing import Any
 
 from torch import nn
 
-Kinds = tuple[tuple[str, type], ...]
+# on which forms depend, and which no type tells
+SETTINGS = (
+    *("kernel_size", "stride", "padding", "dilation", "padding_mode"),
+    *("num_groups", "count_include_pad", "ceil_mode", "divisor_override", "approximate"),
+)
 
 
 class HasFastForm(nn.Module):
-    """A part whose class has a `fast_form(self) -> nn.Module | None`: the same function at inference, in less work.
+    """A part that computes the same in less work: at inference, by its class's `fast_form(self) -> nn.Module | None`,
+    or in training, by its own `forward`.
 
-    It remembers of what kinds of modules its constructor made it. Where others took their places,
-    `zoo.optimize_for_inference` leaves it as it is, and need not ask what they compute; so it does for None.
+    It remembers what the constructor made it of. Where other modules took their places, or other settings, it is
+    computed as it stands (`is_as_made`), and a form need not ask what they do; so it is where `fast_form` gives None.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        build = cls.__init__
+        build, knows = cls.__init__, bool({"fast_form", "forward"} & cls.__dict__.keys())
 
         @functools.wraps(build)
         def build_and_remember(self: Any, *args: Any, **options: Any) -> None:
             build(self, *args, **options)
-            self.__dict__["_made_of"] = _kinds(self)
+            if knows or "_made_of" not in self.__dict__:  # what a subclass exchanges, its base's forms do not know
+                self.__dict__["_made_of"] = _parts(self)
 
         cls.__init__ = build_and_remember  # type: ignore[method-assign]
 
 
 def is_as_made(module: nn.Module) -> bool:
     """Whether a `HasFastForm` is made of what its constructor made it of; True for other modules."""
-    return not isinstance(module, HasFastForm) or module.__dict__.get("_made_of") == _kinds(module)
+    return not isinstance(module, HasFastForm) or module.__dict__.get("_made_of") == _parts(module)
 
 
-def _kinds(module: nn.Module) -> Kinds:
-    parts = module.named_modules(remove_duplicate=False)
+def _parts(module: nn.Module) -> list[tuple[Any, ...]]:
+    return [(name, *_facts(part)) for name, part in module.named_modules(remove_duplicate=False) if name]
+
+
+def _facts(part: nn.Module) -> tuple[Any, ...]:
     # the same at inference, and what training on several GPUs leaves
-    kinds = ((name, nn.BatchNorm2d if type(part) is nn.SyncBatchNorm else type(part)) for name, part in parts if name)
-    return tuple(kinds)
+    kind = nn.BatchNorm2d if type(part) is nn.SyncBatchNorm else type(part)
+    stated = part.__dict__
+    groups = "depthwise" if stated.get("groups") == stated.get("in_channels") else stated.get("groups")
+    absent = [name for name, parameter in part._parameters.items() if parameter is None]
+    return kind, groups, absent, [stated[name] for name in SETTINGS if name in stated]

@@ -44,6 +44,11 @@ def is_changed(module: nn.Module, *packages: str) -> bool:
     return _given_forward(module) is not None or _is_special(module, *packages)
 
 
+def has_changed(module: nn.Module, *packages: str) -> bool:
+    """Whether a part of `module`, or it itself, `is_changed`."""
+    return any(is_changed(part, *packages) for part in module.modules())
+
+
 def _is_special(module: nn.Module, *packages: str) -> bool:
     forward = getattr(type(module), "forward", None)
     known = package_of(forward) in (*KNOWN, *packages) and not str(forward.__module__).startswith("torch.ao.")

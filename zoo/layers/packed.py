@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zoo.layers.observers import is_exporting, is_observed, is_transformed
+from zoo.layers.products import dense
 
 Activation = Literal["none", "relu", "gelu"]
 _OPERATORS = torch.ops.mkldnn
@@ -200,8 +201,10 @@ class _Packed:
 def _packed_for(weight: Tensor, shape: tuple[int, ...], pack: Callable[[Tensor], Tensor]) -> Tensor:
     """The weight in the layout that oneDNN chooses for inputs of `shape`; packed anew where the weight changed. Shapes
     that ask for the same layout share one copy."""
+    if weight.is_inference():  # which does not count its changes
+        return pack(weight)
     memory = weight.untyped_storage()
-    state = memory._cdata, weight.data_ptr(), weight.dtype, 0 if weight.is_inference() else weight._version
+    state = memory._cdata, weight.data_ptr(), weight.dtype, weight._version
     known = _packed.get(weight)
     if known is None or known.state != state:
         known = _packed[weight] = _Packed(StorageWeakRef(memory), state, {}, {})
@@ -223,7 +226,7 @@ def _pack_conv2d(weight: Tensor, geometry: tuple[list[int], list[int], list[int]
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str) -> Tensor:
     # of all numbers of rows only a single one changes the layout, and takes as long in that of many
     packed = _packed_for(weight, (), lambda w: _OPERATORS._reorder_linear_weight(w, 64))
-    return _MULTIPLY(x, packed, bias, act, [], "none" if act == "gelu" else "")
+    return _MULTIPLY(x, packed, dense(bias), act, [], "none" if act == "gelu" else "")
 
 
 @torch.library.custom_op(
@@ -281,7 +284,7 @@ def _packed_conv2d(
         x = _as_one(x)
     packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
     algorithm = "none" if act == "gelu" else ""
-    out = _CONVOLVE(x, packed, bias, padding, stride, dilation, groups, act, [], algorithm)
+    out = _CONVOLVE(x, packed, dense(bias), padding, stride, dilation, groups, act, [], algorithm)
     return _apart(out, (B, len(weight), H, W)) if as_one else out
 
 
@@ -300,7 +303,7 @@ def _packed_conv2d_add_(
         y, x = _as_one(y), _as_one(x)
     packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
     _OPERATORS._convolution_pointwise_(
-        y, x, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None
+        y, x, packed, dense(bias), padding, stride, dilation, groups, "add", None, None, [], None
     )
 
 
@@ -364,7 +367,7 @@ def _conv2d_add_op(
         x, y = _as_one(x), _as_one(y)
     packed = _pack_conv2d(weight, (padding, stride, dilation, groups), x.shape)
     out = _OPERATORS._convolution_pointwise.binary(
-        x, y, packed, bias, padding, stride, dilation, groups, "add", None, None, [], None
+        x, y, packed, dense(bias), padding, stride, dilation, groups, "add", None, None, [], None
     )
     return _apart(out, shape) if as_one else out
 

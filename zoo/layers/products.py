@@ -147,7 +147,12 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` by the faster library, not differentiable. (R, C), (C', C), (C',) -> (R, C')"""
     if _MKL_IS_FASTER or is_observed():
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, dense(bias), "none", [], "")
+
+
+def dense(bias: Tensor | None) -> Tensor | None:
+    """`bias` with its values side by side, as oneDNN reads them whatever the strides."""
+    return None if bias is None else bias.contiguous()
 
 
 def multiply_long(grads: Tensor, rows: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo.layers.folding import has_hooks
+from zoo.layers.folding import has_changed, has_hooks
+from zoo.layers.observers import is_transformed
 
 __all__ = ["is_per_sample", "stochastic_add", "trains_eagerly"]
 
@@ -24,17 +25,18 @@ def trains_eagerly(module: nn.Module, x: Tensor) -> bool:
     """Whether this is a training step on a CPU that nothing records: the place for forms of our own."""
     return (
         module.training
-        and isinstance(x, Tensor)  # and no proxy of a tracer
+        and type(x) is Tensor  # and no proxy of a tracer, nor a fake one
         and x.device.type == "cpu"
         and torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
     )
 
 
 def is_per_sample(module: nn.Module) -> bool:
-    """Whether what a sample becomes depends on no other sample: not with batch norms."""
-    return not any(isinstance(part, _BatchNorm) for part in module.modules())
+    """Whether what a sample becomes is known to depend on no other sample: not with batch norms, nor with modules that
+    are neither torch's nor timm's nor the zoo's."""
+    return not (has_changed(module) or any(isinstance(part, _BatchNorm) for part in module.modules()))
 
 
 def stochastic_add(shortcut: Tensor, x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: nn.Module) -> Tensor:

@@ -44,6 +44,8 @@ def training_mlp(x: Tensor, mlp: Any, star: StarReLU | None = None, scale: Tenso
         return None
     if type(x) is not Tensor or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return None
+    if (scale is not None and scale.ndim != 1) or (star and not star[0].numel() == star[1].numel() == 1):
+        return None
     if not _is_plain(mlp) or not (star or is_gelu(mlp.act)) or not _suits(x, mlp.fc1, mlp.fc2, scale, *(star or ())):
         return None
     fc1, fc2 = mlp.fc1, mlp.fc2

@@ -35,8 +35,8 @@ from zoo.layers.arguments import (
     image_sides,
     per_stage,
 )
-from zoo.layers.fast_form import HasFastForm
-from zoo.layers.folding import as_conv2d, fold_affine, fold_scale, has_hooks
+from zoo.layers.fast_form import HasFastForm, is_as_made
+from zoo.layers.folding import all_modules_are_watched, as_conv2d, fold_affine, fold_scale, has_changed, has_hooks
 from zoo.layers.init import init_weights
 from zoo.layers.observers import channels_last, is_batched, is_exporting, is_transformed
 from zoo.layers.packed import PackedConv2d, activation_of, in_parts, may_overwrite, needs_gradients
@@ -128,7 +128,8 @@ def star_relu(x: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return scale * F.relu(x).square() + bias
     recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-    if recorded or x.dtype != scale.dtype or not (torch.is_grad_enabled() and x.requires_grad):
+    is_one = scale.numel() == bias.numel() == 1
+    if recorded or not is_one or x.dtype != scale.dtype or not (torch.is_grad_enabled() and x.requires_grad):
         return scale * F.relu(x).square() + bias
     return _StarReLU.apply(x, scale, bias)
 
@@ -295,7 +296,7 @@ def choose(what: str, name: Any, options: dict[str, Any]) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-class MetaFormerBlock(nn.Module):
+class MetaFormerBlock(HasFastForm):
     """`x + mix(norm(x))`, then `x + mlp(norm(x))`; layer scales on the branches, residual scales on the shortcuts."""
 
     def __init__(
@@ -332,17 +333,24 @@ class MetaFormerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile what stood behind an `and`)
-            if self.per_sample and trains_eagerly(self, x):
+            if self.leaves_samples_out(x):
                 x = stochastic_add(self.res_scale1(x), x, self.mix, self.drop_path1)
                 return stochastic_add(self.res_scale2(x), x, self.transform, self.drop_path2)
         x = self.res_scale1(x) + self.layer_scale1(self.drop_path1(self.token_mixer(self.norm1(x))))
         return self.res_scale2(x) + self.layer_scale2(self.drop_path2(self.mlp(self.norm2(x))))
 
+    @torch.jit.ignore
+    def leaves_samples_out(self, x: Tensor) -> bool:
+        """Whether branches may see the samples alone that stochastic depth keeps, and scale before it draws."""
+        if not (self.per_sample and trains_eagerly(self, x)):
+            return False
+        return is_as_made(self) and not (has_changed(self) or has_hooks(self.layer_scale1, self.layer_scale2))
+
     def mix(self, x: Tensor) -> Tensor:
         """The first branch, for training."""
         norm, mixer, scale = self.norm1, self.token_mixer, self.layer_scale1
-        linear = type(mixer) is Pooling and not has_hooks(norm, scale)  # in each channel
-        if linear and type(norm) is GroupNorm and isinstance(scale, Scale):
+        linear = type(mixer) is Pooling and not has_hooks(norm, scale, mixer, mixer.pool)  # in each channel
+        if linear and type(norm) is GroupNorm and type(scale) is Scale and not all_modules_are_watched():
             return mixer(norm.scaled(x, scale.scale))
         return scale(mixer(norm(x)))
 

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, trunc_normal_, use_fused_attn
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import CheckpointError, ConfigError
 from zoo.layers.arguments import (
@@ -404,8 +403,9 @@ class RetentionHead(Head):
 
     def fast_form(self) -> nn.Module:
         """The batch norm folded into the projection."""
-        if isinstance(self.proj, nn.Linear) and isinstance(self.norm, _BatchNorm):
-            self.proj, self.norm = fold_batch_norm(self.proj, self.norm), nn.Identity()
+        norm: Any = self.norm
+        if type(self.proj) is nn.Linear and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            self.proj, self.norm = fold_batch_norm(self.proj, norm), nn.Identity()
         return self
 
 

@@ -19,11 +19,12 @@ Where this file departs from the authors' code:
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +200,16 @@ class RecursiveBlock(nn.Module):
         return x
 
 
+Part = TypeVar("Part", bound=nn.Module)
+
+
+def own(module: Part) -> Part:
+    """`module` with places of its own for the same parts: somebody else may hold it, too."""
+    made = copy.copy(module)
+    made._modules = dict(module._modules)
+    return made
+
+
 class FastSharedBlock(nn.Module):
     """`SharedBlock` at inference: the branches' coefficients in their last layer, the shortcuts' in the addition."""
 
@@ -206,7 +217,7 @@ class FastSharedBlock(nn.Module):
         super().__init__()
         a = block.coefficients.detach()
         self.shortcut1, self.shortcut2 = a[0].item(), a[2].item()
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, own(block.attn), block.norm2, own(block.mlp)
         self.attn.proj = fold_scale(self.attn.proj, a[1])
         self.mlp.fc2 = fold_scale(self.mlp.fc2, a[3])
 
@@ -222,7 +233,7 @@ class FastProjection(nn.Module):
         super().__init__()
         a = block.coefficients.detach()
         self.shortcut = a[0].item()
-        self.norm, self.mlp = block.norm, block.mlp
+        self.norm, self.mlp = block.norm, own(block.mlp)
         self.mlp.fc2 = fold_scale(self.mlp.fc2, a[1])
 
     def forward(self, x: Tensor) -> Tensor:
