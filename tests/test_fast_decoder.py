@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.utils import prune
 
 import zoo
 from tests.language import small
 from zoo.errors import ConfigError
+from zoo.layers.decoder import Decoder, RMSNorm
 from zoo.layers.fast_decoder import FastDecoder
 from zoo.registry import get_entry
 
@@ -251,3 +253,71 @@ def test_losses_refuse_what_the_heads_weight_does_not_say():
     model.model.embed_tokens = torch.nn.Sequential(model.model.embed_tokens)
     with pytest.raises(ConfigError, match=r"embed_tokens \(Sequential\) has no weight: merge"):
         model(tokens)
+
+
+def other_norms(model):
+    for layer in model.model.layers:
+        layer.input_layernorm = nn.LayerNorm(model.config.dim, bias=False)
+
+
+def other_epsilons(model):
+    for part in model.modules():
+        if isinstance(part, RMSNorm):
+            part.eps = 0.1
+
+
+def other_rotation(model):
+    model.model.rotary.theta = 100.0
+    model.model.rotary.fill()
+
+
+def pairs_side_by_side(model):
+    for layer in model.model.layers:
+        layer.self_attn.interleaved = not layer.self_attn.interleaved
+
+
+class Capped(Decoder):
+    def forward_head(self, features):
+        return 3 * torch.tanh(super().forward_head(features) / 3)
+
+
+def other_head(model):
+    model.__class__ = Capped
+
+
+def head_of_its_own(model):
+    model.forward_head = lambda features: torch.zeros(*features.shape[:2], model.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "change", [other_norms, other_epsilons, other_rotation, pairs_side_by_side, other_head, head_of_its_own]
+)
+@torch.no_grad()
+def test_what_was_exchanged_is_computed_as_it_is_or_refused(change, tmp_path):
+    model = zoo.create_model(
+        "smollm_135m", vocab_size=97, depth=2, dim=64, num_heads=4, hidden_dim=96, num_kv_heads=2, head_dim=16
+    ).eval()
+    tokens = torch.randint(0, 97, (1, 12))
+    before = model(tokens)
+    change(model)
+    expected = model(tokens)
+    assert (expected - before).abs().max() > 1e-3 * before.abs().max()
+    torch.testing.assert_close(zoo.optimize_for_inference(model)(tokens), expected)
+    with pytest.raises(ConfigError, match="as its config builds it"):
+        zoo.quantize(model)
+    if change not in (other_head, head_of_its_own):  # whose weights are what they were
+        with pytest.raises(ConfigError, match="is not as the model's arguments build it"):
+            zoo.save_pretrained(model, tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
+
+@torch.no_grad()
+def test_a_fast_form_that_is_changed_steps_as_it_computes():
+    model = zoo.create_model("smollm_135m", vocab_size=97, depth=2, dim=64, num_heads=4, hidden_dim=96, num_kv_heads=2)
+    fast, tokens = zoo.optimize_for_inference(model.eval()), torch.randint(0, 97, (1, 12))
+    for part in fast.modules():
+        if hasattr(part, "eps"):
+            part.eps = 0.1
+    cache = fast.make_cache(1)
+    fast(tokens[:, :11], cache=cache)
+    torch.testing.assert_close(fast(tokens[:, 11:], cache=cache)[0, -1], fast(tokens)[0, -1], rtol=1e-4, atol=1e-4)

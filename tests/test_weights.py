@@ -1025,6 +1025,33 @@ def test_saving_what_weights_alone_do_not_say(tmp_path: Path) -> None:
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("simplenet_test", lambda model: setattr(model.stages[0].blocks[0], "act", nn.LeakyReLU(0.3))),
+        ("caformer_test", lambda model: setattr(model.stages[0].blocks[0].norm1, "eps", 0.1)),
+        ("caformer_test", lambda model: setattr(model.stem.conv, "stride", (2, 2))),
+    ],
+)
+def test_what_weights_alone_do_not_say_is_not_lost_in_silence(name: str, change: Any, tmp_path: Path) -> None:
+    model = zoo.create_model(name)
+    change(model)
+    with pytest.raises(ConfigError, match=r"(blocks\.0\..*|stem\.conv) .*is not as the model's arguments build it"):
+        zoo.save_pretrained(model, tmp_path / "saved")
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_training_alone_uses_may_be_another(tmp_path: Path) -> None:
+    model = zoo.create_model("emo_test", drop_path_rate=0.3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.01
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.head.drop.p = 0.5
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    assert equal(zoo.create_model(f"local-dir:{folder}").state_dict(), model.state_dict())
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     it = str(tmp_path / "it")
     script = f"""

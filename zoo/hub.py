@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.errors import CheckpointError, ConfigError, UnknownModelError, did_you_mean
 from zoo.files import check_folder, checkpoint_folder, checkpoint_places, fresh_folder, put_in_place, whole_file
+from zoo.layers.fast_form import is_alike
 from zoo.layers.folding import check_plain
 from zoo.registry import HUB_PREFIXES, get_entry
 from zoo.sparsity.channels import kept_widths
@@ -300,6 +301,23 @@ def _check_opens(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) 
             "arguments that make it so, and load these weights."
         )
     check_plain(model, "A saved model", like=built)
+    name = _changed_part(model, built)
+    if name is not None:
+        raise ConfigError(
+            f"{name} ({type(model.get_submodule(name)).__name__}) is not as the model's arguments build it, and what "
+            "opens it again would compute something else. Save its state_dict() with torch.save."
+        )
+
+
+def _changed_part(model: nn.Module, built: nn.Module) -> str | None:
+    """The name of a part that is of another kind than in `built`, or has other settings."""
+    from zoo.layers.decoder import Decoder
+
+    if isinstance(built, Decoder):
+        return model.changed_part() if type(built) is Decoder else None  # type: ignore[operator]
+    parts = dict(built.named_modules())
+    names = (name for name, part in model.named_modules() if name and not is_alike(part, parts.get(name)))
+    return next(names, None)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

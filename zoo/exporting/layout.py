@@ -28,8 +28,13 @@ def decoder_of(model: nn.Module, purpose: str) -> Decoder:
 
 
 def check_built(decoder: Decoder, purpose: str) -> None:
-    """Raise ConfigError unless the decoder's tensors are those that its config builds, by which formats name them."""
-    name = decoder.changed_tensor()
+    """Raise ConfigError unless the decoder is as its config builds it, by which formats name its tensors."""
+    if decoder.has_own_methods():
+        raise ConfigError(
+            f"{purpose} takes a language model as its config builds it, and {type(decoder).__name__} computes "
+            "features or logits in a way of its own."
+        )
+    name = decoder.changed_part()
     if name is not None:
         raise ConfigError(
             f"{purpose} takes a language model as its config builds it, and {name} is another or missing: parts were "

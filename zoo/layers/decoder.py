@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable
 from numbers import Integral
 from typing import Any
@@ -398,6 +399,14 @@ class DecoderStack(nn.Module):
         self.rotary = RotaryTable(config.context_length, config.rotary_dim, config.rope_theta)
 
 
+def _settings(part: nn.Module) -> tuple[type, dict[str, Any]]:
+    """The kind of a part, and all that it holds of plain values, but for how it trains."""
+    plain = (bool, int, float, str, tuple, type(None))
+    held = part.__dict__.items()
+    kept = {key: value for key, value in held if isinstance(value, plain) and not key.startswith("_")}
+    return type(part), {key: value for key, value in kept.items() if key != "training"}
+
+
 class Decoder(ZooModelHubMixin, nn.Module):
     """A language model: tokens -> logits of the tokens that come next, or the loss of those that should have."""
 
@@ -458,18 +467,30 @@ class Decoder(ZooModelHubMixin, nn.Module):
             )
         return head.weight
 
-    def changed_tensor(self) -> str | None:
-        """The name of a tensor that is not as `config` builds it, such as that of a bias; None where all are."""
+    def changed_part(self) -> str | None:
+        """The name of a tensor, or of a part, that is not as `config` builds it, such as a bias or a norm of another
+        kind or with another epsilon; None where all are."""
         with on_meta():
-            built = Decoder(self.config).state_dict()
-        own = self.state_dict()
+            model = Decoder(self.config)
+        own, built = self.state_dict(), model.state_dict()
         differ = (k for k in (*built, *own) if k not in own or k not in built or own[k].shape != built[k].shape)
-        return next(differ, None)
+        parts = dict(model.named_modules())
+        others = (
+            name
+            for name, part in self.named_modules()
+            if name and (name not in parts or _settings(part) != _settings(parts[name]))
+        )
+        return next(itertools.chain(differ, others), None)
+
+    def has_own_methods(self) -> bool:
+        """Whether a subclass, or this very model, computes features or logits in another way."""
+        names = ("forward_features", "forward_head", "head_weight")
+        return any(name in self.__dict__ or getattr(type(self), name) is not getattr(Decoder, name) for name in names)
 
     def fast_form(self) -> Decoder:
         from zoo.layers.fast_decoder import FastDecoder
 
-        return FastDecoder(self) if self.changed_tensor() is None else self
+        return self if self.has_own_methods() or self.changed_part() is not None else FastDecoder(self)
 
     def describe_widths(self) -> None:
         """Bring `config`, and what a checkpoint says of it, up to date with SwiGLUs that lost channels.

@@ -425,8 +425,13 @@ class FastDecoder(Decoder):
         """As a sequence begins (for each token it would take too long): weights and parts may be others now."""
         self._native = None
         parts = [part for part in self.modules() if part is not self]
-        self._is_whole = not has_hooks(*parts) and all(
-            type(part) in PARTS and "forward" not in part.__dict__ for part in parts
+        norms = [part for part in parts if isinstance(part, FastNorm)]
+        attentions = [part for part in parts if isinstance(part, FastAttention)]
+        self._is_whole = (
+            not has_hooks(*parts)
+            and all(type(part) in PARTS and "forward" not in part.__dict__ for part in parts)
+            and all(norm.eps == self.config.norm_eps for norm in norms)
+            and all((attention.qk_norm is not None) == self.config.qk_norm for attention in attentions)
         )
 
     def _native_step(self) -> NativeStep:

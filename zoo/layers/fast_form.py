@@ -40,6 +40,18 @@ def is_as_made(module: nn.Module) -> bool:
     return not isinstance(module, HasFastForm) or module.__dict__.get("_made_of") == _parts(module)
 
 
+def is_alike(part: nn.Module, other: nn.Module | None) -> bool:
+    """Whether two modules without their parts compute the same at inference from the same weights."""
+    from timm.layers import DropPath  # language models start without timm
+
+    if other is None:
+        return False
+    nothing = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)
+    if isinstance(part, nothing) and isinstance(other, nothing):
+        return True
+    return _facts(part) == _facts(other) and part.__dict__.get("eps") == other.__dict__.get("eps")
+
+
 def _parts(module: nn.Module) -> list[tuple[Any, ...]]:
     return [(name, *_facts(part)) for name, part in module.named_modules(remove_duplicate=False) if name]
 
