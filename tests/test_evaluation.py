@@ -186,6 +186,8 @@ def test_the_order_of_folders_says_nothing_to_a_model_that_knows_other_names(tmp
     make_parquet(tmp_path / "table" / "test.parquet", [0, 1], ["zebra", "ant"])  # numbered by whoever made it
     table = DataConfig(name="parquet", path=str(tmp_path / "table"), workers=0)
     assert list(evaluate(Shade(2, ["a", "b"]), table).per_class) == ["zebra", "ant"]
+    with pytest.raises(DataError, match="does not know 1 of the data's 2 classes: 'zebra'"):
+        evaluate(Shade(2, ["ant", "b"]), table)  # which has it as its second
 
 
 def test_folders_called_by_numbers(tmp_path: Path):
@@ -316,6 +318,7 @@ def test_eval_takes_folders_files_and_names(eval_py: Any, exported: Path, tmp_pa
         (["--modle", "x"], 2, "There is no option --modle. Did you mean model?"),
         (["--data.name", "digits"], 1, "required: model"),
         (["--model", "poolformer_s99", "--data.name", "digits"], 1, "Did you mean poolformer_s"),
+        (["--model", "poolformer_s99"], 1, "Did you mean poolformer_s"),
         (["--model", "/dev", "--data.name", "digits"], 1, "/dev is neither the folder of a run nor one with"),
         (["--model", __file__, "--data.name", "digits"], 1, "has no config.json beside it"),
         (["--model", "timm/poolformer_s99", "--data.name", "digits"], 1, "timm does not make 'timm/poolformer_s99'"),

@@ -244,6 +244,9 @@ def test_the_rate_falls_at_the_milestones():
         scheduler.step_update(100 * epoch + 50)
         rates.append(round(optimizer.param_groups[0]["lr"], 6))
     assert rates == [1.0] * 3 + [0.1] * 4 + [0.01] * 3
+    for update, rate in ((299, 1.0), (300, 0.1), (699, 0.1), (700, 0.01)):
+        scheduler.step_update(update)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
     with pytest.raises(ConfigError, match="decay_milestones, such as"):
         SchedulerConfig(sched="multistep")
     with pytest.raises(ConfigError, match="decay_milestones, such as"):

@@ -456,7 +456,8 @@ def train_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> A
         (["--scheduler.min_lr", "0.1"], 1, "scheduler.min_lr (0.1) is above optimizer.lr (0.003): the rate would rise"),
         (["--train.grad_accum_steps", "0"], 1, "train.grad_accum_steps must be above zero"),
         (["--output.dir", "/dev/null/run"], 1, "Cannot write to the folder '/dev/null/run'"),
-        (["--resume", "/nowhere"], 1, "nothing to resume in '/nowhere'"),
+        (["--resume", "/nowhere"], 1, "There is no run '/nowhere' to resume."),
+        (["--resume", "/tmpp"], 1, "Did you mean tmp?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -313,6 +313,8 @@ def _changed_part(model: nn.Module, built: nn.Module) -> str | None:
     """The name of a part that is of another kind than in `built`, or has other settings."""
     from zoo.layers.decoder import Decoder
 
+    if not isinstance(model, type(built)):  # timm's own of the same name, whose weights these are
+        return None
     if isinstance(built, Decoder):
         return model.changed_part() if type(built) is Decoder else None  # type: ignore[operator]
     parts = dict(built.named_modules())

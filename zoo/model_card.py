@@ -474,7 +474,7 @@ def _summary(
     figures: Mapping[str, float],
     base: Base | None,
 ) -> str:
-    family = f"a {re.split('[:.]', module_docstring(info.module))[0]}" if info else "timm's"
+    family = re.split("[:.]", module_docstring(info.module))[0] if info else "timm's"
     text = f"`{cfg['architecture']}` ({family})"
     if base is not None:
         text += f", {'fine-tuned from' if base.trained else 'with the weights'} `{base.name}`"

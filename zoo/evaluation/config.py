@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
@@ -262,9 +261,15 @@ def parse_evaluation(
 def _task(argv: Sequence[str]) -> str:
     """What the models in `argv` are made for. Raises ConfigError where that is not one thing."""
     found: dict[str, str] = {}
+    unknown: list[ZooError] = []
     for model in _models(argv):
-        with contextlib.suppress(ZooError):  # a name that does not exist fails when its turn comes
+        try:
             found.setdefault(model_task(model), model)
+        except ZooError as error:  # a name that does not exist fails when its turn comes
+            if model and not Path(model).expanduser().exists():
+                unknown.append(error)
+    if unknown and not found and not any(token.startswith(("--data", "--config")) for token in argv):
+        raise unknown[0]  # before the data are missed, which a run would have named
     if len(found) > 1:
         (task, first), (other, second) = list(found.items())[:2]
         raise ConfigError(f"{first} is {KINDS[task]} and {second} {KINDS[other]}: evaluate them by two commands.")

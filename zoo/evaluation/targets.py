@@ -206,8 +206,8 @@ def fit_classes(split: ImageSplit, model: nn.Module) -> tuple[ImageSplit, tuple[
 
     Matched by name where the model knows all the split's names (a split may hold some of the classes only), else by
     number, which takes equally many classes. Classes that are called 0, 1, 2, ... say their numbers themselves. Where
-    the split's numbers are only the alphabetical order of its names, they say nothing to a model that knows other
-    names. Raises DataError for what does not fit.
+    the split's numbers are only the alphabetical order of its names, or it has some of the model's names at other
+    numbers, they say nothing to a model that knows other names. Raises DataError for what does not fit.
     """
     num_classes: int = model.num_classes  # type: ignore[assignment]
     names = class_names(model)
@@ -217,13 +217,15 @@ def fit_classes(split: ImageSplit, model: nn.Module) -> tuple[ImageSplit, tuple[
     if numbered and sorted(map(int, split.classes)) == list(range(num_classes)) and label_names(model) is None:
         by_number = tuple(sorted(split.classes, key=int))  # not as text, where 10 comes before 2
         return align_classes(split, by_number), by_number
-    if names is not None and split.alphabetical:
+    # numbers that say nothing: the alphabetical order of folders, or another order of some of the model's own names
+    reordered = names is not None and any(n in names and names.index(n) != i for i, n in enumerate(split.classes))
+    if names is not None and (split.alphabetical or reordered):
         unknown = [name for name in split.classes if name not in names]
         unmatched = [name for name in names if name not in split.classes]
         lacking = f", and the data lacks {len(unmatched)} of its own: {_first(unmatched)}" if unmatched else ""
         raise DataError(
             f"The model does not know {len(unknown)} of the data's {len(split.classes)} classes: {_first(unknown)}"
-            f"{lacking}.{did_you_mean(unknown[0], names)} Rename the data's classes (folders) to the model's names, or "
+            f"{lacking}.{did_you_mean(unknown[0], names)} Rename the data's classes to the model's names, or "
             "evaluate on the classes that it was trained on."
         )
     if len(split.classes) == num_classes:

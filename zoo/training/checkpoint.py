@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from zoo.data.streaming import reason
-from zoo.errors import CheckpointError, ConfigError
+from zoo.errors import CheckpointError, ConfigError, did_you_mean
 
 __all__ = ["STATE", "find_checkpoint", "read_state", "rng_state", "set_rng_state", "write_checkpoint"]
 
@@ -114,6 +114,9 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
             return folder
     if resume == "auto":
         return None
+    if not base.exists():
+        beside = [path.name for path in base.parent.iterdir() if path.is_dir()] if base.parent.is_dir() else []
+        raise CheckpointError(f"There is no run {resume!r} to resume.{did_you_mean(base.name, beside)}")
     raise CheckpointError(f"There is nothing to resume in {resume!r}: no {STATE}, neither in it nor in its 'last'.")
 
 

@@ -51,7 +51,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import MultiStepLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
@@ -818,7 +818,10 @@ class _Loop:
         self._bring_best(checkpoint)
         self._write_history(draw=False)
         where = f"epoch {progress.epoch + 1}" + (f", batch {progress.batch + 1}" if progress.batch else "")
-        self._say(f"Resumed {checkpoint} at {where} of {self.epochs} epochs.")
+        if progress.epoch >= self.epochs:
+            self._say(f"{checkpoint} is at its end, {self.epochs} epochs: raise scheduler.epochs to go on.")
+        else:
+            self._say(f"Resumed {checkpoint} at {where} of {self.epochs} epochs.")
 
     def _place(self, together_before: int, processes_before: int) -> None:
         """Find the place in the epoch again where batches are of another size, or shared by other processes."""
@@ -999,6 +1002,8 @@ def make_scheduler(
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"The schedule {config.sched!r} cannot be made: {error}") from None
+    if isinstance(scheduler, MultiStepLRScheduler):  # of updates it would lower the rate one too early
+        scheduler.decay_t = [update + 1 for update in scheduler.decay_t]
     if scheduler is None:  # a schedule scales the rates of layers; without one they are scaled here
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
