@@ -130,6 +130,12 @@ def test_metas_weights_in_timms_network_are_warned_of(metas_file: Path, caplog: 
 def test_what_would_be_another_function_when_opened_is_not_published(tmp_path: Path):
     model: Any = zoo.create_model("fbnetv3_test", pretrained=False)
     model.blocks[3][0].conv_dw.padding = (1, 1)
+    with pytest.raises(ConfigError, match=r"blocks\.3\.0\.conv_dw .*is not as the model's arguments build it"):
+        prepare(model, tmp_path / "draft", license="mit")
+    assert not (tmp_path / "draft").exists()
+    model = zoo.create_model("fbnetv3_test", pretrained=False)
+    features = model.forward_features
+    model.forward_features = lambda x: 2 * features(x)
     with pytest.raises(ConfigError, match="computes something else once it is saved and opened again"):
         prepare(model, tmp_path / "draft", license="mit")
     assert not (tmp_path / "draft").exists()
