@@ -315,7 +315,7 @@ def test_eval_takes_folders_files_and_names(eval_py: Any, exported: Path, tmp_pa
     ("flags", "status", "message"),
     [
         (["--model"], 2, "--model needs a value"),
-        (["--modle", "x"], 2, "There is no option --modle. Did you mean model?"),
+        (["--modle", "x"], 2, "There is no option --modle. Did you mean --model?"),
         (["--data.name", "digits"], 1, "required: model"),
         (["--model", "poolformer_s99", "--data.name", "digits"], 1, "Did you mean poolformer_s"),
         (["--model", "poolformer_s99"], 1, "Did you mean poolformer_s"),
@@ -332,6 +332,19 @@ def test_bad_input(eval_py: Any, exported: Path, flags: list[str], status: int, 
     assert found == status
     assert "Traceback" not in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_a_classifier_that_the_weights_lack(eval_py: Any, exported: Path):
+    """It would be random; features are measured without."""
+    path = exported / "config.json"
+    config = json.loads(path.read_text())
+    config["num_classes"] = config["zoo"]["model_args"]["num_classes"] = 10
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "label_names"}))
+    flags = ["--model", exported, "--data.name", "digits", "--data.workers", "0", "--data.input_size", "[3, 32, 32]"]
+    status, _, errors = eval_py(*flags)
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "for the 10 classes of" in errors
+    assert eval_py(*flags, "--features", "knn")[0] == 0
 
 
 def test_results_that_cannot_be_written(eval_py: Any, exported: Path, tmp_path: Path):

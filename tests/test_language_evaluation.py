@@ -321,7 +321,7 @@ def test_damaged_documents_are_listed(eval_py: Any, folder: Path, tmp_path: Path
         (["--data.path", "{tmp}/empty.txt"], "There is no text to evaluate"),
         (["--data.name", "pydoc", "--context", "1000"], "context must be from 1 to 128"),
         (["--data.name", "pydoc", "--tokenizer", "byte"], "There is no tokenizer 'byte'"),
-        (["--data.name", "pydoc", "--strid", "3"], "There is no option --strid. Did you mean stride?"),
+        (["--data.name", "pydoc", "--strid", "3"], "There is no option --strid. Did you mean --stride?"),
     ],
 )
 def test_bad_input(eval_py: Any, folder: Path, tmp_path: Path, flags: list[str], message: str):

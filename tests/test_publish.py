@@ -333,6 +333,29 @@ def test_what_a_dry_run_leaves_is_what_a_publish_of_it_sends(run: Path, tmp_path
     assert again.remarks == draft.remarks
 
 
+def test_what_was_edited_in_a_draft_by_hand(run: Path, tmp_path: Path):
+    folder = prepare(run, tmp_path / "draft", license="mit").folder
+    config = json.loads((folder / "config.json").read_text())
+    base = {"name": 5, "hub_id": None, "url": 5, "license": None, "trained": 1}
+    config["zoo"]["card"] |= {"dataset": ["a"], "base": base}
+    (folder / "config.json").write_text(json.dumps(config))
+    results = json.loads((folder / "results.json").read_text())
+    edited = results | {"command": "python eval.py --model /home/jane/it's", "preprocessing": [1]}
+    (folder / "results.json").write_text(json.dumps(edited))
+    card = model_card(folder)
+    assert "eval.py --model it's" in card
+    assert "jane" not in card
+    (folder / "history.csv").write_text("epoch,val_top1\n1,2,3\n")
+    with pytest.raises(ConfigError, match=r"history\.csv is not the history of a run"):
+        prepare(folder, tmp_path / "again")
+    # the classifier of other classes would be random
+    config["num_classes"] = config["zoo"]["model_args"]["num_classes"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"for the 7 classes of .*, which would be random"):
+        prepare(folder, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_the_command_publishes_what_a_dry_run_left(
     hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

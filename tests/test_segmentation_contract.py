@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import zoo
-from tests.models import SIZE, create
+from tests.models import SIZE, create, set_to_random
 from zoo.errors import ConfigError
 from zoo.registry import get_entry
 from zoo.training.config import OptimizerConfig
@@ -164,6 +164,13 @@ def test_another_number_of_classes_channels_and_precision(name: str):
     assert model.get_classifier().weight.dtype == torch.float64
     model.reset_classifier(0)
     assert model(grey).shape == (2, model.head_hidden_size, *side)
+
+
+@models
+def test_saved_as_it_is(name: str, tmp_path: Path):
+    model = set_to_random(model_of(name)).eval()
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'saved')}").eval()
+    assert torch.equal(again(images()), model(images()))
 
 
 @pytest.mark.parametrize("how", [{"out_indices": (1, 2, 3)}, {"feature_cls": "list"}])

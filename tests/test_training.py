@@ -421,8 +421,8 @@ def train_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> A
 @pytest.mark.parametrize(
     ("flags", "status", "message"),
     [
-        (["--optimizer.lrr", "1"], 2, "There is no option --optimizer.lrr. Did you mean optimizer.lr?"),
-        (["--lr", "1"], 2, "There is no option --lr. Did you mean optimizer.lr?"),
+        (["--optimizer.lrr", "1"], 2, "There is no option --optimizer.lrr. Did you mean --optimizer.lr?"),
+        (["--lr", "1"], 2, "There is no option --lr. Did you mean --optimizer.lr?"),
         (["--optimizer.lr"], 2, "--optimizer.lr needs a value"),
         (["oops.yaml"], 2, "'oops.yaml' stands alone"),
         (["--model", "poolformer_s12"], 2, "--model takes a YAML file. Single values have names of their own"),

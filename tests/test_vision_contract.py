@@ -4,6 +4,7 @@ These are the checks of timm's own model suite (forward, backward, default confi
 intermediates, tracing, FX) and those of ours (export, compile, precision, layout, layer decay, meta device).
 """
 
+import contextlib
 import copy
 import inspect
 import math
@@ -12,12 +13,14 @@ import sys
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from timm.models import group_parameters
 from timm.models._features_fx import FeatureGraphNet
+from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import zoo
-from tests.models import SIZE, create, each_vision_model
+from tests.models import SIZE, create, each_vision_model, set_to_random
 from zoo.errors import ConfigError
 from zoo.registry import get_entry
 
@@ -141,6 +144,28 @@ def test_saved_as_it_is_now(name, tmp_path):
     with pytest.raises(ConfigError, match="parts were cut off or exchanged, and nothing could open it again"):
         zoo.save_pretrained(model, tmp_path / "pruned")
     assert not (tmp_path / "pruned").exists()
+
+
+@pytest.mark.parametrize("name", zoo.list_models("*_test", task="vision"))
+@torch.no_grad()
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, convert_sync_batchnorm])
+def test_saved_with_what_training_alone_uses(name, convert, tmp_path):
+    """Rates, momenta and norms over several GPUs are no part of the function."""
+    rates = {}
+    for rate in ("drop_rate", "drop_path_rate", "drop_block_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate"):
+        with contextlib.suppress(ConfigError):
+            create(name, device="meta", **{rate: 0.1})
+            rates[rate] = 0.1
+    assert rates
+    model = set_to_random(create(name, **rates)).eval()
+    expected = model(images())
+    if convert is convert_sync_batchnorm or not any(isinstance(part, BatchNormAct2d) for part in model.modules()):
+        model = convert(model)  # torch's own loses the activations of timm's batch norms
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.01
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'model')}").eval()
+    torch.testing.assert_close(again(images()), expected)
 
 
 @models

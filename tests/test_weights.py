@@ -1086,6 +1086,25 @@ for write, *args in (zoo.save_pretrained, model, {it!r}), (zoo.convert_checkpoin
         ('{"architecture": "poolformer_s12", "pretrained_cfg": {"mean": "grey"}}', "says mean is 'grey'"),
         ('{"architecture": "poolformer_s12", "pretrained_cfg": {"crop_pct": "q"}}', "says crop_pct is 'q'"),
         (
+            '{"architecture": "poolformer_s12", "pretrained_cfg": {"mean": []}}',
+            r"says mean is \(\), and not a number for",
+        ),
+        (
+            '{"architecture": "poolformer_s12", "pretrained_cfg": {"std": [0.0]}}',
+            r"std is \(0\.0,\), and not a number above",
+        ),
+        (
+            '{"architecture": "poolformer_s12", "pretrained_cfg": {"interpolation": "bicubicc"}}',
+            "says interpolation is 'bicubicc'. Did you mean bicubic",
+        ),
+        ('{"architecture": "poolformer_s12", "pretrained_cfg": {"crop_mode": 3}}', "says crop_mode is 3"),
+        ('{"architecture": "poolformer_s12", "pretrained_cfg": {}, "label_names": 5}', "says label_names is 5"),
+        (
+            '{"architecture": "poolformer_s12", "pretrained_cfg": {}, "zoo": {"model_args": {}, '
+            '"kept_widths": {"tensors": {}, "features": 5}}}',
+            "kept_widths says that the features are 5",
+        ),
+        (
             '{"architecture": "poolformer_s12", "zoo": {"model_args": {}, "quantization": {"to": "int8"}}}',
             "poolformer_s12 is no language model, and only those are quantised",
         ),
@@ -1095,7 +1114,7 @@ def test_a_bad_config(folder: Path, config: str | None, message: str) -> None:
     (folder / "config.json").unlink()
     if config is not None:
         (folder / "config.json").write_text(config)
-    with pytest.raises((CheckpointError, UnknownModelError), match=message):
+    with pytest.raises((CheckpointError, ConfigError, UnknownModelError), match=message):
         zoo.create_model(f"local-dir:{folder}")
 
 

@@ -171,7 +171,7 @@ def _check_flags(schema: type, argv: Sequence[str]) -> None:
         if token.startswith("--"):
             key = token[2:].partition("=")[0]
             if key not in names and not key.startswith(tuple(open_ended)):
-                raise UsageError(f"There is no option --{key}.{_nearest(key, names)}")
+                raise UsageError(f"There is no option --{key}.{_nearest(key, names, '--')}")
             is_last = position == len(argv) - 1 or argv[position + 1].startswith("--")
             if is_last and "=" not in token and key not in ("help", "print_config"):
                 raise UsageError(f"--{key} needs a value.")
@@ -193,10 +193,12 @@ def _check_keys(schema: type, values: Any, path: str, names: Sequence[str], pref
             _check_keys(typing.cast(type, kinds[key]), value, path, names, f"{prefix}{key}.")
 
 
-def _nearest(key: str, names: Sequence[str]) -> str:
-    """The key that has the same last part, as `optimizer.lr` for `lr`; else the one most alike."""
-    same_leaf = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return f" Did you mean {' or '.join(same_leaf)}?" if same_leaf else did_you_mean(key, names, count=1)
+def _nearest(key: str, names: Sequence[str], dashes: str = "") -> str:
+    """The key with the same last part, as `optimizer.lr` for `lr`; else the one most alike. With `dashes` before it."""
+    same_leaf = [dashes + name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    if same_leaf:
+        return f" Did you mean {' or '.join(same_leaf)}?"
+    return did_you_mean(dashes + key, [dashes + name for name in names], count=1)
 
 
 def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -42,6 +42,8 @@ __all__ = ["describe", "load_config", "save_pretrained", "tokenizer_beside"]
 
 CONFIG = "config.json"
 WEIGHTS = DEFAULT_FILES[0]
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")  # that timm knows
+CROP_MODES = ("center", "squash", "border")
 OWN_TYPE = "zoo"  # the `model_type` of what no class of transformers computes: its tokenizers look for one
 
 
@@ -419,10 +421,21 @@ def _check_description(cfg: Mapping[str, Any], source: str) -> None:
             raise CheckpointError(f"The {CONFIG} of {source} says {key} is {size!r}, which is no size.")
     for key in ("mean", "std"):
         values = cfg.get(key)
-        if values is not None and not (isinstance(values, tuple) and all(isinstance(v, int | float) for v in values)):
+        numbers = isinstance(values, tuple) and values and all(isinstance(v, int | float) for v in values)
+        if values is not None and not (numbers and (key == "mean" or min(values) > 0)):
+            above = " above zero" if key == "std" else ""
             raise CheckpointError(
-                f"The {CONFIG} of {source} says {key} is {values!r}, and not a number for each channel."
+                f"The {CONFIG} of {source} says {key} is {values!r}, and not a number{above} for each channel."
             )
+    for key, known in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if (word := cfg.get(key)) and word not in known:
+            raise CheckpointError(
+                f"The {CONFIG} of {source} says {key} is {word!r}.{did_you_mean(str(word), known)} "
+                f"It may be {', '.join(known)}."
+            )
+    names = cfg.get("label_names")
+    if names is not None and not isinstance(names, list | tuple | Mapping):
+        raise CheckpointError(f"The {CONFIG} of {source} says label_names is {names!r}, and not a name for each class.")
     for key in ("crop_pct", "test_crop_pct"):
         share = cfg.get(key)
         if share is not None and not (isinstance(share, int | float) and share > 0):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -385,7 +384,7 @@ def _evaluation_section(
     if rounded:
         text.append("The figures are of the weights before they were halved, and not of these.")
     if results is not None and isinstance(results.get("command"), str):
-        text.append(f"The command was\n\n```bash\n{command_without_paths(shlex.split(results['command']))}\n```")
+        text.append(f"The command was\n\n```bash\n{command_without_paths(results['command'])}\n```")
     return "\n\n".join(text)
 
 

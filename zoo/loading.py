@@ -12,7 +12,7 @@ from zoo.errors import ConfigError, DownloadError, did_you_mean
 from zoo.factory import create_model
 from zoo.files import checkpoint_folder
 from zoo.hub import load_config
-from zoo.registry import PLACES, get_entry, list_models, split_name
+from zoo.registry import PLACES, get_entry, list_models, misspelt_place, split_name
 
 __all__ = [
     "check_is_whole",
@@ -72,6 +72,8 @@ def resolve_path(source: str) -> str:
     """
     if not source:
         raise ConfigError("The name of a model is empty.")
+    if advice := misspelt_place(source):
+        raise ConfigError(f"There is no model called {source!r}.{advice}")
     path = Path(source).expanduser()
     if path.exists() and not source.startswith(PLACES):
         folder = checkpoint_folder(path)
@@ -110,10 +112,7 @@ def model_task(source: str) -> str:
     """
     if source.startswith("timm/"):
         return "vision"
-    path = Path(source).expanduser()
-    if path.exists() and not source.startswith(PLACES):
-        folder = checkpoint_folder(path)
-        source = source if folder is None else f"local-dir:{folder}"
+    source = resolve_path(source)
     if holds_timm_model(source):
         return "vision"
     if source.startswith(PLACES):

@@ -128,7 +128,7 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
     with open(path, encoding="utf-8", newline="") as file:
         try:
             return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-        except (csv.Error, UnicodeDecodeError, TypeError, ValueError) as error:
+        except (csv.Error, UnicodeDecodeError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"{path} is not the history of a run: {error}.") from None
 
 
@@ -203,8 +203,12 @@ def without_paths(value: Any) -> Any:
     return _IN_TEXT.sub(lambda match: _last_part(match[0]), _QUERY.sub(r"\1", _CREDENTIALS.sub(r"\1", value)))
 
 
-def command_without_paths(argv: Sequence[str]) -> str:
+def command_without_paths(command: str | Sequence[str]) -> str:
     """A command as it may be shown: what `without_paths` leaves of each argument, and of the value in --flag=value."""
+    try:
+        argv = shlex.split(command) if isinstance(command, str) else command
+    except ValueError:  # quotes that do not close, in a file that was edited
+        return str(without_paths(command))
 
     def clean(argument: str) -> str:
         flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
@@ -635,13 +639,14 @@ def _evaluation_section(
     where = data.title + (f", split {data.split}" if data.split else "")
     command = ["python", "eval.py", "--model", f"hf-hub:{place}", *data.flags]
     if results is not None:
-        preprocess = results.get("preprocessing") or {}
+        preprocess = results.get("preprocessing")
+        preprocess = preprocess if isinstance(preprocess, Mapping) else {}
         if isinstance(preprocess.get("input_size"), list):
             where += f", at {shape_text(preprocess['input_size'])}"
         images = f" on {results['images']:,} images" if isinstance(results.get("images"), int) else ""
         source = f"Measured{images} of {where} with {tools_of(results)}; `results.json` holds every figure."
         if isinstance(results.get("command"), str):
-            source += f" The command was\n\n```bash\n{command_without_paths(shlex.split(results['command']))}\n```\n\n"
+            source += f" The command was\n\n```bash\n{command_without_paths(results['command'])}\n```\n\n"
         if data.label_map:
             command += ["--label_map", data.label_map]
         own = {"input_size": list(cfg["input_size"]), "crop_pct": cfg.get("crop_pct")}

@@ -16,7 +16,6 @@ import inspect
 import json
 import os
 import re
-import shlex
 import shutil
 import tempfile
 import time
@@ -49,7 +48,7 @@ from zoo.files import checkpoint_places, whole_file
 from zoo.history import FIGURES, SHRUNK
 from zoo.hub import CONFIG, OWN_TYPE, WEIGHTS, is_language_model, save_pretrained, tokenizer_beside
 from zoo.language_card import render_language_card
-from zoo.loading import names_weights
+from zoo.loading import check_is_whole, names_weights
 from zoo.model_card import (
     ENVIRONMENT,
     RECIPE,
@@ -404,7 +403,8 @@ def prepare(
     elif isinstance(tokenizer, str):
         tokenizer = create_tokenizer(tokenizer)
     is_draft, stated = found.said is not None, found.said or {}
-    half, dataset = half or stated.get("half") is True, dataset or stated.get("dataset")
+    half = half or stated.get("half") is True
+    dataset = dataset or (stated["dataset"] if isinstance(stated.get("dataset"), str) else None)
     base = _base_said(stated) or found.base
     license = _settle_license(found, base, license, has_rights)
     beside = found.checkpoint / LICENSE if found.checkpoint is not None and is_draft else None
@@ -507,7 +507,10 @@ def _find(source: nn.Module | str | Path, model: str | None) -> _Source:
         return _Source(model=source, base=_base_in_cfg(_cfg(source), source) if _has_loaded(source) else None)
     if not isinstance(source, str | os.PathLike):
         raise ConfigError(f"A model, a folder or a file is published, not {type(source).__name__}.")
-    path = Path(os.fspath(source).removeprefix("local-dir:")).expanduser()
+    place = os.fspath(source).removeprefix("local-dir:")
+    path = Path(place).expanduser()
+    if not place:
+        raise ConfigError("What is published is named by the path of its folder or file, and this one is empty.")
     if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise ConfigError(f"There is no run or checkpoint {str(path)!r}.{near}")
@@ -573,7 +576,9 @@ def _from_file(path: Path, name: str) -> _Source:
 def _open(name: str, **where: Any) -> nn.Module:
     """The model of a repository or folder on the CPU, ready to be asked; timm's own where the zoo has none."""
     try:
-        return create_model(name, **where).eval()
+        model = create_model(name, **where).eval()
+        check_is_whole(model)
+        return model
     except UnknownModelError:
         import timm
 
@@ -846,14 +851,17 @@ def _say_in_config(
 def _base_said(said: Mapping[str, Any]) -> Base | None:
     base = said.get("base")
     fields = [field.name for field in dataclasses.fields(Base)]
-    return Base(**base) if isinstance(base, dict) and base.keys() == set(fields) else None
+    if not isinstance(base, dict) or base.keys() != set(fields) or not isinstance(base["name"], str):
+        return None
+    texts = all(base[key] is None or isinstance(base[key], str) for key in ("hub_id", "url", "license"))
+    return Base(**base) if texts and isinstance(base["trained"], bool) else None
 
 
 def _without_paths(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results of an evaluation as they may be shown."""
     public: dict[str, Any] = without_paths(results)
     if isinstance(results.get("command"), str):
-        public["command"] = command_without_paths(shlex.split(results["command"]))
+        public["command"] = command_without_paths(results["command"])
     return public
 
 

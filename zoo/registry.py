@@ -482,16 +482,21 @@ def get_entry(name: str) -> Entry:
 def _meant_by_path(name: str) -> str:
     if name.startswith("timm/"):
         return f" timm.create_model({name[5:]!r}) makes timm's; zoo.loading.load_model takes both."
-    written = name.strip()
-    if written != name or not written.startswith(PLACES):
-        place, _, rest = written.partition(":")
-        if f"{place.lower()}:" in PLACES:
-            return f" Write {place.lower()}:{rest}."
+    if advice := misspelt_place(name):
+        return advice
     if name.startswith(PLACES):
         return " That names weights, and this asks for an architecture: zoo profile and zoo card take weights."
     if Path(name).expanduser().is_dir():
-        return f" For the model in that folder, write local-dir:{name}."
+        return f" For the model in that folder, write local-dir:{name}, as create_model and zoo profile take it."
     return f" For a folder, write local-dir:{name}; for a repository on the Hub, hf-hub:{name}."
+
+
+def misspelt_place(name: str) -> str:
+    """What to write for a name such as `Local-Dir:...`, with a space before it or other cases; empty for others."""
+    written = name.strip()
+    place, _, rest = written.partition(":")
+    is_meant = f"{place.lower()}:" in PLACES and (written != name or not written.startswith(PLACES))
+    return f" Write {place.lower()}:{rest}." if is_meant else ""
 
 
 def model_info(name: str) -> ModelInfo:

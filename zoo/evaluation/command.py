@@ -28,7 +28,7 @@ from zoo.evaluation.segmentation_results import SegmentationResults
 from zoo.evaluation.targets import check_label_map
 from zoo.files import check_writable, make_folder
 from zoo.hub import tokenizer_beside
-from zoo.loading import load_model
+from zoo.loading import check_is_whole, load_model
 from zoo.units import shape_text
 
 __all__ = ["run"]
@@ -79,8 +79,10 @@ def _run_segmentation(
     rows: list[SegmentationResults] = []
 
     def evaluate_one(name: str) -> None:
+        model = load_model(name, config.checkpoint_path)
+        check_is_whole(model)
         found = evaluate_segmentation(
-            load_model(name, config.checkpoint_path),
+            model,
             config.data,
             name=name,
             pictures=config.pictures if output else 0,
@@ -190,6 +192,8 @@ def _evaluate_model(
     """The results of one model, at every size, by every method; saved and added to `rows` as they come."""
     model = load_model(name, config.checkpoint_path)
     check_image_model(model)
+    if not config.features:
+        check_is_whole(model)
     if config.sizes:
         _check_sizes(model, name, config.sizes)
     found = []

@@ -42,13 +42,13 @@ def is_as_made(module: nn.Module) -> bool:
 
 def is_alike(part: nn.Module, other: nn.Module | None) -> bool:
     """Whether two modules without their parts compute the same at inference from the same weights."""
-    from timm.layers import DropPath  # language models start without timm
+    from timm.layers import DropBlock2d, DropPath  # language models start without timm
 
+    nothing = (nn.Identity, nn.Dropout, nn.Dropout2d, DropBlock2d, DropPath)
+    if isinstance(part, nothing) and (other is None or isinstance(other, nothing)):  # timm writes None at a rate of 0
+        return True
     if other is None:
         return False
-    nothing = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath)
-    if isinstance(part, nothing) and isinstance(other, nothing):
-        return True
     return _facts(part) == _facts(other) and part.__dict__.get("eps") == other.__dict__.get("eps")
 
 
@@ -57,9 +57,16 @@ def _parts(module: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _facts(part: nn.Module) -> tuple[Any, ...]:
-    # the same at inference, and what training on several GPUs leaves
-    kind = nn.BatchNorm2d if type(part) is nn.SyncBatchNorm else type(part)
     stated = part.__dict__
     groups = "depthwise" if stated.get("groups") == stated.get("in_channels") else stated.get("groups")
     absent = [name for name, parameter in part._parameters.items() if parameter is None]
-    return kind, groups, absent, [stated[name] for name in SETTINGS if name in stated]
+    return _kind(part), groups, absent, [stated[name] for name in SETTINGS if name in stated]
+
+
+def _kind(part: nn.Module) -> type[nn.Module]:
+    if not isinstance(part, nn.SyncBatchNorm):
+        return type(part)
+    from timm.layers import BatchNormAct2d, SyncBatchNormAct
+
+    # the same at inference, and what training on several GPUs leaves
+    return {nn.SyncBatchNorm: nn.BatchNorm2d, SyncBatchNormAct: BatchNormAct2d}.get(type(part), type(part))

@@ -423,7 +423,8 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     Takes VITA-Group/SLaK's layout, trained or merged, a backbone out of a detector or segmenter, and ours. The branches
     of a trained checkpoint are merged where the model is.
     """
-    tensors = {_rename(key): tensor for key, tensor in state_dict.items()}
+    own = model.state_dict().keys()  # a segmentation model's have `backbone.` before them, too
+    tensors = {key if key in own else _rename(key): tensor for key, tensor in state_dict.items()}
     if any(isinstance(module, MergedLargeKernelConv) for module in model.modules()):
         tensors = _merge_all(tensors)
     return tensors

@@ -537,6 +537,9 @@ def resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
     shapes = {}
     if not isinstance(widths, Mapping) or not isinstance(widths.get("tensors"), Mapping):
         raise ConfigError("kept_widths is what zoo.sparsity.kept_widths says of a shrunk model, with its tensors.")
+    features = widths.get("features", ())
+    if not isinstance(features, list | tuple) or not all(type(n) is int and n > 0 for n in features):
+        raise ConfigError(f"kept_widths says that the features are {features!r}, and not how wide each is.")
     for name, shape in widths["tensors"].items():
         if name not in tensors:
             continue
@@ -552,7 +555,7 @@ def resize(model: nn.Module, widths: Mapping[str, Any]) -> None:
         tensors[name].data = tensors[name].data[tuple(slice(n) for n in shape)].clone()
     model.__dict__["_kept_widths"] = {name: list(widths["tensors"][name]) for name in shapes}
     _set_widths(model, shapes)
-    for info, channels in zip(_feature_info(model), widths.get("features", ()), strict=False):
+    for info, channels in zip(_feature_info(model), features, strict=False):
         info["num_chs"] = channels
     for key in ("num_features", "head_hidden_size"):
         if key in widths and hasattr(model, key):
