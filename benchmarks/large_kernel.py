@@ -32,7 +32,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.metadata
 import importlib.util
 import json
 import statistics

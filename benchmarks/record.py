@@ -51,5 +51,6 @@ def data_folder(name: str, holds: str, given: str | Path | None = None) -> Path:
     """The folder of a data set, `given` or `name` in $ZOO_DATA, with something called `holds`. Raises DataError."""
     folder = Path(given) if given else Path(os.environ.get("ZOO_DATA") or ROOT.parent / "shared" / "data") / name
     if not (folder / holds).exists():
-        raise DataError(f"There is no {holds} in {str(folder)!r}: let ZOO_DATA name the folder that {name} lies in.")
+        told = "" if given else f": let ZOO_DATA name the folder that {name} lies in"
+        raise DataError(f"There is no {holds} in {str(folder)!r}{told}.")
     return folder

@@ -6,6 +6,7 @@ import types
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
@@ -441,6 +442,36 @@ def test_weights_that_change_in_inference_mode(layer, inplace):
         for parameter in fast.parameters():
             parameter.mul_(2)
         close(fast(x), 4 * before)
+
+
+def test_weights_of_a_model_that_is_optimized_in_inference_mode_count_their_changes():
+    """Without, they would be packed at every call."""
+    model = create("caformer_test")
+    with torch.inference_mode():
+        fast = zoo.optimize_for_inference(model, inplace=True)
+        assert not any(tensor.is_inference() for tensor in (*fast.parameters(), *fast.buffers()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_scripted_parts_are_told():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    for scripted in (torch.jit.script(model), nn.Sequential(model, torch.jit.script(nn.ReLU()))):
+        with pytest.raises(ConfigError, match=r"before torch\.jit\.script or trace"):
+            zoo.optimize_for_inference(scripted)
+
+
+@torch.no_grad()
+def test_batch_norms_that_do_more_than_timms_stay():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    assert len(list(zoo.optimize_for_inference(plain).modules())) == 3
+    dropped, hooked, synced = (copy.deepcopy(plain) for _ in range(3))
+    dropped[1].drop = nn.Tanh()
+    hooked[1].drop.register_forward_hook(lambda module, inputs, outputs: -outputs)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(synced)  # which does not call the activation
+    for model in (dropped, hooked, synced, convert_sync_batchnorm(copy.deepcopy(plain))):
+        close(zoo.optimize_for_inference(model)(x), model(x))
 
 
 @pytest.mark.parametrize("bias", [torch.randn(1024)[::2], torch.randn(1).expand(512)], ids=["strided", "expanded"])

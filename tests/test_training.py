@@ -457,6 +457,8 @@ def train_py(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> A
         (["--train.grad_accum_steps", "0"], 1, "train.grad_accum_steps must be above zero"),
         (["--output.dir", "/dev/null/run"], 1, "Cannot write to the folder '/dev/null/run'"),
         (["--resume", "/nowhere"], 1, "There is no run '/nowhere' to resume."),
+        (["--resume", "autoo"], 1, "There is no run 'autoo' to resume. Did you mean auto?"),
+        (["--config="], 2, "--config needs a value"),
         (["--resume", "/tmpp"], 1, "Did you mean tmp?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

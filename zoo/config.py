@@ -173,7 +173,7 @@ def _check_flags(schema: type, argv: Sequence[str]) -> None:
             if key not in names and not key.startswith(tuple(open_ended)):
                 raise UsageError(f"There is no option --{key}.{_nearest(key, names, '--')}")
             is_last = position == len(argv) - 1 or argv[position + 1].startswith("--")
-            if is_last and "=" not in token and key not in ("help", "print_config"):
+            if token == "--config=" or (is_last and "=" not in token and key not in ("help", "print_config")):
                 raise UsageError(f"--{key} needs a value.")
             if key in sections and not next(flag_values(argv[position:], f"--{key}")).endswith((".yaml", ".yml")):
                 raise UsageError(f"--{key} takes a YAML file. Single values have names of their own, as --{key}.name.")

@@ -45,7 +45,8 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     others, or calls a layer of a part past that part's `forward`, these may find a batch norm or an activation joined
     to the layer before it. Parts write over their maps: a hook that is put on the fast form copies what it keeps.
     Weights that are changed in place behind PyTorch's back, through `.data` or NumPy, are not noticed: optimise the
-    model again.
+    model again. Those of a model that was made in inference mode, and is changed `inplace`, have no count of their
+    changes, and are brought into oneDNN's order at every call.
 
     Args:
         model: of the zoo, of timm or any other, also wrapped for features.
@@ -56,7 +57,7 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"optimize_for_inference takes a torch.nn.Module, not {model!r}.")
-    if isinstance(model, torch.jit.ScriptModule):
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         raise ConfigError(
             "optimize_for_inference takes a module before torch.jit.script or trace, not what these made."
         )
@@ -67,7 +68,7 @@ def optimize_for_inference(model: Model, *, inplace: bool = False) -> Model:
         with torch.inference_mode(False):  # in which weights of a copy would not count their changes
             model = copied(model)
     model.eval().requires_grad_(False)
-    with torch.no_grad(), torch.inference_mode(torch.is_inference_mode_enabled() and inplace):
+    with torch.no_grad(), torch.inference_mode(any(p.is_inference() for p in model.parameters())):
         fast = _replace_modules(model, _fast_form)
         _fold_batch_norms(fast)
         fast = _pack(fast)
@@ -220,6 +221,11 @@ def _is_of_batch(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module | None) -> bool:
     if not isinstance(module, _BatchNorm) or is_changed(module):
         return False
+    if module._modules:
+        from timm.layers import BatchNormAct2d, SyncBatchNormAct  # language models start without timm
+
+        if not isinstance(module, BatchNormAct2d | SyncBatchNormAct) or not _does_nothing(module._modules.get("drop")):
+            return False
     return module.track_running_stats and module.running_mean is not None
 
 

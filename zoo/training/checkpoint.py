@@ -116,6 +116,7 @@ def find_checkpoint(resume: str, run: Path) -> Path | None:
         return None
     if not base.exists():
         beside = [path.name for path in base.parent.iterdir() if path.is_dir()] if base.parent.is_dir() else []
+        beside += ["auto"] * (base.parent == Path())
         raise CheckpointError(f"There is no run {resume!r} to resume.{did_you_mean(base.name, beside)}")
     raise CheckpointError(f"There is nothing to resume in {resume!r}: no {STATE}, neither in it nor in its 'last'.")
 

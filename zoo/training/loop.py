@@ -819,7 +819,10 @@ class _Loop:
         self._write_history(draw=False)
         where = f"epoch {progress.epoch + 1}" + (f", batch {progress.batch + 1}" if progress.batch else "")
         if progress.epoch >= self.epochs:
-            self._say(f"{checkpoint} is at its end, {self.epochs} epochs: raise scheduler.epochs to go on.")
+            self._say(
+                f"{checkpoint} has {progress.epoch} epochs behind it, of {self.epochs}: raise scheduler.epochs "
+                "to go on."
+            )
         else:
             self._say(f"Resumed {checkpoint} at {where} of {self.epochs} epochs.")
 
