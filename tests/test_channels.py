@@ -447,6 +447,8 @@ def test_mistakes_are_named():
         channel_groups(zoo.create_model("poolformer_s12", device="meta"))
     with pytest.raises(ConfigError, match="does not say what input"):
         channel_groups(nn.Linear(3, 3))
+    with pytest.raises(ConfigError, match="it gives no tensor, but a list"):
+        channel_groups(zoo.create_model("vovnet_test", pretrained=False, features_only=True), (3, 64, 64))
 
 
 def test_a_missing_package_is_named(monkeypatch):

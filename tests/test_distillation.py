@@ -181,6 +181,12 @@ def test_a_language_model_teaches_no_images(tmp_path: Path):
         Teacher(DistillConfig(teacher=str(folder)), PREPROCESS, CPU)
 
 
+def test_a_segmentation_network_teaches_no_classes(tmp_path: Path):
+    folder = zoo.save_pretrained(zoo.create_model("ffnet_test_segmentation", num_classes=10), tmp_path / "teacher")
+    with pytest.raises(ConfigError, match="classifies pixels, and the student images"):
+        Teacher(DistillConfig(teacher=str(folder)), PREPROCESS, CPU)
+
+
 def test_colour_becomes_grey_as_pillow_makes_it(teacher: Path):
     colour = {"input_size": (3, 16, 16), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     wise = Teacher(DistillConfig(teacher=str(teacher)), colour, CPU)

@@ -103,6 +103,18 @@ def test_dense_features_by_name():
         zoo.create_model("eupe_vitt16", pretrained=False, features_only=True, feature_cls="list")
 
 
+def test_a_saved_size_is_opened_again(tmp_path):
+    """Images are prepared at the size that a model was trained at, and at another where that is asked for."""
+    model = zoo.create_model("eupe_test", pretrained=False, num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 48)}
+    place = f"local-dir:{zoo.save_pretrained(model, tmp_path / 'saved')}"
+    again = zoo.create_model(place)
+    assert timm.data.resolve_model_data_config(again)["input_size"] == (3, 32, 48)
+    folder = zoo.save_pretrained(again, tmp_path / "again")
+    assert zoo.create_model(f"local-dir:{folder}").pretrained_cfg["input_size"] == (3, 32, 48)
+    assert zoo.create_model(place, img_size=64).pretrained_cfg["input_size"] == (3, 64, 64)
+
+
 def test_heads_of_the_distillation_are_left_out():
     for name, prefix in (("eupe_vitt16", "projectors.0.weight"), ("eupe_convnext_tiny", "projectors.0.weight")):
         tensors = golden.state_dict(golden.load("eupe", f"{name}@192x256")) | {prefix: torch.zeros(3, 3)}

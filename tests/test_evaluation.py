@@ -316,6 +316,7 @@ def test_eval_takes_folders_files_and_names(eval_py: Any, exported: Path, tmp_pa
     [
         (["--model"], 2, "--model needs a value"),
         (["--modle", "x"], 2, "There is no option --modle. Did you mean --model?"),
+        (["--gpu", "0"], 2, "There is no option --gpu.\n"),
         (["--data.name", "digits"], 1, "required: model"),
         (["--model", "poolformer_s99", "--data.name", "digits"], 1, "Did you mean poolformer_s"),
         (["--model", "poolformer_s99"], 1, "Did you mean poolformer_s"),

@@ -90,7 +90,7 @@ ARROWS = {
     "errors": (),
     "units": (),
     "files": ("errors",),
-    "registry": ("errors", "index"),  # measures a user's own model at the first question about it
+    "registry": ("errors", "files", "index"),  # measures a user's own model at the first question about it
     "layers": ("layers", *BASE),
     "models": ("models", "layers", *BASE),
 }

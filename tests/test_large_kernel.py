@@ -213,6 +213,25 @@ def test_what_does_not_fit(edges, bias, message):
         depthwise_conv2d(torch.randn(1, 3, 8, 8), torch.randn(edges), None if bias is None else torch.randn(bias))
 
 
+def test_what_does_not_fit_on_the_meta_device():
+    with pytest.raises(ConfigError, match="odd, not 4x5"):
+        depthwise_conv2d(torch.randn(1, 3, 8, 8, device="meta"), torch.randn(3, 1, 4, 5, device="meta"))
+    with pytest.raises(ConfigError, match="one dtype"):
+        depthwise_conv2d(torch.randn(1, 3, 8, 8, device="meta"), torch.randn(3, 1, 5, 5, device="meta").half())
+
+
+@pytest.mark.parametrize("size", [8, 64])
+@pytest.mark.parametrize("wrong", range(3))
+def test_dtypes_are_mixed_by_autocast_alone(size, wrong):
+    tensors = [torch.randn(1, 3, size, size), torch.randn(3, 1, 31, 5), torch.randn(3)]
+    expected = depthwise_conv2d(*tensors)
+    tensors[wrong] = tensors[wrong].bfloat16()
+    with pytest.raises(ConfigError, match="one dtype outside of autocast, not bfloat16 and float32"):
+        depthwise_conv2d(*tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(depthwise_conv2d(*tensors).float(), expected, rtol=0.1, atol=0.5)
+
+
 def test_an_image_without_its_batch():
     with pytest.raises(ConfigError, match=r"x \(B, C, H, W\) .*, not \(2, 8\)"):
         depthwise_conv2d(torch.randn(2, 8), torch.randn(2, 1, 5, 5))

@@ -681,6 +681,8 @@ def test_tokens_that_do_not_do(hub: Hub, model: nn.Module, monkeypatch: pytest.M
 def test_sources_that_are_none(run: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match=r"There is no run or checkpoint '.*/digit'. Did you mean digits\?"):
         model_card(tmp_path / "digit")
+    with pytest.raises(ConfigError, match=r"Write local-dir:.*/digits\.$"):
+        model_card(f"Local-Dir:{tmp_path}/digits")
     with pytest.raises(ConfigError, match="neither the folder of a run"):
         model_card(tmp_path)
     shutil.rmtree(run / "best")

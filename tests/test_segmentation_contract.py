@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 import zoo
 from tests.models import SIZE, create, set_to_random
-from zoo.errors import ConfigError
+from zoo.data.transforms import preprocessing
+from zoo.errors import CheckpointError, ConfigError
 from zoo.registry import get_entry
+from zoo.sparsity import channel_groups
 from zoo.training.config import OptimizerConfig
 from zoo.training.loop import make_optimizer
+from zoo.weights import convert_checkpoint
 
 # every stem, block, head and resizing, with a filter before them and without
 FORMS: dict[str, dict[str, Any]] = {
@@ -185,3 +189,120 @@ def test_a_backbone_in_pieces_does_not_tell_its_layers():
     model = model_of("vovnet_test", feature_cls="list")
     with pytest.raises(ConfigError, match="no group_matcher"):
         model.group_matcher()
+
+
+def shrunk(model: Any) -> Any:
+    """`model` without the last third of the channels of each of its groups."""
+    groups = channel_groups(model, (3, SIZE, SIZE))
+    assert groups
+    gone = {name: torch.arange(group.size)[-(group.size // 3) :] for name, group in groups.items() if group.size > 2}
+    zoo.sparsity.shrink(model, groups, gone)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *[("vovnet_test", {"feature_cls": how}) for how in ("getter", "list", "hook")],
+        ("ffnet_test_segmentation", {}),
+        pytest.param("caformer_test", {"feature_cls": "list"}, marks=pytest.mark.slow),
+        pytest.param("slak_test", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_shrunk_and_saved(name: str, how: dict, tmp_path: Path):
+    whole = sum(p.numel() for p in model_of(name).parameters())
+    model = shrunk(set_to_random(model_of(name, **how)))
+    for hop in range(2):
+        again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / f'saved{hop}')}").eval()
+        assert torch.equal(again(images()), model(images()))
+        assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in model.parameters()) < 0.95 * whole
+        assert again.feature_info == model.feature_info
+        model = again
+    named = create(name, task="segmentation", num_classes=5, kept_widths=zoo.sparsity.kept_widths(model), **how).eval()
+    zoo.load_checkpoint(named, model.state_dict())
+    assert torch.equal(named(images()), model(images()))
+    named.reset_classifier(3)
+    assert named(images()).shape[:2] == (2, 3)
+    named.reset_classifier(0)
+    assert named(images()).shape[1] == named.head_hidden_size
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("vovnet_test", {}),
+        ("vovnet_test", {"feature_cls": "list"}),
+        pytest.param("resnetrs_test", {"feature_cls": "hook"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_shrunk_classifier_becomes_the_backbone(name: str, how: dict, tmp_path: Path):
+    classifier = shrunk(set_to_random(create(name, num_classes=5)))
+    place = f"local-dir:{zoo.save_pretrained(classifier, tmp_path / 'classifier')}"
+    model: Any = zoo.create_model(place, task="segmentation", num_classes=3, **how).eval()
+    expected: list[Tensor] = classifier.forward_intermediates(images(), intermediates_only=True)
+    for found, wanted in zip(model.backbone(images()), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    again = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'saved')}").eval()
+    assert torch.equal(again(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("caformer_test", {}),
+        ("vovnet_test", {"feature_cls": "list"}),
+        ("resnetrs_test", {"feature_cls": "hook"}),  # in one piece, as `body`
+        ("ffnet_test_segmentation", {}),
+    ],
+)
+def test_saved_weights_are_adapted_to_grey_images(name: str, how: dict, tmp_path: Path):
+    model = model_of(name, **how).eval()
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    grey: Any = zoo.create_model(f"local-dir:{folder}", in_chans=1).eval()
+    assert grey.load_report.adapted
+    image = images()[:, :1]
+    torch.testing.assert_close(grey(image), model(image.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-4)
+    assert preprocessing(grey)["input_size"][0] == 1
+
+
+def test_the_size_that_a_network_was_made_for_is_saved(tmp_path: Path):
+    model = zoo.create_model("eupe_test", task="segmentation", num_classes=3, img_size=32)
+    again: Any = zoo.create_model(f"local-dir:{zoo.save_pretrained(model, tmp_path / 'saved')}")
+    assert preprocessing(again)["input_size"] == preprocessing(model)["input_size"] == (3, 32, 32)
+
+
+def test_saved_weights_are_converted(tmp_path: Path):
+    """With the head, which the architecture's own layout does not have."""
+    folder = zoo.save_pretrained(model_of("caformer_test"), tmp_path / "saved")
+    report = convert_checkpoint(folder, tmp_path / "out.safetensors")
+    assert not report.converted
+    before, after = (load_file(path) for path in (Path(folder) / "model.safetensors", tmp_path / "out.safetensors"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_trained_branches_are_merged_under_the_head(tmp_path: Path):
+    """SLaK's, in our layout: the weights of a trained network in one that was built merged."""
+    model = set_to_random(model_of("slak_test")).eval()
+    folder = zoo.save_pretrained(model, tmp_path / "saved")
+    merged = zoo.create_model("slak_test", task="segmentation", num_classes=5, merged=True).eval()
+    assert zoo.load_checkpoint(merged, folder).converted
+    torch.testing.assert_close(merged(images()), model(images()), rtol=1e-4, atol=1e-4)
+
+
+def test_weights_of_a_segmentation_network_in_a_classifier():
+    with pytest.raises(CheckpointError, match="is it a segmentation network's, which create_model makes with task="):
+        zoo.load_checkpoint(create("caformer_test"), model_of("caformer_test").state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_cls", "message"),
+    [
+        ("caformer_test", "dict", "getter, list and hook give, and not feature_cls='dict'"),
+        ("caformer_test", "fx", "not feature_cls='fx'"),
+        ("eupe_test", "hook", "hands out tokens and not maps"),
+    ],
+)
+def test_wrappers_that_give_no_maps(name: str, feature_cls: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        model_of(name, feature_cls=feature_cls)(images())

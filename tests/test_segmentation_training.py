@@ -740,6 +740,16 @@ def test_a_list_of_models_has_one_table(eval_py: Any, recipe: Path, tmp_path: Pa
     assert "is a segmentation network and poolformer_s12 an image classifier: evaluate them by two commands" in errors
 
 
+def test_a_last_convolution_that_the_weights_lack(eval_py: Any, tmp_path: Path):
+    folder = Path(zoo.save_pretrained(zoo.create_model("ffnet_test_segmentation", num_classes=7), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["num_classes"] = config["zoo"]["model_args"]["num_classes"] = 11
+    (folder / "config.json").write_text(json.dumps(config))
+    status, _, errors = eval_py("--model", folder, "--data.name", "digits", "--data.workers", "0")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "for the 11 classes of ffnet_test_segmentation, which would be random" in errors
+
+
 def test_models_of_cityscapes_are_evaluated_by_number(tmp_path: Path):
     """As the published weights are, which do not name their classes."""
     data = write_cityscapes(tmp_path, (1, 2))

@@ -381,6 +381,17 @@ def test_a_shared_weight_counts_once():
         model.first.weight[0] = 0
     (layer,) = zoo.sparsity.report(model, (1, 2, 2)).layers
     assert (layer.params, layer.nonzeros, layer.macs, layer.effective_macs) == (16, 12, 32, 24)
+    for pattern in ("second", "second.weight", "first", "*"):  # either of its names means it
+        assert list(sparse_parameters(model, [pattern])) == ["first.weight"]
+
+
+def test_depthwise_kernels_are_shown_as_kernels(tmp_path):
+    """Those of a layer that reads one channel are not depthwise, and those along one dimension are."""
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 5, groups=8), nn.Flatten(2), nn.Conv1d(8, 8, 7, groups=8))
+    found = zoo.sparsity.report(model, (1, 12, 12))
+    assert [layer.depthwise for layer in found.layers] == [False, True, True]
+    assert found.plot(tmp_path / "masks.png").is_file()
 
 
 def test_what_has_no_weights_has_no_report():

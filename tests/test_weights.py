@@ -1072,6 +1072,29 @@ for write, *args in (zoo.save_pretrained, model, {it!r}), (zoo.convert_checkpoin
     assert os.listdir(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_description_without_a_size(channels: int, tmp_path: Path) -> None:
+    folder = Path(zoo.save_pretrained(small(in_chans=channels), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = None
+    if channels == 3:
+        for args in config["model_args"], config["zoo"]["model_args"]:
+            args.pop("in_chans", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    model: Any = zoo.create_model(f"local-dir:{folder}")
+    assert model.pretrained_cfg["input_size"] == (channels, 224, 224)
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "getter", "fx"])
+def test_wrappers_take_what_their_own_state_dict_gives(feature_cls: str) -> None:
+    source, target = (small(features_only=True, feature_cls=feature_cls).eval() for _ in range(2))
+    report = zoo.load_checkpoint(target, source.state_dict())
+    assert not report.dropped
+    images = torch.randn(1, 3, 64, 64)
+    for found, expected in zip(target(images), source(images), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -198,7 +198,7 @@ def _nearest(key: str, names: Sequence[str], dashes: str = "") -> str:
     same_leaf = [dashes + name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
     if same_leaf:
         return f" Did you mean {' or '.join(same_leaf)}?"
-    return did_you_mean(dashes + key, [dashes + name for name in names], count=1)
+    return did_you_mean(key, names, count=1).replace("Did you mean ", f"Did you mean {dashes}")
 
 
 def _fields(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

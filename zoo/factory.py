@@ -103,6 +103,8 @@ def create_model(
             raise ConfigError('features_only=True gives maps, and task="segmentation" logits: ask for one of them.')
         is_whole = saved_args.get("task") == task  # saved with its head, which the weights then have, too
         given = {**saved_args, **model_args, "task": task}
+        of_whole = is_whole or _are_of_segmentation(given.get("kept_widths"))  # the head included
+        kept_widths = given.pop("kept_widths", None) if of_whole else None
         chosen = {
             "num_classes": num_classes,
             "in_chans": in_chans,
@@ -110,6 +112,8 @@ def create_model(
             "feature_cls": feature_cls,
         }
         given |= {key: value for key, value in chosen.items() if value is not None}
+        if model_args.get("img_size") is not None:
+            cfg = {**cfg, "input_size": (cfg["input_size"][0], *image_sides(model_args["img_size"]))}
         model = _segmentation_model(
             entry.name if is_whole else name,
             False if is_whole else pretrained,
@@ -123,6 +127,10 @@ def create_model(
             token=token,
             refresh=refresh,
         )
+        if kept_widths is not None:
+            from zoo.sparsity.channels import resize
+
+            resize(model, kept_widths)
         if is_whole and source is not None:
             from zoo.weights import load_checkpoint
 
@@ -179,8 +187,8 @@ def create_model(
     if entry.task == "language":
         return model
     cfg = model.__dict__["pretrained_cfg"]  # which loading has added to
-    if given.get("img_size") is not None:
-        cfg = {**cfg, "input_size": (cfg["input_size"][0], *image_sides(given["img_size"]))}
+    if model_args.get("img_size") is not None:  # a saved one's is what its description says
+        cfg = {**cfg, "input_size": (cfg["input_size"][0], *image_sides(model_args["img_size"]))}
         model.__dict__.update(pretrained_cfg=cfg, default_cfg=cfg)
     return _as_timm_model(model, entry, cfg, args.get("img_size"), features_only, out_indices, feature_cls)
 
@@ -193,17 +201,28 @@ def _segmentation_model(
 
     parts = ("num_classes", "up_head", "seg_head", "upsample", "drop_rate")
     args = {key: value for key, value in given.items() if key not in (*parts, "task")}
+    if args.get("feature_cls") in ("dict", "fx"):
+        raise ConfigError(
+            f"FFNet's head takes the maps that getter, list and hook give, and not feature_cls={args['feature_cls']!r}."
+        )
     args.setdefault("feature_cls", "getter")  # asks the model itself, whatever its parts are called
     backbone: Any = create_model(name, pretrained, features_only=True, **options, **args)
     meta = contextlib.nullcontext() if options["device"] is None else torch.device(options["device"])
     with meta:
         model = SegmentationModel(backbone, **{key: given[key] for key in parts if key in given})
     model.to(device=options["device"], dtype=options["dtype"])
-    from zoo.weights import ORIGIN_KEYS
+    if given.get("kept_widths"):
+        model.take_widths(given["kept_widths"]["tensors"])
+    from zoo.weights import ORIGIN_KEYS, module_names
 
+    convs = tuple(model.name_here(name) for name in module_names(backbone.pretrained_cfg.get("first_conv")))
     whose = {key: backbone.pretrained_cfg.get(key) for key in ORIGIN_KEYS}
     cfg = {**cfg, **{key: value for key, value in whose.items() if value}}
-    own: dict[str, Any] = {"num_classes": model.num_classes, "first_conv": "", "classifier": "head.conv2"}
+    own: dict[str, Any] = {
+        "num_classes": model.num_classes,
+        "first_conv": convs[0] if len(convs) == 1 else convs,
+        "classifier": "head.conv2",
+    }
     if given.get("in_chans") is not None:
         own["input_size"] = (given["in_chans"], *cfg["input_size"][1:])
     model.__dict__.update(pretrained_cfg={**cfg, **own}, default_cfg={**cfg, **own})
@@ -212,6 +231,12 @@ def _segmentation_model(
     if "load_report" in backbone.__dict__:
         model.__dict__["load_report"] = backbone.__dict__["load_report"]
     return model
+
+
+def _are_of_segmentation(widths: Any) -> bool:
+    """Whether `kept_widths` are those of a network with FFNet's head, and not of its backbone."""
+    tensors = widths.get("tensors") if isinstance(widths, Mapping) else None
+    return isinstance(tensors, Mapping) and any(str(key).startswith(("backbone.", "neck.")) for key in tensors)
 
 
 def _resolve(

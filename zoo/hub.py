@@ -404,6 +404,8 @@ def _parse_config(
         cfg["label_names"] = cfg.pop("labels")
     cfg |= {key: config[key] for key in ("num_classes", "label_names", "label_descriptions") if key in config}
     _check_description(cfg, source)
+    if cfg.get("input_size") is None:  # then the architecture's
+        cfg.pop("input_size", None)
     if args.get("in_chans") is not None:
         cfg["input_size"] = (args["in_chans"], *cfg.get("input_size", (3, 224, 224))[1:])
     return architecture, {key: _tuple(value) for key, value in args.items()}, cfg

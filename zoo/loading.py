@@ -61,7 +61,7 @@ def check_is_whole(model: nn.Module) -> None:
         cfg: Any = getattr(model, "pretrained_cfg", {})
         raise ConfigError(
             f"{report.source} has no {fresh[0]} for the {cfg.get('num_classes')} classes of {cfg.get('architecture')}, "
-            "which would be random: name the folder of a run or a model, whose config.json says what its classes are."
+            "which would be random: open the folder of a run or a model as it is, whose config.json tells its classes."
         )
 
 

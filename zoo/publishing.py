@@ -61,7 +61,17 @@ from zoo.model_card import (
     render_model_card,
     without_paths,
 )
-from zoo.registry import HUB_PREFIXES, UNSTATED, Weights, get_entry, is_restricted, list_models, model_info, split_name
+from zoo.registry import (
+    HUB_PREFIXES,
+    UNSTATED,
+    Weights,
+    get_entry,
+    is_restricted,
+    list_models,
+    misspelt_place,
+    model_info,
+    split_name,
+)
 from zoo.sparsity.masks import MASKS, load_masks
 from zoo.weights import convert_checkpoint, fetch_from_hub, read_json, read_state_dict, split_hub_id, widths_of
 
@@ -513,7 +523,7 @@ def _find(source: nn.Module | str | Path, model: str | None) -> _Source:
         raise ConfigError("What is published is named by the path of its folder or file, and this one is empty.")
     if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-        raise ConfigError(f"There is no run or checkpoint {str(path)!r}.{near}")
+        raise ConfigError(f"There is no run or checkpoint {str(path)!r}.{misspelt_place(place) or near}")
     if path.is_file() and not (path.name == WEIGHTS and model is None and (path.parent / CONFIG).is_file()):
         if model is None:
             raise ConfigError(f"{str(path)!r} does not say what model it is of: name the architecture with --model.")

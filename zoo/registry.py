@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from zoo.errors import ConfigError, UnknownModelError, ZooError, check_keywords, did_you_mean
+from zoo.files import checkpoint_folder
 
 if TYPE_CHECKING:
     import torch
@@ -486,7 +487,11 @@ def _meant_by_path(name: str) -> str:
         return advice
     if name.startswith(PLACES):
         return " That names weights, and this asks for an architecture: zoo profile and zoo card take weights."
+    if not name.strip():
+        return ""
     if Path(name).expanduser().is_dir():
+        if checkpoint_folder(Path(name).expanduser()) is None:
+            return " That folder is neither one of a run with a checkpoint nor one with config.json and its weights."
         return f" For the model in that folder, write local-dir:{name}, as create_model and zoo profile take it."
     return f" For a folder, write local-dir:{name}; for a repository on the Hub, hf-hub:{name}."
 

@@ -688,6 +688,9 @@ def _load(
     model: nn.Module, tensors: StateDict, name: str, strict: bool, convert: Converter | None, ours: bool
 ) -> LoadReport:
     module, is_wrapper = _behind_wrapper(model)
+    inner = next((f"{child}." for child, part in model.named_children() if part is module), "")
+    if inner and all(key.startswith(inner) for key in tensors):  # what the wrapper's own state_dict() gave
+        tensors = {key.removeprefix(inner): tensor for key, tensor in tensors.items()}
     cfg = getattr(model, "pretrained_cfg", None) or getattr(module, "pretrained_cfg", None) or {}
     entry = _entry_of(cfg)
     converted = _convert(convert or (entry.convert if entry else None), tensors, module, name)
@@ -843,7 +846,8 @@ def _behind_wrapper(model: nn.Module) -> tuple[nn.Module, bool]:
     """The module that holds the weights, and whether `model` is one of timm's wrappers for features around it."""
     if not type(model).__module__.startswith("timm.models._features"):
         return model, False
-    for name in ("model", "graph_module"):  # FeatureGetterNet, FeatureGraphNet; the others take the model apart
+    # of FeatureGetterNet, FeatureGraphNet and a FeatureHookNet that leaves the model whole; the others take it apart
+    for name in ("model", "graph_module", *(["body"] if type(model).__name__ == "FeatureHookNet" else [])):
         if name in model._modules:
             return model.get_submodule(name), True
     return model, True
@@ -861,8 +865,8 @@ class _Fit:
         self.tensors = tensors
         self.cfg = cfg
         self.entry = entry
-        self.classifiers = _names(cfg.get("classifier") or (entry.classifier if entry else None))
-        self.first_convs = _names(cfg.get("first_conv") or (entry.first_conv if entry else None))
+        self.classifiers = module_names(cfg.get("classifier") or (entry.classifier if entry else None))
+        self.first_convs = module_names(cfg.get("first_conv") or (entry.first_conv if entry else None))
         self.dropped: list[str] = []
         self.adapted: list[str] = []
         self.notes: list[str] = []
@@ -975,7 +979,7 @@ class _Fit:
         architecture = self.cfg.get("architecture") or type(self.model).__name__
         if fitting == 0:
             raise CheckpointError(
-                f"Nothing in {name} fits {architecture}: is it a checkpoint of another model?{_names_itself(name)}\n"
+                f"Nothing in {name} fits {architecture}: {_whose(self.tensors)}?{_names_itself(name)}\n"
                 + "\n".join(lists)
             )
         heads = tuple(f"{head}." for head in self.classifiers)
@@ -990,6 +994,12 @@ class _Fit:
             raise CheckpointError(f"{name} does not fit {architecture}. {advice}\n" + "\n".join(lists))
         self.notes += lists
         self._drop([*unexpected, *misshapen])
+
+
+def _whose(tensors: StateDict) -> str:
+    if {"backbone", "neck"} <= {key.partition(".")[0] for key in tensors}:
+        return "is it a segmentation network's, which create_model makes with task='segmentation'"
+    return "is it a checkpoint of another model"
 
 
 def _names_itself(name: str) -> str:
@@ -1020,7 +1030,7 @@ def _fitting_arguments(entry: Entry | None, tensors: StateDict) -> str:
     return f" Its shapes are those of zoo.create_model({', '.join([repr(entry.name), *arguments])})."
 
 
-def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def module_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) and value else tuple(value or ())
 
 
@@ -1100,7 +1110,10 @@ def convert_checkpoint(
     if use_ema is None:
         use_ema = _evaluated_are_averaged(entry, tag)
     tensors = unwrap(loaded, str(path), use_ema)
-    model = _model_for(tensors, source, entry, args)
+    if args.get("task", entry.task) != entry.task:  # with a head that the entry does not know
+        model = _saved_model(source, path, where)
+    else:
+        model = _model_for(tensors, source, entry, args)
     converted = _convert(entry.convert, tensors, model, os.fspath(source))
     fit = _Fit(model, converted, {"architecture": entry.name}, entry)
     fit.check(os.fspath(source), True, "Nothing was written: was it trained as another architecture?")
@@ -1125,12 +1138,21 @@ def widths_of(tensors: Mapping[str, Tensor], entry: Entry) -> dict[str, Any]:
     takes = inspect.signature(entry.build).parameters
     args: dict[str, Any] = {}
     if entry.classifier and "num_classes" in takes:
-        heads = [tensors[key] for name in _names(entry.classifier) if (key := f"{name}.weight") in tensors]
+        heads = [tensors[key] for name in module_names(entry.classifier) if (key := f"{name}.weight") in tensors]
         args["num_classes"] = heads[0].shape[0] if heads else 0
     if entry.first_conv and "in_chans" in takes:
-        stems = [tensors[key] for name in _names(entry.first_conv) if (key := f"{name}.weight") in tensors]
+        stems = [tensors[key] for name in module_names(entry.first_conv) if (key := f"{name}.weight") in tensors]
         args |= {"in_chans": stems[0].shape[1]} if stems and stems[0].ndim == 4 else {}
     return args
+
+
+def _saved_model(source: str | Path, path: Path, where: Mapping[str, Any]) -> nn.Module:
+    """The model that the config.json beside a checkpoint describes, on the meta device."""
+    from zoo.factory import create_model
+
+    text = os.fspath(source)
+    place = text if text.startswith(HUB_PREFIXES) else f"local-dir:{path.parent}"
+    return create_model(place, pretrained=False, device="meta", **where)
 
 
 def _saved_architecture(source: str | Path, path: Path, where: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

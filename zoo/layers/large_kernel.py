@@ -75,7 +75,7 @@ def large_kernel_sum(
 
 def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
     """The sum of the convolutions of `x` with `weights`, by the way that suits the device and who is looking."""
-    if torch.jit.is_tracing() or x.is_meta:  # costs are those of the convolutions as they stand
+    if torch.jit.is_tracing():
         return _plain(x, weights, bias)
     if x.is_complex():  # whose derivatives are other ones
         return _plain(x, weights, bias)
@@ -83,6 +83,8 @@ def _choose(x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor:
         return _plain(x, weights, bias)
     for weight in weights:
         _check(x, weight, bias)
+    if x.is_meta:  # costs are those of the convolutions as they stand
+        return _plain(x, weights, bias)
     height, width = x.shape[2:]
     if is_exporting():
         # sizes that are plain numbers will not change, others must not be asked
@@ -145,6 +147,10 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     _check_odd(weight.shape[2], weight.shape[3])
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ConfigError(f"{weight.shape[0]} channels take a bias of that many numbers, not {tuple(bias.shape)}.")
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    if len(dtypes) > 1 and (x.is_meta or not torch.is_autocast_enabled(x.device.type)):
+        kinds = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ConfigError(f"Maps, kernels and bias have one dtype outside of autocast, not {kinds}.")
 
 
 def _check_odd(height: int, width: int) -> None:

@@ -7,13 +7,14 @@ to fine; what comes out at each level is resized to the finest and joined.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.models import group_parameters
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureHookNet, feature_take_indices
 from torch import Tensor, nn
 
 from zoo.errors import ConfigError
@@ -134,7 +135,8 @@ class SegmentationHead(nn.Module):
     def set_classifier(self, num_classes: int) -> None:
         check_counts(0, num_classes=num_classes)
         padding = self.kernel_size // 2
-        layer = nn.Conv2d(self.hidden, num_classes, self.kernel_size, padding=padding) if num_classes else nn.Identity()
+        dim = self.conv1.out_channels  # fewer than `hidden` where channels were cut out
+        layer = nn.Conv2d(dim, num_classes, self.kernel_size, padding=padding) if num_classes else nn.Identity()
         self.conv2 = layer.to(self.conv1.weight.device, self.conv1.weight.dtype).train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -179,9 +181,8 @@ class SegmentationModel(nn.Module):
         self.take = _four_maps(strides)
         self.num_classes = num_classes
         self.backbone = backbone
-        prefix, _ = self._contract()
         self.feature_info: list[dict[str, Any]] = [
-            {"num_chs": dim, "reduction": stride, "module": prefix + module}
+            {"num_chs": dim, "reduction": stride, "module": self.name_here(module)}
             for dim, stride, module in zip(channels, strides, info.module_name(), strict=True)
         ]
         self.neck = SegmentationNeck([channels[i] for i in self.take], up_head, upsample)
@@ -233,7 +234,25 @@ class SegmentationModel(nn.Module):
         """What keeps timm's contract for the backbone, and how the names of its modules begin here."""
         if hasattr(self.backbone, "model"):  # timm's getter holds the whole model, which it asks for maps
             return "backbone.model.", self.backbone.model
+        if "body" in self.backbone._modules and isinstance(self.backbone, FeatureHookNet):  # left in one piece
+            return "backbone.body.", self.backbone.body
         return "backbone.", self.backbone
+
+    def name_here(self, name: str) -> str:
+        """What a part of the backbone, or a tensor, is called here: timm's wrappers name `stages.0` `stages_0`."""
+        prefix, owner = self._contract()
+        flat = re.sub(r"^(\w+)\.(\d+)(?=\.|$)", r"\1_\2", name)
+        return prefix + (flat if hasattr(owner, flat.partition(".")[0]) else name)
+
+    def take_widths(self, widths: Mapping[str, list[int | None]]) -> None:
+        """Make the widths that the backbone was shrunk to, as `zoo.sparsity.kept_widths` has its tensors, the whole's:
+        the convolutions that read its maps are as narrow."""
+        adapters: Any = self.neck.up.adapters
+        readers = {
+            f"neck.up.adapters.{i}.conv.weight": [None, adapter.conv.in_channels, None, None]
+            for i, adapter in enumerate(adapters)
+        }
+        self.__dict__["_kept_widths"] = {self.name_here(name): shape for name, shape in widths.items()} | readers
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -271,6 +290,8 @@ class SegmentationModel(nn.Module):
         return self._join(self.backbone(x))
 
     def _join(self, maps: list[Tensor]) -> Tensor:
+        if maps[self.take[0]].ndim != 4:
+            raise ConfigError('The backbone hands out tokens and not maps: feature_cls="getter" makes maps of them.')
         return self.neck([maps[i] for i in self.take])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -423,9 +423,10 @@ def convert(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     Takes VITA-Group/SLaK's layout, trained or merged, a backbone out of a detector or segmenter, and ours. The branches
     of a trained checkpoint are merged where the model is.
     """
-    own = model.state_dict().keys()  # a segmentation model's have `backbone.` before them, too
-    tensors = {key if key in own else _rename(key): tensor for key, tensor in state_dict.items()}
-    if any(isinstance(module, MergedLargeKernelConv) for module in model.modules()):
+    own = model.state_dict().keys()
+    is_segmentation = any(key.startswith("backbone.") for key in own)  # whose layout nobody else has
+    tensors = dict(state_dict) if is_segmentation else {_rename(key): tensor for key, tensor in state_dict.items()}
+    if any(re.search(r"large_kernel\.(LoRA1|lkb_reparam)\.weight$", key) for key in own):
         tensors = _merge_all(tensors)
     return tensors
 

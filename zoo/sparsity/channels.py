@@ -83,7 +83,8 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
 
     `input_size` is (channels, height, width), by default what the model's `pretrained_cfg` says. Runs the model a few
     times on one image. Raises MissingDependencyError without Torch-Pruning, ConfigError for a model that cannot be
-    traced. Of a language model these are its SwiGLUs' hidden channels, for which it is not run and nothing else needed.
+    traced, or gives several tensors. Of a language model these are its SwiGLUs' hidden channels, for which it is not
+    run and nothing else needed.
     """
     if hasattr(unwrapped(model), "make_cache"):
         if input_size is not None:
@@ -102,6 +103,8 @@ def channel_groups(model: nn.Module, input_size: tuple[int, int, int] | None = N
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")  # about parameters outside of modules, which the proof looks after
+            if not isinstance(made := twin(images), Tensor):
+                raise TypeError(f"it gives no tensor, but a {type(made).__name__}")
             graph.build_dependency(twin, images)
             found = graph.get_all_groups(ignored_layers=_classifiers(twin), root_module_types=(nn.Conv2d, nn.Linear))
             kinds: dict[tuple[str, ...], list[ChannelGroup]] = {}  # by what they are made of
@@ -597,5 +600,5 @@ def _describe(model: nn.Module, input_size: tuple[int, int, int] | None) -> None
             info["num_chs"] = seen[info["module"]].shape[1]
     if features.ndim in (3, 4):
         model.num_features = features.shape[1 if features.ndim == 4 else -1]
-    if last.ndim == 2:
-        model.head_hidden_size = last.shape[-1]
+    if last.ndim == 2 or getattr(model, "task", None) == "segmentation":
+        model.head_hidden_size = last.shape[1]

@@ -60,16 +60,20 @@ def sparse_parameters(model: nn.Module, layers: str | Sequence[str] = "all") -> 
     patterns = [layers] if isinstance(layers, str) else layers
     if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"layers is all, decomposed, or names of layers, and not {layers!r}.")
+    # what is shared has several names, any of which may be meant
+    places = [plain_name(name) for name, _ in unwrapped(model).named_modules(remove_duplicate=False)]
+    every = {plain_name(name): p for name, p in unwrapped(model).named_parameters(remove_duplicate=False)}
     names: dict[str, None] = {}
     for pattern in patterns:
-        found = [name for name in (*modules, *parameters) if name and fnmatch.fnmatchcase(name, pattern)]
+        found = [name for name in (*places, *every) if name and fnmatch.fnmatchcase(name, pattern)]
         if not found:
             if pattern in ("all", "decomposed"):
                 raise ConfigError(f"layers {pattern!r} stands alone, and not in a list with others.")
             known = [name for name in ("all", "decomposed", *modules, *able) if name]
             near = did_you_mean(pattern, known) or f" There are: {some(able, 6)}."
             raise ConfigError(f"Nothing in {what} is called {pattern!r}, so it cannot be made sparse.{near}")
-        below = [name for name in able if any(name == top or name.startswith(f"{top}.") for top in found)]
+        meant = {id(p) for name, p in every.items() if any(name == top or name.startswith(f"{top}.") for top in found)}
+        below = [name for name, parameter in able.items() if id(parameter) in meant]
         if not below:
             raise ConfigError(
                 f"{pattern!r} matches {some(found, 6)} in {what}, which holds no convolution or linear layer with a "

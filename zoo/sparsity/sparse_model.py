@@ -45,6 +45,7 @@ class SparseLayer:
     empty_outputs: int  # output channels without any weight
     empty_inputs: int  # input channels that no weight reads
     follows_2_4: bool  # at most two of every four weights along the inputs
+    depthwise: bool  # each input channel has kernels of its own
 
     @property
     def density(self) -> float:
@@ -161,9 +162,9 @@ class SparseModel:
                 panel.set_axis_off()
             for panel, layer in zip(panels, chosen, strict=False):
                 mask = self.masks[layer.name]
-                height, width = _image(mask, most=max(mask.shape)).shape
+                height, width = _image(mask, layer.depthwise, most=max(mask.shape)).shape
                 shown = panel.imshow(
-                    _image(mask),
+                    _image(mask, layer.depthwise),
                     cmap="Blues",
                     vmin=0,
                     vmax=1,
@@ -253,6 +254,7 @@ def report(
                 empty_outputs=int((~pairs.any(2)).sum()),
                 empty_inputs=0 if depthwise else int((~pairs.any(1)).sum()),
                 follows_2_4=follows_n_m(outputs_first(mask, layer), 2, 4) and not depthwise,
+                depthwise=depthwise,
             )
         )
     return SparseModel(
@@ -274,11 +276,11 @@ def _pairs(mask: Tensor, layer: nn.Module) -> Tensor:
     return pairs.transpose(1, 2) if getattr(layer, "transposed", False) else pairs
 
 
-def _image(mask: Tensor, most: int = 160) -> Tensor:
+def _image(mask: Tensor, depthwise: bool, most: int = 160) -> Tensor:
     """A mask as a picture of at most `most` points a side: the share of weights that each point stands for."""
     picture = mask.float()
-    if mask.ndim == 4 and mask.shape[1] == 1:
-        picture = picture.mean((0, 1))
+    if depthwise:
+        picture = picture.mean((0, 1)).reshape(-1, mask.shape[-1])
     elif mask.ndim > 2:
         picture = picture.flatten(2).mean(2)
     height, width = picture.shape

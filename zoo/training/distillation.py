@@ -62,6 +62,8 @@ class Teacher:
         model = load_model(config.teacher, config.checkpoint_path).eval().requires_grad_(False)
         if is_language_model(model):
             raise ConfigError(f"distill.teacher: {config.teacher} is a language model, and the student sees images.")
+        if getattr(model, "task", None) == "segmentation" and config.kind != "feature":
+            raise ConfigError(f"distill.teacher: {config.teacher} classifies pixels, and the student images.")
         self.model: Any = model.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
         own = preprocessing(self.model)
         self.size: tuple[int, int] = tuple(own["input_size"][1:])

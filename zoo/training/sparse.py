@@ -44,11 +44,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropBlock2d, DropPath, PatchDropout
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
-from zoo.errors import CheckpointError, ConfigError
+from zoo.errors import CheckpointError, ConfigError, some
 from zoo.layers.arguments import check_counts
 from zoo.layers.wrappers import copied, unwrapped
 from zoo.sparsity import (
@@ -327,8 +328,8 @@ class SparseTraining:
     def _check_group(self, kind: str, group: Mapping[str, Any]) -> None:
         if self.rule.optimizer_state == "compact" and kind not in ELEMENTWISE:
             raise ConfigError(
-                f"sparsity.optimizer_state compact needs an optimizer that treats each weight by itself, which {kind} "
-                "does not: take adamw or sgd, or optimizer_state active."
+                f"sparsity.optimizer_state compact is for optimizers known to treat each weight by itself, and {kind} "
+                "is none of them: take adamw or sgd, or optimizer_state active."
             )
         if group.get("caution") and self.rule.optimizer_state == "active":
             raise ConfigError(
@@ -350,8 +351,9 @@ class SparseTraining:
         `update` counts from 1. Gradients are there, those of all processes and accumulated batches together. `step`
         may clip them; it answers False where it did nothing, as mixed precision does when gradients overflow. With
         `update_instead_of_step`, as of RigL, it is not called where masks move. Raises ConfigError where there are no
-        masks yet.
+        masks yet, or for an `update` below 1.
         """
+        check_counts(1, update=update)
         if not self.masks:
             raise ConfigError("There are no masks yet: start() or load_state_dict() comes before step().")
         due = self.is_due(update)
@@ -793,12 +795,15 @@ def snip_scores(
 
     Lee et al., "SNIP", ICLR 2019, arXiv 1810.02340, equation 4, without its division by the sum. `losses` take a copy
     of the model in training mode, in which drop path and dropout rest: else a block that is dropped scores zero.
-    `average` makes one gradient of all processes'. Raises ConfigError where scores are not finite, or all zero.
+    `average` makes one gradient of all processes'. Raises ConfigError where scores are not finite, or all of a weight's
+    are zero.
     """
     twin = copied(model).train()
     for module in twin.modules():
-        if isinstance(module, DropPath | nn.Dropout | nn.Dropout1d | nn.Dropout2d):
+        if isinstance(module, DropPath | DropBlock2d | PatchDropout | _DropoutNd):
             module.eval()
+        if isinstance(getattr(module, "drop_rate", None), float):  # timm's ResNets and MobileNets drop without a module
+            module.drop_rate = 0.0  # type: ignore[assignment]
         if isinstance(module, nn.MultiheadAttention) or isinstance(getattr(module, "attn_drop", None), nn.Dropout):
             module.training = False  # fused attention asks its module whether to drop
     for loss in losses:
@@ -811,6 +816,12 @@ def snip_scores(
     sums = [score.double().sum() for score in scores.values()]
     if not (math.isfinite(float(sum(sums))) and float(sum(sums)) > 0):
         raise ConfigError("SNIP cannot score the weights: the loss's gradients are zero or not finite. Take erk.")
+    if idle := [name for name, total in zip(scores, sums, strict=True) if not total]:
+        raise ConfigError(
+            f"SNIP scores every weight of {some(idle, 3)} zero, and would remove them whole: the loss does not depend "
+            "on them at first, as on what lies before a norm or a layer that begins at zero (timm's zero_init_last) or "
+            "on a path that is not taken. Take erk, leave them out of sparsity.layers, or let nothing begin at zero."
+        )
     return scores
 
 
