@@ -642,12 +642,56 @@ def test_a_pruned_model_is_told_how_to_become_plain():
     close(zoo.optimize_for_inference(model)(images()), model(images()).detach())
 
 
+@pytest.mark.parametrize("name", zoo.list_models("*_test", task="vision"))
 @torch.no_grad()
-def test_a_fast_forms_state_is_all_of_it():
-    model, other = (randomize(create("caformer_test"), seed) for seed in (0, 1))
+def test_a_fast_forms_state_is_all_of_it(name):
+    model, other = (randomize(create(name), seed) for seed in (0, 1))
     fast = zoo.optimize_for_inference(other)
     fast.load_state_dict(zoo.optimize_for_inference(model).state_dict())
     close(fast(images()), model(images()))
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "caformer_test", "slak_test"])
+@torch.no_grad()
+def test_a_fast_forms_hooks_are_called_and_what_they_return_is_taken(name):
+    model = randomize(zoo.create_model(name, pretrained=False, num_classes=8, depths=(2, 2, 2, 2)))
+    fast = zoo.optimize_for_inference(model)
+    seen = []
+    for module in (model, fast):
+        module.stages[2].blocks[0].register_forward_hook(lambda module, args, output: -output)
+    for layer in (part for key, part in fast.named_modules() if key.endswith(("fc2", "proj", "pwconv2"))):
+        layer.register_forward_hook(lambda module, args, output: seen.append(module) or 2 * output)
+    for layer in (part for key, part in model.named_modules() if key.endswith(("fc2", "proj", "pwconv2"))):
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+    batch = images(batch=3)
+    close(fast(batch), model(batch))
+    assert len(set(seen)) >= 8
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "caformer_test", "slak_test", "eupe_convnext_tiny"])
+def test_a_fast_form_whose_stages_alone_learn(name):
+    """No map is written over that the backward pass needs."""
+    fast = zoo.optimize_for_inference(randomize(create(name)))
+    expected = fast(images())
+    fast.stages.requires_grad_(True)
+    logits = fast(images())
+    close(logits.detach(), expected)
+    logits.square().sum().backward()
+    found = [parameter.grad.clone() for parameter in fast.stages.parameters()]
+    fast.zero_grad()
+    fast.requires_grad_(True)(images()).square().sum().backward()  # nothing is written over
+    for ours, plain in zip(found, (parameter.grad for parameter in fast.stages.parameters()), strict=True):
+        assert (ours - plain).abs().max() <= 1e-4 * plain.abs().max()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(512, 512), nn.Conv2d(64, 64, 3, padding=1)], ids=["linear", "conv"])
+def test_packed_layers_whose_bias_alone_learns(layer):
+    fast = zoo.optimize_for_inference(nn.Sequential(layer))
+    x = torch.randn(2, 512) if isinstance(layer, nn.Linear) else torch.randn(2, 64, 8, 8)
+    assert not fast(x).requires_grad
+    fast[0].bias.requires_grad_(True)
+    fast(x).sum().backward()
+    torch.testing.assert_close(fast[0].bias.grad, torch.full_like(fast[0].bias, x[:, 0].numel()))
 
 
 @torch.no_grad()

@@ -470,6 +470,51 @@ def test_effective_costs_of_shared_and_pruned_weights():
     assert zoo.profile(pruned, (4, 2, 2)).effective.macs == 4 * 8
 
 
+class Lender(nn.Module):
+    """Whose convolution's weight is used without calling it, beside products that have none."""
+
+    def __init__(self, calls: int):
+        super().__init__()
+        self.conv, self.calls = nn.Conv2d(4, 4, 1), calls
+
+    def forward(self, x):
+        for _ in range(self.calls):
+            x = self.conv(x)
+        x = F.linear(x.flatten(2).mT, self.conv.weight.flatten(1))
+        return x @ x.mT
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_effective_costs_of_weights_that_are_used_without_their_module(calls):
+    model = Lender(calls)
+    with torch.no_grad():
+        model.conv.weight[0] = 0
+    profile = zoo.profile(model, (4, 2, 4))
+    assert profile.macs == (1 + calls) * 8 * 16 + 8 * 8 * 4
+    assert profile.effective.macs == (1 + calls) * 8 * 12 + 8 * 8 * 4
+    (layer,) = zoo.sparsity.report(model, (4, 2, 4)).layers
+    assert (layer.macs, layer.effective_macs) == ((1 + calls) * 8 * 16, (1 + calls) * 8 * 12)
+
+
+@pytest.mark.parametrize("name", ["eupe_test", "timm/test_vit"])
+def test_layers_of_transformers_have_the_macs_of_their_own_products(name):
+    model = zoo.create_model(name, pretrained=False) if name == "eupe_test" else timm.create_model(name[5:])
+    seen = {}
+    for key, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "qkv" not in key:
+            module.register_forward_hook(
+                lambda module, args, output, key=key: seen.update({key: output.numel() * module.in_features})
+            )
+    images = torch.zeros(1, 3, 64, 64) if name == "eupe_test" else torch.zeros(1, 3, 160, 160)
+    model.eval()(images)
+    (tokens,) = {macs // model.get_submodule(k).weight.numel() for k, macs in seen.items() if "blocks" in k}
+    seen |= {key: tokens * module.weight.numel() for key, module in model.named_modules() if key.endswith("qkv")}
+    assert len(seen) > 4
+    report = zoo.sparsity.report(model, tuple(images.shape[1:]))
+    found = {layer.name.removesuffix(".weight"): layer.macs for layer in report.layers}
+    assert {key: found[key] for key in seen} == seen
+
+
 def test_weights_that_are_not_known_have_no_effective_costs():
     assert zoo.profile("poolformer_s12", (3, 64, 64)).effective is None
     assert zoo.profile(nn.Conv2d(3, 8, 3, device="meta"), (3, 8, 8)).effective is None

@@ -679,6 +679,108 @@ def test_growth_by_momentum_takes_what_the_optimizer_would_move_most():
     assert pull[new & ~old].min() >= pull[~new].max()
 
 
+@pytest.mark.parametrize(("opt", "known"), [("sgdp", True), ("csgdp", True), ("madgrad", False)])
+def test_momentum_by_whatever_name_an_optimizer_has_it(opt: str, known: bool):
+    model = network()
+    config: dict[str, Any] = {"growth": "momentum", "optimizer_state": "dense", "update_interval": 5}
+    sparse = make(model, method="rigl", density=0.3, update_instead_of_step=False, **config)
+    sparse.start()
+    sparse.attach(optimizer := create_optimizer_v2(model, opt=opt, lr=1e-3))
+    if not known:
+        with pytest.raises(ConfigError, match=r"sparsity\.growth momentum: MADGRAD keeps none"):
+            learn(sparse, model, optimizer, 1)
+        return
+    learn(sparse, model, optimizer, 4)
+    old = sparse.masks["4.weight"]
+    learn(sparse, model, optimizer, 5, first=5)
+    pull = optimizer.state[model.get_parameter("4.weight")]["momentum"].abs()
+    new = sparse.masks["4.weight"]
+    assert (new & ~old).any()
+    assert pull[new & ~old].min() >= pull[~new].max()
+
+
+def test_a_path_that_is_not_taken_keeps_its_masks():
+    model: Any = nn.ModuleDict({"used": nn.Linear(32, 32), "idle": nn.Linear(32, 32)})
+    sparse = make(model, method="rigl", density=0.3, distribution="uniform", update_interval=2)
+    sparse.start()
+    sparse.attach(optimizer := adamw(model))
+    before = {name: mask.clone() for name, mask in sparse.masks.items()}
+    for update in (1, 2):
+        model["used"](torch.randn(4, 32)).square().mean().backward()
+        sparse.step(update, optimizer.step)
+        optimizer.zero_grad()
+    assert torch.equal(sparse.masks["idle.weight"], before["idle.weight"])
+    assert not torch.equal(sparse.masks["used.weight"], before["used.weight"])
+
+
+def test_where_gradients_do_not_say_weights_appear_at_random():
+    model = nn.Linear(128, 128)
+    sparse = make(model, method="rigl", density=0.3, distribution="uniform", update_interval=2)
+    sparse.start()
+    before = sparse.masks["weight"].clone()
+    gradient = torch.zeros(128, 128)
+    gradient[:2] = 1
+    sparse.move(2, {"weight": gradient})
+    new = sparse.masks["weight"] & ~before
+    assert sparse.masks["weight"][:2].all()  # where they do
+    assert new.count_nonzero() > 1000
+    by_rows = new[2:].sum(1).float()
+    assert by_rows.min() > 0
+    assert by_rows.std() < by_rows.mean()
+
+
+def test_masks_that_move_by_epochs_do_so_with_the_first_update_of_the_next():
+    sparse = make(network(), 30, method="set", density=0.3)
+    assert [update for update in range(1, 31) if sparse.is_due(update)] == [11, 21]
+    late = make(network(), 40, method="set", density=0.3, start=0.3)
+    assert [update for update in range(1, 41) if late.is_due(update)] == [21, 31]
+    with pytest.raises(ConfigError, match="Masks would never move"):
+        make(network(), 10, method="set", density=0.3)
+
+
+@pytest.mark.parametrize("state", ["active", "compact"])
+def test_back_to_an_earlier_state_of_the_same_run(state: str):
+    model = network()
+    sparse = make(model, method="rigl", density=0.3, update_interval=3, optimizer_state=state)
+    sparse.start()
+    sparse.attach(optimizer := adamw(model))
+    learn(sparse, model, optimizer, 7)
+    saved = copy.deepcopy((model.state_dict(), sparse.state_dict(), sparse.masks, optimizer.state_dict()))
+    ends = []
+    for _ in range(2):
+        learn(sparse, model, optimizer, 14, first=8)
+        ends.append(copy.deepcopy(model.state_dict()))
+        model.load_state_dict(saved[0])
+        sparse.load_state_dict(saved[1], saved[2])
+        optimizer.load_state_dict(copy.deepcopy(saved[3]))
+        assert all(torch.equal(value, saved[0][name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    with pytest.raises(ConfigError, match=r"start\(\) comes before attach\(\)"):
+        sparse.start()
+    fewer = dict(list(sparse.masks.items())[1:])
+    earlier = sparse.state_dict()
+    earlier["final"] = {name: count for name, count in earlier["final"].items() if name in fewer}
+    with pytest.raises(CheckpointError, match="masks of other layers"):
+        sparse.load_state_dict(earlier, fewer)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("state", ["active", "compact"])
+def test_weights_that_are_loaded_on_the_way_are_learned_on(state: str, applied: bool):
+    model = network()
+    sparse = make(model, method="static", density=0.3, optimizer_state=state)
+    sparse.start()
+    sparse.attach(optimizer := torch.optim.SGD(model.parameters(), 1e-9))
+    learn(sparse, model, optimizer, 2)
+    other = network(seed=1)
+    model.load_state_dict(other.state_dict())
+    if applied:
+        sparse.apply()
+    learn(sparse, model, optimizer, 3, first=3)
+    for name, mask in sparse.masks.items():
+        torch.testing.assert_close(model.get_parameter(name), other.get_parameter(name) * mask)
+
+
 def test_a_step_that_precision_forbids_is_none():
     """Gradients that overflow: no step, no move, and zeros stay zeros."""
     model = network()
@@ -968,7 +1070,7 @@ def test_what_a_sparse_run_leaves(
 ):
     """Mixed precision keeps zeros; history says the density; a checkpoint is dense with zeros, its masks a bit each."""
     monkeypatch.undo()
-    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "stop": 1.0}  # masks move after each epoch
+    sparsity = {"method": "set", "density": 0.3, "layers": ["stages"], "update_interval": 11}  # an epoch
     cut_off = {"amp": "bf16", "max_updates": 22}  # of 33: after the second
     run = train(configure(recipe, tmp_path / "run", train=cut_off, scheduler={"epochs": 3}, sparsity=sparsity))
     assert [float(row["density"]) for row in rows(run.folder)] == pytest.approx([0.3, 0.3], abs=1e-3)
@@ -1330,6 +1432,14 @@ def test_sparsity_may_begin_on_the_way_and_end_in_another_run(recipe: Path, tmp_
     weights = safetensors.torch.load_file(other.folder / "last" / "model.safetensors")
     assert all(weights[name][~mask].all() for name, mask in masks.items())  # all weights learn again
     assert not (other.folder / "last" / "masks.safetensors").exists()
+
+
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "rmsprop"])
+def test_a_dense_optimizers_state_is_none_of_a_compact_one(recipe: Path, tmp_path: Path, opt: str):
+    train(configure(recipe, tmp_path / "run", optimizer={"opt": opt}, train={"max_updates": 3}))
+    sparsity = {"method": "rigl", "density": 0.5, "optimizer_state": "compact", "update_interval": 3}
+    with pytest.raises(CheckpointError, match=r"does not fit this configuration: it trained a tensor"):
+        train(configure(recipe, tmp_path / "run", optimizer={"opt": opt}, sparsity=sparsity, resume="auto"))
 
 
 def test_a_density_that_fell_does_not_rise_when_the_run_becomes_longer():

@@ -5,7 +5,8 @@
 import functools
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # on which forms depend, and which no type tells
 SETTINGS = (
@@ -33,6 +34,18 @@ class HasFastForm(nn.Module):
                 self.__dict__["_made_of"] = _parts(self)
 
         cls.__init__ = build_and_remember  # type: ignore[method-assign]
+
+
+class HasNumbers(nn.Module):
+    """A part of a fast form with weights that operators take as numbers; they are in its state dict all the same."""
+
+    numbers: tuple[float, ...]
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.numbers, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.numbers = tuple(state.flatten().tolist())
 
 
 def is_as_made(module: nn.Module) -> bool:

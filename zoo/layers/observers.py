@@ -24,6 +24,11 @@ def is_observed() -> bool:
     return not torch.compiler.is_compiling() and is_in_torch_dispatch_mode()
 
 
+def is_saved_by_hooks() -> bool:
+    """Whether hooks save what the backward pass needs: checkpointing's, which compute it again, or anybody's."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def is_batched(grad: torch.Tensor) -> bool:
     """Whether a gradient stands for many, as with `torch.autograd.grad(..., is_grads_batched=True)`."""
     if torch.compiler.is_compiling():

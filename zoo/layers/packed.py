@@ -10,6 +10,7 @@ operations (`torch.utils.flop_counter.FlopCounterMode`).
 from __future__ import annotations
 
 import dataclasses
+import operator
 import sys
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -52,8 +53,11 @@ def in_parts(blocks: nn.Module, x: Tensor, owned: bool, hidden_channels: int, hi
     cache has room for. (B, C, H, W) -> (B, C, H, W)
 
     A map that is not `owned` is somebody else's, and copied before. `hidden_channels` are those of the largest map
-    within a block, of which `hidden_bytes` are worked on together.
+    within a block, of which `hidden_bytes` are worked on together. What a hook, or a block of somebody's own, makes
+    anew is taken.
     """
+    if torch.is_grad_enabled() and may_overwrite(x) and any(p.requires_grad for p in blocks.parameters()):
+        x = x.detach().requires_grad_()  # which tells the blocks
     if not may_overwrite(x):
         return blocks(x)
     x = x.contiguous(memory_format=torch.channels_last)
@@ -62,9 +66,9 @@ def in_parts(blocks: nn.Module, x: Tensor, owned: bool, hidden_channels: int, hi
     samples = len(x)
     if x.device.type == "cpu" and x.numel() > 0:
         samples = hidden_bytes // (hidden_channels * x[0, 0].numel() * x.element_size())
-    for part in x.split(max(1, samples)):
-        blocks(part)
-    return x
+    parts = x.split(max(1, samples))
+    results = [blocks(part) for part in parts]
+    return x if all(map(operator.is_, results, parts)) else torch.cat(results)
 
 
 class PackedConv2d(nn.Conv2d):
@@ -98,7 +102,9 @@ class PackedConv2d(nn.Conv2d):
 
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """`y + self(x)`, written over `y` where `may_overwrite(y)`."""
-        if self.act == "none" and x.dtype == y.dtype and self._packs(x) and not needs_gradients(y):
+        watched = self._forward_hooks or self._forward_pre_hooks
+        plain = self.act == "none" and x.dtype == y.dtype and not (watched or needs_gradients(y))
+        if plain and self._packs(x):
             arguments = y, x, self.weight, self.bias, *self._geometry()
             if torch.compiler.is_compiling():
                 return torch.ops.zoo.packed_conv2d_add(*arguments)
@@ -121,7 +127,7 @@ class PackedConv2d(nn.Conv2d):
             and not isinstance(self.padding, str)
             and x.ndim == 4
             and x.shape[1] == self.in_channels
-            and _takes_packed(x, self.weight)
+            and _takes_packed(x, self.weight, self.bias)
         )
 
 
@@ -137,7 +143,8 @@ class PackedLinear(nn.Linear):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (_ONEDNN and x.ndim > 1 and x.shape[-1] == self.in_features and _takes_packed(x, self.weight)):
+        fits = x.ndim > 1 and x.shape[-1] == self.in_features
+        if not (_ONEDNN and fits and _takes_packed(x, self.weight, self.bias)):
             return _activate(super().forward(x), self.act)
         multiply = torch.ops.zoo.packed_linear if torch.compiler.is_compiling() else _packed_linear
         return multiply(x, self.weight, self.bias, self.act)
@@ -164,13 +171,13 @@ def _activate(x: Tensor, act: Activation) -> Tensor:
     return x if act == "none" else F.relu(x) if act == "relu" else F.gelu(x)
 
 
-def _takes_packed(x: Tensor, weight: Tensor) -> bool:
+def _takes_packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         x.device.type == weight.device.type == "cpu"
         and type(x) in (Tensor, nn.Parameter)  # not fake, or another's
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
-        and not (needs_gradients(x) or needs_gradients(weight))
+        and not (needs_gradients(x) or needs_gradients(weight) or (bias is not None and needs_gradients(bias)))
         and not (is_exporting() or is_transformed() or is_observed() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled("cpu")
     )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.layers.observers import is_batched, is_observed, is_transformed
+from zoo.layers.observers import is_batched, is_observed, is_saved_by_hooks, is_transformed
 
 __all__ = ["AVAILABLE", "FastProducts", "multiply", "multiply_long", "rows_of"]
 
@@ -44,9 +44,9 @@ class FastProducts(TorchFunctionMode):
     That is oneDNN; on Intel's processors `F.linear` stays what it is, and 1x1 `F.conv2d` of any number of images
     becomes it.
 
-    Equal to PyTorch's up to rounding. All else (other devices and dtypes, autocast, small layers, compiled, traced or
-    transformed code, tensors of other types) is computed as ever. Checkpointed layers must not run in it: they run
-    again outside.
+    Equal to PyTorch's up to rounding. All else is computed as ever: other devices and dtypes, autocast, small layers,
+    compiled, traced or transformed code, tensors of other types, and what somebody's hooks save, as in checkpointed
+    layers, which run again outside.
     """
 
     def __torch_function__(
@@ -78,7 +78,7 @@ def _suits(x: Tensor, weight: Tensor, axis: int) -> bool:
         and torch.is_grad_enabled()
         and x.numel() // weight.shape[1] * weight.numel() >= SMALLEST
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or is_saved_by_hooks())
     )
 
 
@@ -104,7 +104,10 @@ def _is_pointwise(
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`. (..., in_features) -> (..., out_features)"""
-    return F.linear(x, weight, bias) if _MKL_IS_FASTER else _Linear.apply(x, weight, bias)
+    if _MKL_IS_FASTER:
+        return F.linear(x, weight, bias)
+    # a view that is made within a Function must not be written over
+    return _Linear.apply(rows_of(x), weight, bias).unflatten(0, x.shape[:-1])
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -113,9 +116,11 @@ def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
 
 class _Linear(torch.autograd.Function):
+    """(R, C) -> (R, C')"""
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return multiply(rows_of(x), weight, bias).unflatten(0, x.shape[:-1])
+        return multiply(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -127,15 +132,15 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        grads = rows_of(grad)
         # to be differentiated once more, or many gradients at once: neither is for oneDNN's product
         again = torch.is_grad_enabled() or is_batched(grad)
+        grad = grad.contiguous()
         to_x = to_weight = None
         if of_x:
-            to_x = (grads @ weight if again else multiply(grads, weight.t())).reshape(*grad.shape[:-1], weight.shape[1])
+            to_x = grad @ weight if again else multiply(grad, weight.t())
         if of_weight:
-            to_weight = grads.t() @ rows_of(x) if again else multiply_long(grads, rows_of(x))
-        return to_x, to_weight, grads.sum(dim=0) if of_bias else None
+            to_weight = grad.t() @ x if again else multiply_long(grad, x)
+        return to_x, to_weight, grad.sum(dim=0) if of_bias else None
 
 
 def rows_of(x: Tensor) -> Tensor:

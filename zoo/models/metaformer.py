@@ -35,7 +35,7 @@ from zoo.layers.arguments import (
     image_sides,
     per_stage,
 )
-from zoo.layers.fast_form import HasFastForm, is_as_made
+from zoo.layers.fast_form import HasFastForm, HasNumbers, is_as_made
 from zoo.layers.folding import all_modules_are_watched, as_conv2d, fold_affine, fold_scale, has_changed, has_hooks
 from zoo.layers.init import init_weights
 from zoo.layers.observers import channels_last, is_batched, is_exporting, is_transformed
@@ -739,7 +739,7 @@ class FastPooling(nn.Module):
         return x.mul_(kept).addcmul_(pooled, share) if may_overwrite(x) else (x * kept).addcmul(pooled, share)
 
 
-class FastSepConv(nn.Module):
+class FastSepConv(HasNumbers):
     """`SepConv` with its norm and shortcut; StarReLU is the ReLU of its first layer and one pass."""
 
     def __init__(self, block: MetaFormerBlock) -> None:
@@ -748,21 +748,15 @@ class FastSepConv(nn.Module):
         assert isinstance(mixer, SepConv)
         self.norm, self.res_scale = MapNorm(block.norm1), block.res_scale1
         self.pwconv1 = PackedConv2d(mixer.pwconv1, "relu")
-        self.scale, self.shift = float(mixer.act1.scale), mixer.act1.bias  # addcmul takes a number
+        self.numbers, self.shift = (mixer.act1.scale.item(),), mixer.act1.bias
         self.dwconv = PackedConv2d(mixer.dwconv)
         self.pwconv2 = PackedConv2d(scaled(mixer.pwconv2, block.layer_scale1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.pwconv1(self.norm(x))
         out = h if may_overwrite(h) else None
-        h = torch.addcmul(self.shift[:, None, None], h, h, value=self.scale, out=out)
+        h = torch.addcmul(self.shift[:, None, None], h, h, value=self.numbers[0], out=out)
         return self.pwconv2.add_to(scale_shortcut(x, self.res_scale), self.dwconv(h))
-
-    def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.scale, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        self.scale = float(state)
 
 
 class FastAttention(nn.Module):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ConfigError
 from zoo.layers.arguments import check_above_zero, check_choice, check_counts, check_rates, check_widths, image_sides
-from zoo.layers.fast_form import HasFastForm
+from zoo.layers.fast_form import HasFastForm, HasNumbers
 from zoo.layers.folding import fold_scale
 from zoo.layers.init import init_weights
 from zoo.layers.positions import resize_table
@@ -210,34 +210,34 @@ def own(module: Part) -> Part:
     return made
 
 
-class FastSharedBlock(nn.Module):
+class FastSharedBlock(HasNumbers):
     """`SharedBlock` at inference: the branches' coefficients in their last layer, the shortcuts' in the addition."""
 
     def __init__(self, block: SharedBlock) -> None:
         super().__init__()
         a = block.coefficients.detach()
-        self.shortcut1, self.shortcut2 = a[0].item(), a[2].item()
+        self.numbers = a[0].item(), a[2].item()  # of the shortcuts
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, own(block.attn), block.norm2, own(block.mlp)
         self.attn.proj = fold_scale(self.attn.proj, a[1])
         self.mlp.fc2 = fold_scale(self.mlp.fc2, a[3])
 
     def forward(self, x: Tensor, groups: int, permute: bool) -> Tensor:
-        x = torch.add(self.attn(self.norm1(x), groups, permute), x, alpha=self.shortcut1)
-        return torch.add(self.mlp(self.norm2(x)), x, alpha=self.shortcut2)
+        x = torch.add(self.attn(self.norm1(x), groups, permute), x, alpha=self.numbers[0])
+        return torch.add(self.mlp(self.norm2(x)), x, alpha=self.numbers[1])
 
 
-class FastProjection(nn.Module):
+class FastProjection(HasNumbers):
     """`Projection` at inference, as `FastSharedBlock`."""
 
     def __init__(self, block: Projection) -> None:
         super().__init__()
         a = block.coefficients.detach()
-        self.shortcut = a[0].item()
+        self.numbers = (a[0].item(),)  # of the shortcut
         self.norm, self.mlp = block.norm, own(block.mlp)
         self.mlp.fc2 = fold_scale(self.mlp.fc2, a[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.add(self.mlp(self.norm(x)), x, alpha=self.shortcut)
+        return torch.add(self.mlp(self.norm(x)), x, alpha=self.numbers[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

@@ -7,7 +7,7 @@ the share of its weights that is not zero. It is a count: ordinary kernels multi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,9 +78,9 @@ def effective_costs(
     total = sum(weight.numel() for weight in unique.values())
     zeros = total - sum(kept.values())
 
+    whole = {module.name: module.weight_macs for module in modules}
     macs = modules[0].macs - sum(
-        whole * (1 - kept[id(weights[name])] / weights[name].numel())
-        for name, whole in layer_macs(weights, modules).items()
+        whole[name] * (1 - kept[id(weight)] / weight.numel()) for name, weight in weights.items()
     )
     return Effective(
         rule=rule,
@@ -88,23 +88,6 @@ def effective_costs(
         params=modules[0].params - round(zeros),
         macs=round(macs),
     )
-
-
-def layer_macs(weights: Mapping[str, Tensor], modules: Sequence[ModuleCost]) -> dict[str, float]:
-    """The MACs of each of `weights`, by the names of their modules; those that one module uses share its MACs."""
-    users: dict[str, list[str]] = {}  # module -> the weights that its own operators use
-    calls = {module.name: module.calls for module in modules}
-    for name in weights:
-        user = name
-        while user and not calls[user]:  # a module that never runs lends its weight to one above
-            user = user.rpartition(".")[0]
-        users.setdefault(user, []).append(name)
-    own = {module.name: module.own_macs for module in modules}
-    return {
-        name: own[user] * weights[name].numel() / sum(weights[other].numel() for other in used)
-        for user, used in users.items()
-        for name in used
-    }
 
 
 def sparse_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -216,6 +216,13 @@ _FREE_BY_KIND = {
 }
 FREE = {f"aten::{name}" for names in _FREE_BY_KIND.values() for name in names.split()}
 
+# the same values, or some of them
+_VIEWS = (
+    "alias clone contiguous detach expand flatten movedim mT narrow numpy_T permute reshape select slice squeeze t to "
+    "transpose unflatten unsqueeze view"
+)
+VIEWS = {f"aten::{name}" for name in _VIEWS.split()}
+
 
 def plain_name(kind: str) -> str:
     """`aten::_convolution` -> `convolution`."""
@@ -247,13 +254,43 @@ HANDLES = {
 
 
 class CostAnalysis(JitModelAnalysis):
-    """fvcore's analysis with every quantity in one trace: `by_module_and_operator()` has keys (operator, quantity)."""
+    """fvcore's analysis with every quantity in one trace: `by_module_and_operator()` has keys (operator, quantity).
+
+    `weight_macs` are then those of the products that a parameter is an operand of, by its name.
+    """
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super().__init__(model, inputs)
         self._ignored_ops = set(FREE)
-        self._op_handles = {kind + suffix: handle for kind, handle in HANDLES.items() for suffix in ("", "_")}
+        self._op_handles = {
+            kind + suffix: self._with_weights(handle) for kind, handle in HANDLES.items() for suffix in ("", "_")
+        }
         self.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+        self.weight_macs: Counter[str] = Counter()
+        self._states = list(torch.jit._unique_state_dict(model))  # the last inputs of the graph
+        self._numbers: dict[str, int] = {}  # of all inputs, from the last
+
+    def _with_weights(self, handle: Callable[..., Counter[tuple[str, str]]]) -> Callable[..., Counter[tuple[str, str]]]:
+        def counted(inputs: list[Any], outputs: list[Any]) -> Counter[tuple[str, str]]:
+            counts = handle(inputs, outputs)
+            macs = sum(count for (_, quantity), count in counts.items() if quantity == "macs")
+            for name in {name for value in inputs if macs and (name := self._state_of(value))}:
+                self.weight_macs[name] += macs
+            return counts
+
+        return counted
+
+    def _state_of(self, value: Any) -> str | None:
+        """The name of the parameter or buffer that `value` is, or a view of."""
+        while value.node().kind().rstrip("_") in VIEWS:
+            value = next(value.node().inputs())
+        if value.node().kind() != "prim::Param":
+            return None
+        if not self._numbers:
+            places = [place.debugName() for place in value.node().outputs()]
+            self._numbers = {name: i - len(places) for i, name in enumerate(places)}
+        number = self._numbers[value.debugName()] + len(self._states)
+        return self._states[number] if number >= 0 else None
 
     def _should_ignore_node(self, node: Any) -> bool:
         kind = node.kind()
@@ -418,8 +455,9 @@ class Trace:
 
     `counts[module][operator, quantity]` holds the quantities "macs", "fvcore_total", "activations" and "calls" of every
     module, its descendants included; `unknown[operator]` how often an operator without a handler ran; `calls[module]`
-    how often a module ran. A module that appears under several names has the first. Work that reaches no output is
-    left out, as in every trace.
+    how often a module ran. `weight_macs[parameter]` are the MACs of the products that a parameter is an operand of,
+    wherever they are done. A module or parameter that appears under several names has the first. Work that reaches no
+    output is left out, as in every trace.
     """
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -432,6 +470,7 @@ class Trace:
             analysis = CostAnalysis(model, inputs)
             self.counts: Mapping[str, Counter[tuple[str, str]]] = analysis.by_module_and_operator()
             self.unknown: Counter[str] = analysis.unsupported_ops()
+            self.weight_macs: Counter[str] = analysis.weight_macs
 
 
 def _tensors_of(module: nn.Module, _inputs: Any, output: Any) -> tuple[Tensor, ...]:

@@ -51,6 +51,7 @@ class ModuleCost:
     own_fvcore_total: int
     activations: int
     own_activations: int
+    weight_macs: int  # `own_macs`, and those of products with its `weight` that others do, as where it is never called
 
     @property
     def depth(self) -> int:
@@ -403,6 +404,7 @@ def _modules(model: nn.Module, trace: Trace) -> Iterator[ModuleCost]:
     for name in names:
         if name:
             own[name.rpartition(".")[0]].subtract(below[name])
+    lent = _lent(names, own, trace)
     for name, module in names.items():
         own_params = {id(t): t.numel() for t in module._parameters.values() if t is not None}
         own_params.update((id(b), b.numel()) for b in _frozen_buffers(module))
@@ -418,7 +420,22 @@ def _modules(model: nn.Module, trace: Trace) -> Iterator[ModuleCost]:
             own_fvcore_total=own[name]["fvcore_total"],
             activations=below[name]["activations"],
             own_activations=own[name]["activations"],
+            weight_macs=own[name]["macs"] + lent.get(name, 0),
         )
+
+
+def _lent(modules: Mapping[str, nn.Module], own: Mapping[str, Counter[str]], trace: Trace) -> dict[str, int]:
+    """The MACs of products with a module's `weight` that are done elsewhere, as where it is never called."""
+    holders: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    lent = {}
+    for names in holders.values():
+        elsewhere = trace.weight_macs[f"{names[0]}.weight".lstrip(".")] - sum(own[name]["macs"] for name in names)
+        lent[next((name for name in names if not trace.calls[name]), names[0])] = max(elsewhere, 0)
+    return lent
 
 
 def _uncalled(model: nn.Module, trace: Trace) -> Iterator[str]:

@@ -18,7 +18,7 @@ from zoo.errors import CheckpointError, ConfigError, did_you_mean
 from zoo.layers.wrappers import copied, unwrapped
 from zoo.plots import check_picture, new_figure, save_figure
 from zoo.profiling import profile
-from zoo.profiling.effective import layer_macs, sparse_weights
+from zoo.profiling.effective import sparse_weights
 from zoo.sparsity.densities import is_depthwise, outputs_first
 from zoo.sparsity.masks import MASKS, check_masks, follows_n_m
 from zoo.units import humanize, shape_text
@@ -233,7 +233,7 @@ def report(
         raise ConfigError(f"{costs.name} has no weights of convolutions or linear layers.")
     if costs.effective is None:
         raise ConfigError(f"{costs.name} is on the meta device: it has no weights to look at.")
-    macs = layer_macs(weights, costs.modules)
+    macs = {module.name: module.weight_macs for module in costs.modules}
     layers, found, seen = [], {}, set()
     for name, weight in weights.items():
         if id(weight) in seen:  # shared, and counted with the first
@@ -250,7 +250,7 @@ def report(
                 shape=tuple(mask.shape),
                 params=mask.numel(),
                 nonzeros=int(mask.count_nonzero()),
-                macs=round(sum(macs[other] for other, w in weights.items() if w is weight)),
+                macs=sum(macs[other] for other, w in weights.items() if w is weight),
                 empty_outputs=int((~pairs.any(2)).sum()),
                 empty_inputs=0 if depthwise else int((~pairs.any(1)).sum()),
                 follows_2_4=follows_n_m(outputs_first(mask, layer), 2, 4) and not depthwise,

@@ -231,7 +231,8 @@ class TrainConfig:
         model_ema_decay: of that average.
         model_ema_warmup: let its decay grow from zero.
         max_updates: stop after so many updates; null for all epochs. A schedule, also of a density that falls, goes by
-            the epochs: it is cut off. The epoch ends there, too: a run that goes on begins the next one.
+            the epochs: it is cut off, where masks may just have moved. The epoch ends there, too: a run that goes on
+            begins the next one.
         eval_interval: epochs from one evaluation to the next; the last epoch is always evaluated.
         save_interval_updates: updates from one checkpoint to the next within an epoch; null for epochs' ends alone.
     """
@@ -304,8 +305,8 @@ class SparsityConfig:
         final_prune_rate: the same at `stop`. Null: what the method sets.
         prune_schedule: the way from the one to the other: "cosine" or "linear"; "constant" stays at `prune_rate`. Null:
             what the method sets.
-        update_interval: updates of the weights from one move of the masks to the next, or "epoch". Null: what the
-            method sets.
+        update_interval: updates of the weights from one move of the masks to the next, or "epoch": with the first
+            update of every epoch but the first. Null: what the method sets.
         start: share of the run before which masks do not move and the density does not fall. Null: what the method
             sets.
         stop: share of the run after which they do not. At its last update no weight appears: it would never learn.

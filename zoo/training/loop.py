@@ -393,8 +393,8 @@ class _Loop:
         optimizer = make_optimizer(learner, config.optimizer, fused=accelerator.scaler is None)
         self.scheduler, self.epochs = make_scheduler(optimizer, config.scheduler, self.updates_per_epoch)
         self.sparse = self._make_sparse(saved, optimizer)
-        plainly = device.type == "cpu" and not (train.torchcompile or train.grad_checkpointing)
-        self.products = FastProducts if plainly else contextlib.nullcontext
+        eager = device.type == "cpu" and not train.torchcompile
+        self.products = FastProducts if eager else contextlib.nullcontext
         forward = torch.compile(learner) if train.torchcompile else learner
         self.learner: nn.Module = forward if self.sharded else accelerator.prepare_model(forward)  # type: ignore[assignment]
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -1028,9 +1028,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     for number, shape in zip(numbers, shapes, strict=True):
-        averages = state["state"].get(number, {}).get("exp_avg")
-        if averages is not None and averages.shape != shape:  # which no optimizer looks at, but writes over
-            raise ValueError(f"it trained a tensor {tuple(averages.shape)}, which is {tuple(shape)} now.")
+        remembered = state["state"].get(number, {})
+        for averages in (remembered[key] for key in ("exp_avg", "momentum_buffer", "square_avg") if key in remembered):
+            if averages is not None and averages.shape != shape:  # which no optimizer looks at, but writes over
+                raise ValueError(f"it trained a tensor {tuple(averages.shape)}, which is {tuple(shape)} now.")
     optimizer.load_state_dict(shard_optimizer_state(optimizer, state))
     for group, now in zip(optimizer.param_groups, options, strict=True):
         group.update(now)

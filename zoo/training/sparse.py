@@ -84,6 +84,9 @@ BEGINNINGS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "Adopt": ("exp_avg_sq", torch.square),
     "RMSpropTF": ("square_avg", torch.ones_like),
 }
+# under which optimizers remember an average of the gradients
+MOMENTA = ("exp_avg", "momentum_buffer", "momentum")
+
 UNKNOWN_WARMUP = 100  # updates: `regrow_warmup` with optimizers that CORRECTIONS does not know, and no Adam
 
 # what masks, and the number of weights that each keeps, were made by: the rest of a rule may change on the way
@@ -130,14 +133,17 @@ class SparseTraining:
             raise ConfigError("sparsity.layers chooses frozen weights alone: unfreeze some, or choose others.")
         modules = {plain_name(name): module for name, module in unwrapped(model).named_modules()}
         self.owners = {name: modules[name.rpartition(".")[0]] for name in self.parameters}
-        self.interval = updates_per_epoch if rule.update_interval == "epoch" else int(rule.update_interval)
+        by_epoch = rule.update_interval == "epoch"
+        self.interval = updates_per_epoch if by_epoch else int(rule.update_interval)
+        self.offset = int(by_epoch)  # with the first update of the next one, so that an epoch's end has learned
         self.begin, self.end = round(rule.start * updates), round(rule.stop * updates)
         self.falls = rule.initial_density is not None
         self.has_aim = self.falls or bool(rule.dead_channels)  # that is reached at the end, though no interval is
         self.moves = self.falls or rule.growth != "none"
         self.updates = updates
         latest = self.end if self.has_aim else min(self.end, updates - 1)
-        if self.moves and -(-max(self.begin, 1) // self.interval) * self.interval > latest:
+        first = max(-(-(self.begin - self.offset) // self.interval), 1) * self.interval + self.offset
+        if self.moves and first > latest:
             what = "The density would fall all at once" if self.falls else "Masks would never move"
             raise ConfigError(
                 f"{what}: sparsity.update_interval is {self.interval} updates, and masks may move from update "
@@ -157,6 +163,7 @@ class SparseTraining:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}  # that hold the masked weights
         self.groups: dict[str, dict[str, Any]] = {}
         self.values: dict[str, nn.Parameter] = {}  # compact: the kept weights alone, in the optimizer's hands
+        self.versions: dict[str, int] = {}  # and how often the whole was written when it was last the same
         self.channels: dict[str, ChannelGroup] = {}  # those that may die out
         self.retired: dict[str, list[int]] = {}  # those that did
 
@@ -166,8 +173,10 @@ class SparseTraining:
         """Make the first masks and apply them.
 
         `saliency` gives the scores of `snip_scores` for weights of these names, where the rule asks for them. Raises
-        ConfigError where nothing becomes sparse.
+        ConfigError where nothing becomes sparse, and after `attach`.
         """
+        if self.optimizers:
+            raise ConfigError("start() comes before attach(): make a SparseTraining anew to begin again.")
         rule, shapes = self.rule, self._shapes()
         scores: Mapping[str, Tensor] = {}
         if "snip" in (rule.distribution, rule.masks):
@@ -307,7 +316,8 @@ class SparseTraining:
                     continue
                 self.groups[name], self.optimizers[name] = group, base
                 if self.rule.optimizer_state == "compact":
-                    self.values[name] = nn.Parameter(parameter.detach()[self.masks[name]])
+                    self.values[name] = nn.Parameter(parameter.detach().new_empty(0))
+                    self._hold(name, self.values[name])
                     group["params"][i] = self.values[name]
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> None:
@@ -359,23 +369,47 @@ class SparseTraining:
         due = self.is_due(update)
         scores = self._gradients() if due and self.rule.growth == "gradient" else {}
         self._confine_gradients()
+        self._take_changes()
         if not (due and self.rule.update_instead_of_step):
             before = {name: self._held(name).detach().clone() for name in self.masks if self._is_rescaled(name)}
             if step() is not False:
                 self.steps += 1
                 self._rescale(before)
-            self.apply()
+                if self.rule.growth == "momentum" and self.steps == 1:
+                    for name in self.masks:  # now, and not where masks first move
+                        self._momentum(name)
+            self._write()
         if due:
             self.move(update, scores)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Set the weights that masks leave out to zero."""
+        """Set the weights that masks leave out to zero, as after others were loaded."""
+        self._take_changes()
+        self._write()
+
+    @torch.no_grad()
+    def _write(self) -> None:
         for name, mask in self.masks.items():
             if name in self.values:
                 self.parameters[name].masked_scatter_(mask, self.values[name].detach())
+                self.versions[name] = self.parameters[name]._version
             else:
                 self.parameters[name].masked_fill_(~mask, 0)
+
+    @torch.no_grad()
+    def _take_changes(self) -> None:
+        """Compact: what others wrote into the weights, as by loading some."""
+        for name, held in self.values.items():
+            if self.parameters[name]._version != self.versions[name]:
+                self.parameters[name].masked_fill_(~self.masks[name], 0)
+                self._hold(name, held)
+
+    def _hold(self, name: str, held: nn.Parameter) -> None:
+        """Compact: the kept weights as they are, in the optimizer's hands."""
+        parameter = self.parameters[name]
+        held.data = parameter.detach()[self.masks[name]]
+        self.versions[name] = parameter._version
 
     def average(self, ema: ModelEmaV3, update: int) -> None:
         """Update an average of the model so that it has the same zeros.
@@ -467,7 +501,8 @@ class SparseTraining:
         if update > self.end:
             return self._is_short_of_its_aim()
         aims = self.has_aim and update == self.end
-        if not self.begin <= update <= self.end or (update % self.interval and not aims):
+        by_interval = update > self.interval * self.offset and (update - self.offset) % self.interval == 0
+        if not self.begin <= update <= self.end or not (by_interval or aims):
             return False
         return self.has_aim or (self.rule.growth != "none" and self.rate(update) > 0 and update < self.updates)
 
@@ -520,11 +555,13 @@ class SparseTraining:
         closed = channel_positions(self.model, self.channels, self.retired)
         fresh = {}
         for name, mask in self.masks.items():
-            moving = math.ceil(rate * targets[name]) if grows else 0
+            scores = self._scores(name, update, gradients) if grows else None
+            # where all are zero, as of a path that was not taken, nothing says where to grow
+            moving = math.ceil(rate * targets[name]) if scores is not None and scores.any() else 0
             kept = self._prune(name, mask, targets[name] - moving)
-            if moving:
+            if scores is not None and moving:
                 free = ~(kept | closed[name].to(kept.device)) if name in closed else ~kept
-                kept = self._grow(name, kept, free, moving, update, gradients)
+                kept = self._grow(name, kept, free, moving, update, scores)
             fresh[name] = kept
         if self.channels:
             self.agree(list(fresh.values()))  # which channels go is read from them
@@ -546,19 +583,24 @@ class SparseTraining:
         above = _best(weight.abs(), mask & ~negative, count_above)
         return above | _best(weight.abs(), negative, count - count_above)
 
-    def _grow(
-        self, name: str, kept: Tensor, free: Tensor, count: int, update: int, gradients: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _scores(self, name: str, update: int, gradients: Mapping[str, Tensor]) -> Tensor:
+        """By which the highest of the weights at zero appear."""
         match self.rule.growth:
             case "gradient" if gradients:
-                scores = gradients[name]
+                return gradients[name]
             case "momentum":
-                scores = self._momentum(name)
+                return self._momentum(name)
             case _:
-                scores = self._random(name, update)
+                return self._random(name, update)
+
+    def _grow(self, name: str, kept: Tensor, free: Tensor, count: int, update: int, scores: Tensor) -> Tensor:
         if self.rule.n_m is not None:
             return self._n_m(name, scores.masked_fill(kept, math.inf))
-        return kept | _best(scores, free, min(count, int(free.count_nonzero())))
+        count = min(count, int(free.count_nonzero()))
+        above = scores > 0
+        if int((free & above).count_nonzero()) < count:  # the rest at random, not side by side
+            scores = self._random(name, update).to(scores.dtype).masked_fill_(above, 2.0)
+        return kept | _best(scores, free, count)
 
     def _retire(self, masks: dict[str, Tensor], update: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Let more channels die out, those with the fewest weights, which their layers get back elsewhere (Chase)."""
@@ -598,7 +640,9 @@ class SparseTraining:
         share = min(1.0, missing / max(sum(room.values()), 1))
         more = counts({name: (places,) for name, places in room.items()}, dict.fromkeys(room, share))
         return {
-            name: self._grow(name, mask, free[name], more[name], update, gradients) if more[name] else mask
+            name: self._grow(name, mask, free[name], more[name], update, self._scores(name, update, gradients))
+            if more[name]
+            else mask
             for name, mask in masks.items()
         }
 
@@ -611,9 +655,15 @@ class SparseTraining:
         )
 
     def _momentum(self, name: str) -> Tensor:
-        """How far the optimizer would move each weight: |m| / (sqrt(v) + 1e-8), or |m| where it keeps no v."""
+        """How far the optimizer would move each weight: |m| / (sqrt(v) + 1e-8), or |m| where it keeps no v.
+
+        Raises ConfigError where it keeps no m.
+        """
         state = self._state(name)
-        momentum = state.get("exp_avg", state.get("momentum_buffer"))
+        momentum = next((state[key] for key in MOMENTA if key in state), None)
+        if momentum is None and state:
+            kind = type(self.optimizers[name]).__name__
+            raise ConfigError(f"sparsity.growth momentum: {kind} keeps none. Choose another optimizer or growth.")
         if momentum is None:
             return torch.zeros_like(self.parameters[name])
         squares = state.get("exp_avg_sq")
@@ -637,7 +687,7 @@ class SparseTraining:
             self.born[name] = born.masked_fill(appeared[new] if name in self.values else appeared, self.steps)
         if name in self.values:
             held.grad = None
-            held.data = parameter.detach()[new]
+            self._hold(name, held)
 
     def _carried(self, name: str, value: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """What is remembered for each held weight, under another mask: zero for weights that appeared."""
@@ -659,10 +709,11 @@ class SparseTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
-        """Go on from a checkpoint: before `attach`.
+        """Go on from a checkpoint: before `attach`, or after it, back to one of the same run.
 
-        Raises CheckpointError for what is no such state, masks of another model or of weights that are frozen now, a
-        rule or a number of weights that the masks do not follow, and an optimizer's state of another kind.
+        The model's `load_state_dict` comes before this, the optimizers' after it. Raises CheckpointError for what is no
+        such state, masks of another model or of weights that are frozen now, a rule or a number of weights that the
+        masks do not follow, an optimizer's state of another kind, and, after `attach`, masks of other layers.
         """
         wanted = ("optimizer_state", "final", "steps", "born", "retired")
         if not isinstance(state, Mapping) or not all(key in state for key in wanted):
@@ -689,6 +740,8 @@ class SparseTraining:
                     f"The checkpoint has a mask of {name}, which is frozen now, or not among sparsity.layers: unfreeze "
                     "it, or begin a run in another output.dir."
                 )
+        if self.optimizers and masks.keys() != self.masks.keys():
+            raise CheckpointError("The checkpoint has masks of other layers: load it before attach().")
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 kind = str(mask.dtype).removeprefix("torch.")
@@ -711,6 +764,8 @@ class SparseTraining:
                     "unfreeze them, or begin a run in another output.dir."
                 )
         self._count()
+        for name, held in self.values.items():
+            self._hold(name, held)
         self.apply()
 
     # ---------------------------------------------------------------------------------------------------------- outcome
