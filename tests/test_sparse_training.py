@@ -1719,6 +1719,12 @@ def test_masks_that_are_not_whole_are_an_error():
         make(network(), method="static", density=0.5).load_state_dict(sparse.state_dict(), masks)
 
 
+@pytest.mark.parametrize("scores", [{}, {"0.weight": torch.ones(3)}])
+def test_scores_of_other_weights(scores: dict[str, Tensor]):
+    with pytest.raises(ConfigError, match=r"scores of 0\.weight, a tensor of its shape \(8, 3, 3, 3\)"):
+        make(network(), method="snip", density=0.3).start(lambda names: scores)
+
+
 def layers_that_drop() -> nn.Module:
     dropping = (DropBlock2d(0.5, 3), nn.Dropout3d(0.5), nn.AlphaDropout(0.5))
     return nn.Sequential(nn.Conv2d(3, 8, 3), *dropping, nn.Flatten(), nn.Linear(7200, 4))

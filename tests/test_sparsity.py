@@ -30,6 +30,7 @@ from zoo.sparsity import (
     save_masks,
     sparse_parameters,
     uniform,
+    weakest_channels,
 )
 from zoo.sparsity.densities import apportion
 
@@ -262,6 +263,10 @@ def test_masks_of_other_weights_are_errors(tmp_path, capsys):
         (density_of, [[1]], "and not list"),
         (save_masks, [{3: torch.ones(1)}, "masks.safetensors"], "by the name of its weight, and not by 3"),
         (n_m_mask, [torch.ones(4), 2, 4], "along the inputs of a weight, its second dimension, and this has 1"),
+        (follows_n_m, [torch.ones(4), 2, 4], "along the inputs of a weight, its second dimension, and this has 1"),
+        (follows_n_m, ["x", 2, 4], "which are tensors, not 'x'"),
+        (counts, [{"a": (2, 3)}, {}], "The density of a must be from 0 to 1, not None"),
+        (weakest_channels, [tiny(), {}, "0.3"], "is from 0 up to, but not, 1; it is '0.3'"),
     ],
 )
 def test_arguments_of_other_types(function, arguments, message):

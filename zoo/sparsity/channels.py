@@ -331,7 +331,7 @@ def weakest_channels(
     group is that large.
     Raises ConfigError unless 0 <= share < 1.
     """
-    if not 0 <= share < 1:
+    if not (isinstance(share, int | float) and 0 <= share < 1):
         raise ConfigError(f"The share of channels to remove is from 0 up to, but not, 1; it is {share!r}.")
     if type(multiple) is not int or multiple < 1:
         raise ConfigError(f"multiple must be a whole number from 1 up, not {multiple!r}.")

@@ -194,8 +194,9 @@ def counts(shapes: Shapes, layer_densities: Mapping[str, float]) -> dict[str, in
     densities that are none.
     """
     for name in shapes:
-        if not 0 <= layer_densities[name] <= 1 + 1e-9:
-            raise ConfigError(f"The density of {name} must be from 0 to 1, not {layer_densities[name]!r}.")
+        density = layer_densities.get(name)
+        if not (isinstance(density, int | float) and 0 <= density <= 1 + 1e-9):
+            raise ConfigError(f"The density of {name} must be from 0 to 1, not {density!r}.")
     exact = {name: layer_densities[name] * math.prod(shape) for name, shape in shapes.items()}
     whole = {name: math.floor(share + 1e-9) for name, share in exact.items()}
     left = round(sum(exact.values())) - sum(whole.values())

@@ -170,11 +170,7 @@ def n_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
     Of equal scores the first is kept. Where `m` does not divide the inputs, the last group is shorter. Raises
     ConfigError unless 0 < n <= m, and for a weight without an input dimension.
     """
-    _check_n_m(n, m)
-    if not isinstance(scores, Tensor):
-        raise ConfigError(f"The scores of a weight are a tensor, and not {type(scores).__name__}.")
-    if scores.ndim < 2:
-        raise ConfigError(f"N:M is along the inputs of a weight, its second dimension, and this has {scores.ndim}.")
+    _check_n_m(n, m, scores)
     groups = _groups(scores, m, -math.inf)
     best = groups.argsort(dim=-1, descending=True, stable=True)[..., :n]
     mask = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True).flatten(1)[:, : scores.shape[1]]
@@ -182,11 +178,18 @@ def n_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def follows_n_m(mask: Tensor, n: int, m: int) -> bool:
-    """Whether at most `n` of every `m` along the input dimension are kept (or, of a weight, non-zero)."""
-    _check_n_m(n, m)
+    """Whether at most `n` of every `m` along the input dimension are kept (or, of a weight, non-zero).
+
+    Raises ConfigError as `n_m_mask` does.
+    """
+    _check_n_m(n, m, mask)
     return bool((_groups((mask != 0).float(), m, 0.0).sum(-1) <= n).all())
 
 
-def _check_n_m(n: int, m: int) -> None:
+def _check_n_m(n: int, m: int, weight: Tensor) -> None:
     if type(n) is not int or type(m) is not int or not 0 < n <= m:
         raise ConfigError(f"N:M keeps n of every m weights, 0 < n <= m in whole numbers, not {n!r}:{m!r}.")
+    if not isinstance(weight, Tensor):
+        raise ConfigError(f"N:M is of a weight, its scores or its mask, which are tensors, not {weight!r}.")
+    if weight.ndim < 2:
+        raise ConfigError(f"N:M is along the inputs of a weight, its second dimension, and this has {weight.ndim}.")

@@ -183,6 +183,9 @@ class SparseTraining:
             if saliency is None:
                 raise ConfigError("SNIP needs a batch to score weights with, and none was given.")
             scores = saliency(list(shapes))
+            for name, shape in shapes.items():
+                if getattr(scores.get(name), "shape", None) != shape:
+                    raise ConfigError(f"saliency must give scores of {name}, a tensor of its shape {tuple(shape)}.")
         if rule.n_m is not None:
             masks = {name: self._n_m(name, self._choice(name, scores)) for name in shapes}
             self.final = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
