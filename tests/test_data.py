@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
@@ -681,3 +682,8 @@ def test_preprocessing_is_the_models_unless_told_otherwise():
         preprocessing(grey, DataConfig(name="digits", input_size=(3, 32, 32)))
     with pytest.raises(ConfigError, match="mean has 2 values for 3 channels"):
         preprocessing(model, DataConfig(name="digits", mean=(0.1, 0.2)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_are_those_of_the_image_where_a_model_folds_it_first(channels):
+    assert preprocessing(timm.create_model("tresnet_m", in_chans=channels))["input_size"][0] == channels

@@ -765,15 +765,19 @@ def test_back_to_an_earlier_state_of_the_same_run(state: str):
 
 
 @pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("by", ["load_state_dict", "data"])
 @pytest.mark.parametrize("state", ["active", "compact"])
-def test_weights_that_are_loaded_on_the_way_are_learned_on(state: str, applied: bool):
+def test_weights_that_are_loaded_on_the_way_are_learned_on(state: str, by: str, applied: bool):
     model = network()
     sparse = make(model, method="static", density=0.3, optimizer_state=state)
     sparse.start()
     sparse.attach(optimizer := torch.optim.SGD(model.parameters(), 1e-9))
     learn(sparse, model, optimizer, 2)
     other = network(seed=1)
-    model.load_state_dict(other.state_dict())
+    if by == "data":
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(other.parameters()).detach(), model.parameters())
+    else:
+        model.load_state_dict(other.state_dict())
     if applied:
         sparse.apply()
     learn(sparse, model, optimizer, 3, first=3)

@@ -29,6 +29,7 @@ from tests.launcher import python
 from tests.test_data import make_folder
 from zoo.config import load_config, parse_config, run_command, to_yaml
 from zoo.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
+from zoo.layers.wrappers import to_channels_last
 from zoo.training import ImageClassification, TrainingConfig, TrainingError, fit, train
 from zoo.training.checkpoint import write_checkpoint
 from zoo.training.config import OptimizerConfig, SchedulerConfig
@@ -668,3 +669,26 @@ def test_curves_of_many_runs_have_room(runs: int, tmp_path: Path):
     path = plot_curves({f"run {number}": rows for number in range(runs)}, "top1", "Runs", tmp_path / "curves.png")
     with Image.open(path) as picture:
         assert picture.width == 150 * (14 if runs == 14 else 11)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "train_options", "message"),
+    [
+        ("selecsls42", 32, {"grad_checkpointing": True}, "train.grad_checkpointing: SelecSls cannot do that"),
+        ("repvgg_a0", 32, {"channels_last": True}, "PyTorch's gradient of stem.conv_1x1.conv, a 1x1 convolution"),
+        ("maxvit_rmlp_pico_rw_256", 100, {}, r"MaxxVit takes no images of 3x100x100 \(data.input_size\): height"),
+    ],
+)
+def test_what_models_of_timm_cannot_do(recipe: Path, tmp_path: Path, name: str, size: int, train_options: Any, message):
+    recipe.write_text("\n".join(line for line in SMALL.splitlines() if "args:" not in line))
+    model = {"name": f"timm/{name}"}
+    data = {"input_size": [3, size, size], "batch_size": 2, "mean": None, "std": None}
+    with pytest.raises(ConfigError, match=message):
+        train(configure(recipe, tmp_path / "run", model=model, data=data, train={"max_updates": 1, **train_options}))
+
+
+def test_channels_last_is_for_weights_of_four_dimensions():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Conv3d(3, 4, 3), torch.nn.Linear(2, 2))
+    to_channels_last(model)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[1].weight.is_contiguous()

@@ -18,6 +18,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_pil_interp
+from timm.layers import SpaceToDepth
 from torch import Tensor, nn
 from torchvision import transforms
 
@@ -86,6 +87,9 @@ def preprocessing(model: nn.Module, config: DataConfig | SegmentationDataConfig 
     modules = dict(model.named_modules())
     stems = [modules.get(name) for name in ([first] if isinstance(first, str) else first or ())]
     channels = next((stem.in_channels for stem in stems if isinstance(stem, nn.Conv2d)), cfg["input_size"][0])
+    for module in modules.values():
+        if isinstance(module, SpaceToDepth):  # TResNet's, before its first convolution
+            channels //= module.bs**2
     if "input_size" in given and given["input_size"][0] != channels:
         raise ConfigError(
             f"data.input_size asks for {given['input_size'][0]} channels, but the model takes {channels} "

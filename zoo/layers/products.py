@@ -106,8 +106,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`. (..., in_features) -> (..., out_features)"""
     if _MKL_IS_FASTER:
         return F.linear(x, weight, bias)
-    # a view that is made within a Function must not be written over
-    return _Linear.apply(rows_of(x), weight, bias).unflatten(0, x.shape[:-1])
+    y = _Linear.apply(rows_of(x), weight, bias)
+    return y if x.ndim == 2 else y.unflatten(0, x.shape[:-1])  # not within it, whose views must not be written over
 
 
 def pointwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from zoo.errors import ConfigError
 
-__all__ = ["check_has_weights", "copied", "unwrapped"]
+__all__ = ["check_has_weights", "copied", "to_channels_last", "unwrapped"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,6 +37,13 @@ def check_has_weights(model: nn.Module) -> None:
     """Raise ConfigError for a model whose weights are made anew before each call, by torch.nn.utils.prune."""
     if any(isinstance(hook, BasePruningMethod) for m in model.modules() for hook in m._forward_pre_hooks.values()):
         raise ConfigError(f"{type(model).__name__} has no weights of its own: {COMPUTED}")
+
+
+def to_channels_last(model: nn.Module) -> None:
+    """Lay out tensors of four dimensions so, in place; `Module.to` also tries those of five, for which it fails."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

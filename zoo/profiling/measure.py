@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from zoo.devices import DEVICES, device_name, find_device
 from zoo.errors import ConfigError, ZooError, did_you_mean, first_line
 from zoo.inference import optimize_for_inference
+from zoo.layers.wrappers import to_channels_last
 from zoo.loading import model_task
 from zoo.profiling.resolve import build, check_count, check_input_size, default_input_size
 from zoo.registry import get_entry
@@ -95,7 +96,7 @@ class Settings:
         if self.optimize:
             model = optimize_for_inference(model, inplace=True)
         if self.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            to_channels_last(model)
         # a graph for each batch size: measured is the model, not a graph that serves all sizes
         step = torch.compile(model, dynamic=False) if self.compile else model
         return Subject(name, model, step, size, self)

@@ -12,7 +12,9 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from zoo.data import DamageReport, EvaluationLoader, TrainingLoader
+from zoo.errors import ConfigError, ZooError, first_line
 from zoo.hub import save_pretrained
+from zoo.units import shape_text
 
 __all__ = ["ImageTask"]
 
@@ -72,3 +74,17 @@ class ImageTask:
     def describe_data_problems(self) -> str:
         self.damage.names.update(dict.fromkeys(gather_object(list(self.damage.names))))
         return str(self.damage) if self.damage.names else ""
+
+    def explain(self, error: Exception) -> ZooError | None:
+        """Whether the model takes no images of this size, as where its windows do not divide them."""
+        from zoo.profiling.flops import meta_twin
+
+        cfg: Any = self.model.pretrained_cfg
+        try:
+            with torch.no_grad():
+                meta_twin(self.model)(torch.empty(1, *cfg["input_size"], device="meta"))
+        except Exception as refusal:
+            if (type(refusal), first_line(refusal)) == (type(error), first_line(error)):
+                kind, size = type(self.model).__name__, shape_text(cfg["input_size"])
+                return ConfigError(f"{kind} takes no images of {size} (data.input_size): {first_line(error)}")
+        return None

@@ -328,6 +328,9 @@ class LanguageModeling:
             self.damage.add(list(self.loader.damaged))
         return str(self.damage) if self.damage.names else ""
 
+    def explain(self, error: Exception) -> ZooError | None:
+        return None
+
 
 def _exponential(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf

@@ -73,6 +73,7 @@ from zoo.errors import (
 from zoo.files import make_folder, whole_file
 from zoo.history import FIGURES, SHRUNK, is_better
 from zoo.layers.products import FastProducts
+from zoo.layers.wrappers import to_channels_last
 from zoo.registry import list_models
 from zoo.sparsity import apply_masks, load_masks, save_masks
 from zoo.training.checkpoint import (
@@ -191,6 +192,9 @@ class Task(Protocol):
     def describe_data_problems(self) -> str:
         """What was wrong with the data, for the end of a run; empty when nothing was. All processes ask together."""
 
+    def explain(self, error: Exception) -> ZooError | None:
+        """What a user can do about an error of the model's; None where it is a bug."""
+
 
 @dataclasses.dataclass
 class RunState:
@@ -301,8 +305,8 @@ def fit(task: Task, config: RunConfig, accelerator: Accelerator, console: Consol
     try:
         with dead_workers_told():
             run = _Loop(task, config, accelerator, console).run()
-    except (RuntimeError, MemoryError) as error:
-        explanation = None if isinstance(error, ZooError) else explain(error)
+    except Exception as error:
+        explanation = None if isinstance(error, ZooError) else explain(error) or task.explain(error)
         if explanation is None:
             raise
         raise explanation from error
@@ -350,11 +354,14 @@ class _Loop:
         model, learner = task.model, task.learner
         learner.to(device)
         if train.channels_last:
-            learner.to(memory_format=torch.channels_last)
+            if device.type == "cpu":
+                _check_channels_last(learner)
+            to_channels_last(learner)
         if train.grad_checkpointing:
-            if not hasattr(model, "set_grad_checkpointing"):
-                raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} cannot do that.")
-            model.set_grad_checkpointing(True)  # type: ignore[operator]
+            try:
+                model.set_grad_checkpointing(True)  # type: ignore[operator]
+            except (AttributeError, AssertionError):  # timm's say so by the latter
+                raise ConfigError(f"train.grad_checkpointing: {type(model).__name__} cannot do that.") from None
 
         saved = self._find_checkpoint()
         if saved is not None:
@@ -1055,6 +1062,17 @@ def accumulation_steps(config: RunConfig, processes: int) -> int:
             f"({config.data.batch_size}) x {processes} process{'es' * (processes > 1)}."
         )
     return train.global_batch_size // together
+
+
+def _check_channels_last(model: nn.Module) -> None:
+    """Raise ConfigError for layers whose gradients PyTorch 2.11 to 2.14 write beyond their memory on a CPU."""
+    for name, layer in model.named_modules():
+        small = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and 1 < layer.in_channels < 16
+        if small and layer.weight.requires_grad and layer.stride != (1, 1):
+            raise ConfigError(
+                f"train.channels_last: on a CPU, PyTorch's gradient of {name}, a 1x1 convolution of few channels with "
+                "a stride, writes over other memory in that layout, and ends the process. Leave it out."
+            )
 
 
 def explain(error: BaseException) -> ZooError | None:

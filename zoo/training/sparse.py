@@ -163,7 +163,7 @@ class SparseTraining:
         self.optimizers: dict[str, torch.optim.Optimizer] = {}  # that hold the masked weights
         self.groups: dict[str, dict[str, Any]] = {}
         self.values: dict[str, nn.Parameter] = {}  # compact: the kept weights alone, in the optimizer's hands
-        self.versions: dict[str, int] = {}  # and how often the whole was written when it was last the same
+        self.written: dict[str, tuple[int, int]] = {}  # and what `_writing` said when the whole was last the same
         self.channels: dict[str, ChannelGroup] = {}  # those that may die out
         self.retired: dict[str, list[int]] = {}  # those that did
 
@@ -396,7 +396,7 @@ class SparseTraining:
         for name, mask in self.masks.items():
             if name in self.values:
                 self.parameters[name].masked_scatter_(mask, self.values[name].detach())
-                self.versions[name] = self.parameters[name]._version
+                self.written[name] = _writing(self.parameters[name])
             else:
                 self.parameters[name].masked_fill_(~mask, 0)
 
@@ -404,7 +404,7 @@ class SparseTraining:
     def _take_changes(self) -> None:
         """Compact: what others wrote into the weights, as by loading some."""
         for name, held in self.values.items():
-            if self.parameters[name]._version != self.versions[name]:
+            if _writing(self.parameters[name]) != self.written[name]:
                 self.parameters[name].masked_fill_(~self.masks[name], 0)
                 self._hold(name, held)
 
@@ -412,7 +412,7 @@ class SparseTraining:
         """Compact: the kept weights as they are, in the optimizer's hands."""
         parameter = self.parameters[name]
         held.data = parameter.detach()[self.masks[name]]
-        self.versions[name] = parameter._version
+        self.written[name] = _writing(parameter)
 
     def average(self, ema: ModelEmaV3, update: int) -> None:
         """Update an average of the model so that it has the same zeros.
@@ -889,6 +889,11 @@ def largest(scores: Mapping[str, Tensor], count: int) -> dict[str, int]:
     chosen = _best(everything, None, count)
     parts = chosen.split([score.numel() for score in scores.values()])
     return {name: int(part.count_nonzero()) for name, part in zip(scores, parts, strict=True)}
+
+
+def _writing(parameter: nn.Parameter) -> tuple[int, int]:
+    """Something else after each writing into it, or exchange of its data."""
+    return parameter._version, parameter.data_ptr()
 
 
 def _base(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
