@@ -675,7 +675,6 @@ def test_curves_of_many_runs_have_room(runs: int, tmp_path: Path):
     ("name", "size", "train_options", "message"),
     [
         ("selecsls42", 32, {"grad_checkpointing": True}, "train.grad_checkpointing: SelecSls cannot do that"),
-        ("repvgg_a0", 32, {"channels_last": True}, "PyTorch's gradient of stem.conv_1x1.conv, a 1x1 convolution"),
         ("maxvit_rmlp_pico_rw_256", 100, {}, r"MaxxVit takes no images of 3x100x100 \(data.input_size\): height"),
     ],
 )

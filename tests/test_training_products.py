@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -182,6 +183,22 @@ def test_outputs_may_be_written_over(library):
         expected.sum().backward()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ours, layer.weight.grad, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 48, 1, 2), nn.Conv2d(8, 16, 1, (4, 2), bias=False)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_strided_kernels_whose_gradient_would_end_the_process(layer, layout):
+    layer.to(memory_format=torch.channels_last)
+    x = tensor(2, layer.in_channels, 131, 128).contiguous(memory_format=layout)
+    exact = copy.deepcopy(layer).double()
+    expected = exact(x.double())
+    for _ in range(12):
+        layer.zero_grad()
+        with FastProducts():
+            found = layer(x)
+        found.square().mean().backward()
+    expected.square().mean().backward()
+    assert_close([found, *(p.grad for p in layer.parameters())], [expected, *(p.grad for p in exact.parameters())])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -354,8 +354,6 @@ class _Loop:
         model, learner = task.model, task.learner
         learner.to(device)
         if train.channels_last:
-            if device.type == "cpu":
-                _check_channels_last(learner)
             to_channels_last(learner)
         if train.grad_checkpointing:
             try:
@@ -1062,17 +1060,6 @@ def accumulation_steps(config: RunConfig, processes: int) -> int:
             f"({config.data.batch_size}) x {processes} process{'es' * (processes > 1)}."
         )
     return train.global_batch_size // together
-
-
-def _check_channels_last(model: nn.Module) -> None:
-    """Raise ConfigError for layers whose gradients PyTorch 2.11 to 2.14 write beyond their memory on a CPU."""
-    for name, layer in model.named_modules():
-        small = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and 1 < layer.in_channels < 16
-        if small and layer.weight.requires_grad and layer.stride != (1, 1):
-            raise ConfigError(
-                f"train.channels_last: on a CPU, PyTorch's gradient of {name}, a 1x1 convolution of few channels with "
-                "a stride, writes over other memory in that layout, and ends the process. Leave it out."
-            )
 
 
 def explain(error: BaseException) -> ZooError | None:
