@@ -60,11 +60,11 @@ class FastProducts(TorchFunctionMode):
         if not kwargs:
             if func is F.linear and not _MKL_IS_FASTER and _suits(args[0], args[1], -1):
                 return linear(*args)
-            if func is F.conv2d and _is_pointwise(*args) and _suits(args[0], args[1], 1):
-                return pointwise_conv2d(*args[:3])
-            if func is F.conv2d and _overruns(*args):
-                x, weight, bias, (down, right) = *args[:3], _pair(args[3])
-                return F.conv2d(x[:, :, ::down, ::right], weight, bias)
+            if func is F.conv2d and (stride := _pointwise_stride(*args)):
+                if stride == (1, 1) and _gains(args[0]) and _suits(args[0], args[1], 1):
+                    return pointwise_conv2d(*args[:3])
+                if stride != (1, 1) and _overruns(args[0], args[1]):
+                    return F.conv2d(args[0][:, :, :: stride[0], :: stride[1]], *args[1:3])
         return func(*args, **(kwargs or {}))
 
 
@@ -86,7 +86,7 @@ def _suits(x: Tensor, weight: Tensor, axis: int) -> bool:
     )
 
 
-def _is_pointwise(
+def _pointwise_stride(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -94,45 +94,29 @@ def _is_pointwise(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> bool:
-    return (
-        weight.shape[2:] == (1, 1)
-        and groups == 1
-        and stride in (1, (1, 1))
-        and padding in (0, (0, 0))
-        and x.ndim == 4
-        and (_MKL_IS_FASTER or len(x) < 16)  # else PyTorch takes oneDNN's convolution, which is as fast as its product
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
+) -> tuple[int, int] | None:
+    """That of 1x1 kernels on maps, in one group and without padding; None for other convolutions."""
+    if weight.shape[2:] != (1, 1) or groups != 1 or padding not in (0, (0, 0)) or x.ndim != 4:
+        return None
+    return (stride, stride) if isinstance(stride, int) else tuple(stride)
 
 
-def _overruns(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> bool:
+def _gains(x: Tensor) -> bool:
+    """Whether a 1x1 convolution of `x` is faster as a linear layer: else PyTorch takes oneDNN's convolution, which is
+    as fast as its product, or maps would have to be turned."""
+    return (_MKL_IS_FASTER or len(x) < 16) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _overruns(x: Tensor, weight: Tensor) -> bool:
     """Whether PyTorch (2.11 to 2.14) would write the gradient beyond its memory: of 1x1 kernels with a stride on a CPU,
     with 2 to 15 channels in channels_last, on maps about 100 wide. The same without a stride is right."""
     return (
-        weight.shape[2:] == (1, 1)
-        and 1 < weight.shape[1] < 16
-        and groups == 1
-        and _pair(stride) != (1, 1)
-        and _pair(padding) == (0, 0)
-        and x.ndim == 4
+        1 < weight.shape[1] < 16
         and x.device.type == "cpu"
         and weight.requires_grad
         and torch.is_grad_enabled()
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     )
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
